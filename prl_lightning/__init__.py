@@ -1,0 +1,6 @@
+"""Process Reward Learning for language models, in PyTorch Lightning.
+
+Only the version lives here, so that ``prl_lightning.functional`` imports with torch alone.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,119 @@
+"""Load the policy and the reference, and turn a causal LM into token log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prl_lightning.functional import token_logprobs
+from prl_lightning.types import RolloutBatch
+
+# Fields by which an architecture changes its logits after the output head.
+LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+
+
+class LogprobModel(nn.Module):
+    """A causal LM whose forward returns log-probabilities instead of logits.
+
+    The output head is applied to completion tokens alone and in chunks, so logits of the size
+    (tokens, V) never exist. It is a module of its own so that a strategy can shard it as the root
+    of its parameters: everything it needs is gathered by calling it.
+
+    Args:
+        causal_lm: a Hugging Face causal language model.
+
+    Raises:
+        ValueError: the architecture transforms its logits after the output head.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        super().__init__()
+        config = causal_lm.config.get_text_config()
+        for name, neutral in LOGIT_TRANSFORMS.items():
+            if getattr(config, name, neutral) not in (neutral, None):
+                raise ValueError(
+                    f"model.policy: the architecture {config.model_type!r} changes its logits by "
+                    f"{name}={getattr(config, name)}, which the chunked output head does not do. "
+                    "Use an architecture without it."
+                )
+        if getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
+            raise ValueError("model.policy: an output head with a bias is not supported.")
+        self.causal_lm = causal_lm
+
+    def forward(self, batch: RolloutBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Score the completions of a batch.
+
+        Args:
+            batch: uses ``input_ids``, ``prompt_lengths``, ``completion_ids``, ``completion_mask``.
+            temperature: the logits are divided by it.
+
+        Returns:
+            Log-probabilities of the completion tokens and entropies of the distributions they
+            were drawn from, both (B, T), float32, zero outside the mask.
+        """
+        hidden = self.causal_lm.base_model(
+            input_ids=batch.input_ids, use_cache=False
+        ).last_hidden_state
+        mask = batch.completion_mask
+        row, token = mask.nonzero(as_tuple=True)
+        # The hidden state one position earlier predicts a token.
+        hidden = hidden[row, batch.prompt_lengths[row] + token - 1]
+        head = self.causal_lm.get_output_embeddings().weight
+        logprobs, entropy = token_logprobs(hidden, head, batch.completion_ids[mask], temperature)
+        zeros = logprobs.new_zeros(mask.shape)
+        return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its Hugging Face name, a tied output head included.
+
+        An engine may keep its own packed copy of a tied head, so it has to be told of it.
+        """
+        yield from self.causal_lm.state_dict().items()
+
+
+def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a causal LM from a Hugging Face id or folder; no remote code is run.
+
+    float32 by default, whatever the file has: at a learning rate of 1e-6 an update of a bfloat16
+    weight is lost in rounding. The Trainer's precision decides what is computed in.
+    """
+    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a Hugging Face id or folder; no remote code is run."""
+    return AutoTokenizer.from_pretrained(name_or_path)
+
+
+def stop_token_ids(name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end a completion: the tokenizer's and those of the generation config.
+
+    Raises:
+        ValueError: neither names one, so no completion would ever end by itself.
+    """
+    ids = {tokenizer.eos_token_id}
+    try:
+        generation_config = GenerationConfig.from_pretrained(name_or_path)
+    except OSError:  # a model without such a file
+        generation_config = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(name_or_path)
+        )
+    configured = generation_config.eos_token_id
+    ids.update(configured if isinstance(configured, list) else [configured])
+    ids.discard(None)
+    if not ids:
+        raise ValueError(
+            f"model.policy={name_or_path!r}: no end-of-sequence token in the tokenizer or in the "
+            "generation config. Set eos_token_id in its generation_config.json."
+        )
+    return tuple(sorted(ids))
+
+
+def max_model_tokens(name_or_path: str) -> int | None:
+    """Longest row the architecture can take; None where it names no limit."""
+    config = AutoConfig.from_pretrained(name_or_path).get_text_config()
+    return getattr(config, "max_position_embeddings", None)

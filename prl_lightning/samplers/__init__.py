@@ -1,0 +1,7 @@
+"""Engines that draw completions, behind one protocol."""
+
+from prl_lightning.samplers.base import Sampler, SamplingConfig
+from prl_lightning.samplers.hf import HFSampler
+from prl_lightning.samplers.vllm import VLLMSampler
+
+__all__ = ["HFSampler", "Sampler", "SamplingConfig", "VLLMSampler"]

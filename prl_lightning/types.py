@@ -1,0 +1,116 @@
+"""What flows from the prompts to the loss, and the shape letters used everywhere.
+
+Shape letters: B completions, G group size, T completion tokens, S tokens of a whole row (prompt and
+completion), V vocabulary, H hidden size.
+
+Four log-probabilities that are never mixed, all natural logarithms at the sampling temperature:
+``policy_logprobs`` (this update's policy, with gradient), ``old_logprobs`` (the trainer's policy at
+sampling time), ``rollout_logprobs`` (what the engine reported) and ``ref_logprobs``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem, ready for the engine.
+
+    Attributes:
+        token_ids: the rendered prompt (system prompt, template and chat template applied).
+        source: the prompt as the data has it, text or chat messages; reward functions get this.
+        columns: every other column of its row; reward functions get these too.
+    """
+
+    token_ids: list[int]
+    source: str | list[Message]
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion, as an engine returns it.
+
+    Attributes:
+        token_ids: sampled tokens, the end-of-sequence token included.
+        logprobs: the engine's log-probability of each of them.
+        finished: it ended by itself; False where it was cut at the limit.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+@dataclass
+class Rollout:
+    """One completion with all that is known of it before the update.
+
+    Attributes:
+        prompt: where it comes from.
+        completion: what was sampled.
+        text: the completion, decoded without special tokens.
+        reward: weighted sum of the reward functions.
+        outcome_advantage: scalar () or, for a reward with the KL inside it, one per token (T,).
+        old_logprobs: (T,) or None where one update a rollout makes them equal to the policy's.
+        ref_logprobs: (T,) or None where nothing needed them before the update.
+    """
+
+    prompt: Prompt
+    completion: Completion
+    text: str
+    reward: float = 0.0
+    outcome_advantage: Tensor = field(default_factory=lambda: torch.zeros(()))
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """A micro-batch: what ``training_step`` and ``validation_step`` receive.
+
+    Attributes:
+        input_ids: (B, S) prompt directly followed by completion, padded on the right, so that a
+            causal model needs no attention mask.
+        prompt_lengths: (B,) tokens of each prompt.
+        completion_ids: (B, T) the completion part of ``input_ids``.
+        completion_mask: (B, T) bool, True on sampled tokens, the end-of-sequence token included.
+        rollout_logprobs: (B, T).
+        rewards: (B,).
+        finished: (B,) bool, False where a completion was cut at the limit.
+        outcome_advantages: (B,) or (B, T).
+        old_logprobs: (B, T) or None, see Rollout.
+        ref_logprobs: (B, T) or None, see Rollout.
+        update_tokens: completion tokens of the whole optimizer update, over all micro-batches and
+            ranks; the denominator that makes the loss independent of how the update was cut.
+        update_sequences: completions of the whole update, likewise.
+    """
+
+    input_ids: Tensor
+    prompt_lengths: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    rollout_logprobs: Tensor
+    rewards: Tensor
+    finished: Tensor
+    outcome_advantages: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    update_tokens: int
+    update_sequences: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> RolloutBatch:
+        """Return the batch on ``device`` (the method that Lightning's transfer calls)."""
+        moved = {
+            item.name: value.to(device, non_blocking=non_blocking)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, **moved)
