@@ -1,0 +1,54 @@
+"""The mathematics of Process Reward Learning, as pure functions of tensors; imports torch alone."""
+
+from prl_lightning.functional.advantages import (
+    kl_in_reward_step_advantages,
+    kl_in_reward_trajectory,
+    outcome_advantages,
+)
+from prl_lightning.functional.divergences import (
+    Divergence,
+    divergence_names,
+    get_divergence,
+    register_divergence,
+)
+from prl_lightning.functional.logprobs import token_logprobs
+from prl_lightning.functional.losses import (
+    aggregate,
+    importance_weights,
+    kl_estimate,
+    kl_loss,
+    policy_loss,
+)
+from prl_lightning.functional.masks import MAX_LOG_RATIO
+from prl_lightning.functional.pass_at_k import pass_at_k
+from prl_lightning.functional.process import (
+    prl_advantages,
+    process_baseline,
+    process_rewards,
+    process_term,
+)
+from prl_lightning.functional.steps import delimiter_steps, fixed_length_steps
+
+__all__ = [
+    "MAX_LOG_RATIO",
+    "Divergence",
+    "aggregate",
+    "delimiter_steps",
+    "divergence_names",
+    "fixed_length_steps",
+    "get_divergence",
+    "importance_weights",
+    "kl_estimate",
+    "kl_in_reward_step_advantages",
+    "kl_in_reward_trajectory",
+    "kl_loss",
+    "outcome_advantages",
+    "pass_at_k",
+    "policy_loss",
+    "prl_advantages",
+    "process_baseline",
+    "process_rewards",
+    "process_term",
+    "register_divergence",
+    "token_logprobs",
+]

@@ -1,0 +1,165 @@
+"""Log-probabilities and entropy from hidden states, without a (tokens, vocabulary) tensor.
+
+At a vocabulary of 152 thousand, the float32 logits of a micro-batch of 16 thousand tokens take
+10 GB, and autograd keeps several such tensors. Here they exist for one chunk of tokens at a time;
+the backward pass makes them again.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CHUNK_ELEMENTS = 2**26
+"""Logits in an automatic chunk: 256 MiB in float32, 441 tokens at a vocabulary of 152 thousand.
+
+Enough rows for a matrix product to run at full speed, little beside the head's own weight.
+"""
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return log π(target | hidden) and the entropy of π = softmax(hidden·Wᵀ / temperature).
+
+    log π(a) = z_a - log Σ_v exp z_v and entropy = log Σ_v exp z_v - Σ_v π_v z_v, z = hidden·Wᵀ/τ.
+    Forward and backward hold the logits of one chunk at a time, in two buffers at most.
+
+    The product runs in `hidden`'s dtype, or autocast's where that is on; softmax, sums and the
+    weight's gradient over the chunks are in float32, or float64 if `hidden` is.
+
+    Args:
+        hidden: last hidden states, (N, H).
+        head_weight: the output embedding, (V, H).
+        targets: token ids in [0, V), (N,).
+        temperature: of sampling, above 0.
+        chunk_size: tokens in a chunk; None chooses it by the vocabulary.
+
+    Returns:
+        Log-probabilities (N,), differentiable in hidden and head_weight, and entropies (N,) in
+        nats, not differentiable. Both float32, or float64 if `hidden` is.
+
+    Raises:
+        ValueError: if shapes disagree, or temperature or chunk_size is out of range.
+
+    Example:
+        >>> hidden, weight = torch.zeros(2, 3), torch.ones(4, 3)
+        >>> token_logprobs(hidden, weight, torch.tensor([0, 3]))
+        (tensor([-1.3863, -1.3863]), tensor([1.3863, 1.3863]))
+    """
+    _check(hidden, head_weight, targets)
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: it must be above 0")
+    if chunk_size is None:
+        chunk_size = max(1, _CHUNK_ELEMENTS // max(1, len(head_weight)))
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}: use at least 1 token, or None for automatic")
+    logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, head_weight, targets, temperature, chunk_size
+    )
+    return logprobs, entropy
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        product_dtype = _product_dtype(hidden)
+        weight = head_weight.to(product_dtype)
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropy, log_normalizer = (
+            hidden.new_empty(len(hidden), dtype=sum_dtype) for _ in range(3)
+        )
+        for rows in _chunks(len(hidden), chunk_size):
+            logits = _logits(hidden[rows], weight, temperature, sum_dtype)
+            picked = logits.gather(1, targets[rows, None]).squeeze(1)
+            peak = logits.amax(1)
+            # From here on relative to the peak, so that exp does not overflow.
+            probabilities = logits.sub_(peak[:, None]).exp()
+            total = probabilities.sum(1)
+            log_total = total.log()
+            torch.sub(log_total, probabilities.mul_(logits).sum(1).div_(total), out=entropy[rows])
+            torch.add(peak, log_total, out=log_normalizer[rows])
+            torch.sub(picked, log_normalizer[rows], out=logprobs[rows])
+            del logits, probabilities  # before the next chunk's are made
+        ctx.save_for_backward(hidden, head_weight, targets, log_normalizer)
+        ctx.temperature, ctx.chunk_size, ctx.product_dtype = temperature, chunk_size, product_dtype
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden, head_weight, targets, log_normalizer = ctx.saved_tensors
+        weight = head_weight.to(ctx.product_dtype)
+        sum_dtype = log_normalizer.dtype
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = (
+            torch.zeros_like(head_weight, dtype=sum_dtype) if ctx.needs_input_grad[1] else None
+        )
+        for rows in _chunks(len(hidden), ctx.chunk_size):
+            # ∂ log π(a)/∂ logits = (onehot(a) - π)/τ, written over the logits.
+            grads = _logits(hidden[rows], weight, ctx.temperature, sum_dtype)
+            grads.sub_(log_normalizer[rows, None]).exp_()
+            scale = grad_logprobs[rows, None].to(sum_dtype) / ctx.temperature
+            grads.mul_(-scale).scatter_add_(1, targets[rows, None], scale)
+            grads = grads.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grads @ weight
+            if grad_weight is not None:
+                _add_product(grad_weight, grads.T, hidden[rows].to(weight.dtype))
+            del grads  # before the next chunk's are made
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(head_weight.dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    logits = (hidden.to(weight.dtype) @ weight.T).to(dtype)
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        # The product keeps the low precision, and its speed; only the sum over chunks needs more.
+        total.add_(left @ right)
+
+
+def _chunks(count: int, chunk_size: int) -> Iterator[slice]:
+    for start in range(0, count, chunk_size):
+        yield slice(start, start + chunk_size)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    # Autocast leaves float64 alone, as it does in torch's own layers.
+    device = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+def _check(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> None:
+    shapes = (
+        f"hidden has shape {tuple(hidden.shape)}, head_weight {tuple(head_weight.shape)} and "
+        f"targets {tuple(targets.shape)}"
+    )
+    if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
+        raise ValueError(f"{shapes}: pass hidden as (N, H) and head_weight as (V, H)")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"{shapes}: pass one target for each row of hidden, (N,)")

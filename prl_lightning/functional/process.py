@@ -1,0 +1,210 @@
+"""The process term: what Process Reward Learning adds to an outcome advantage, token by token.
+
+All of it is detached: these are coefficients of ∇ log π, not terms to differentiate.
+"""
+
+from torch import Tensor
+
+from prl_lightning.functional.divergences import Divergence, get_divergence
+from prl_lightning.functional.masks import at_least_float32, keep_tokens, later_sums, suffix_sums
+from prl_lightning.functional.steps import take_at_step_end
+
+
+def process_term(
+    log_ratios: Tensor,
+    completion_mask: Tensor,
+    divergence: str | Divergence = "reverse_kl",
+    step_ends: Tensor | None = None,
+) -> Tensor:
+    """reg_t = Σ_{j≥t} f(u_j) - f'(u_t)·u_t, the future regularisation.
+
+    From PRL v2 (arXiv 2601.10201), Theorem 4.1; constants that no action changes are dropped, so
+    for reverse KL it is Σ_{j≥t} δ_j. With `step_ends` every token of a step carries the value at
+    the step's last token (PRL v1).
+
+    Sums are in float32, or float64 if the input is. Log-ratios of any size are summed as they are;
+    where one is exponentiated it is bounded to ±`MAX_LOG_RATIO` first.
+
+    Args:
+        log_ratios: δ = log π - log π_ref at the sampled tokens, (B, T); not read outside the mask.
+        completion_mask: (B, T), true on completion tokens.
+        divergence: a name of `get_divergence`, or a `Divergence`.
+        step_ends: bool (B, T), true on the last token of each step; None means token by token.
+
+    Returns:
+        (B, T), zero outside the mask.
+
+    Raises:
+        ValueError: if shapes disagree or the divergence is unknown.
+
+    Example:
+        >>> import torch
+        >>> process_term(torch.tensor([[0.5, -0.25, 1.0]]), torch.tensor([[1, 1, 1]]))
+        tensor([[1.2500, 0.7500, 1.0000]])
+    """
+    generator = get_divergence(divergence)
+    delta = keep_tokens(log_ratios.detach(), completion_mask, "log_ratios")
+    future = keep_tokens(generator.future(delta), completion_mask, "divergence")
+    reg = keep_tokens(generator.own(delta) + later_sums(future), completion_mask, "divergence")
+    if step_ends is None:
+        return reg
+    return take_at_step_end(reg, completion_mask, step_ends)
+
+
+def process_baseline(
+    log_ratios: Tensor, completion_mask: Tensor, mean_kl: float | Tensor | None = None
+) -> Tensor:
+    """b_t = (T_i - t)·mean token KL: the expected sum of k3 over the tokens that follow t.
+
+    PRL v2's optional baseline for the k3 divergences, whose terms are never negative; the paper
+    sees no gain. To use it, add β·b to the outcome advantages: A - β(reg - b) = (A + βb) - β·reg.
+    T_i depends on later actions, so unlike the process term it biases the gradient.
+
+    Args:
+        log_ratios: δ, (B, T); not read outside the mask.
+        completion_mask: (B, T), true on completion tokens.
+        mean_kl: mean token KL of the whole update. None takes this batch's mean k3, which depends
+            on how the update is cut into micro-batches.
+
+    Returns:
+        (B, T), zero outside the mask.
+
+    Raises:
+        ValueError: if shapes disagree.
+
+    Example:
+        >>> import torch
+        >>> process_baseline(torch.zeros(1, 3), torch.ones(1, 3), mean_kl=0.5)
+        tensor([[1.0000, 0.5000, 0.0000]])
+    """
+    delta = keep_tokens(log_ratios.detach(), completion_mask, "log_ratios")
+    tokens = completion_mask.bool().to(delta.dtype)
+    if mean_kl is None:
+        # k3 of δ = 0 is 0, so the padding adds nothing to the sum.
+        mean_kl = get_divergence("reverse_k3").future(delta).sum() / tokens.sum().clamp(min=1)
+    return tokens * later_sums(tokens) * mean_kl
+
+
+def prl_advantages(
+    outcome_advantages: Tensor,
+    log_ratios: Tensor,
+    completion_mask: Tensor,
+    beta: float,
+    divergence: str | Divergence = "reverse_kl",
+    step_ends: Tensor | None = None,
+) -> Tensor:
+    """A_{i,t} = sg(A_i - β·reg_{i,t}): the advantage of PRL, also known as FRPO.
+
+    PRL v2 (arXiv 2601.10201), Eq. 5.1; with `step_ends` PRL v1. Outcome and process are decoupled:
+    A_i comes from the unmodified rewards and the process term is added after it.
+
+    Args:
+        outcome_advantages: A, (B,), or (B, T) for one that differs between tokens.
+        log_ratios: δ = log π - log π_ref at the sampled tokens, (B, T); not read outside the mask.
+        completion_mask: (B, T), true on completion tokens.
+        beta: weight of the regulariser; PRL v1 writes η = 1/β.
+        divergence: a name of `get_divergence`, or a `Divergence`.
+        step_ends: bool (B, T), true on the last token of each step; None means token by token.
+
+    Returns:
+        (B, T), detached, zero outside the mask.
+
+    Raises:
+        ValueError: if shapes disagree or the divergence is unknown.
+
+    Example:
+        >>> import torch
+        >>> delta, mask = torch.tensor([[0.5, -0.25, 0.0]]), torch.tensor([[1, 1, 0]])
+        >>> prl_advantages(torch.tensor([1.0]), delta, mask, beta=0.1)
+        tensor([[0.9750, 1.0250, 0.0000]])
+    """
+    reg = process_term(log_ratios, completion_mask, divergence, step_ends)
+    outcome = per_token(outcome_advantages.detach(), completion_mask, "outcome_advantages")
+    return keep_tokens(outcome - beta * reg, completion_mask, "outcome_advantages")
+
+
+def process_rewards(
+    rewards: Tensor, log_ratios: Tensor, completion_mask: Tensor, beta: float
+) -> Tensor:
+    """r_t = r - β Σ_{j>t} δ_j: the process reward of the prefix up to and including t.
+
+    PRL v1 and v2 (arXiv 2601.10201), Eq. 5.4. For display and analysis; consecutive prefixes
+    differ by β·δ, and the whole completion's process reward is its outcome reward.
+
+    Args:
+        rewards: r, (B,).
+        log_ratios: δ, (B, T); not read outside the mask.
+        completion_mask: (B, T), true on completion tokens.
+        beta: weight of the regulariser.
+
+    Returns:
+        (B, T), detached, zero outside the mask.
+
+    Raises:
+        ValueError: if shapes disagree.
+
+    Example:
+        >>> import torch
+        >>> process_rewards(torch.tensor([1.0]), torch.tensor([[4.0, 2.0]]), torch.ones(1, 2), 0.1)
+        tensor([[0.8000, 1.0000]])
+    """
+    delta = keep_tokens(log_ratios.detach(), completion_mask, "log_ratios")
+    outcome = per_token(rewards.detach(), completion_mask, "rewards")
+    return keep_tokens(outcome - beta * later_sums(delta), completion_mask, "rewards")
+
+
+def kl_shaped_rewards(
+    rewards: Tensor, log_ratios: Tensor, completion_mask: Tensor, beta: float
+) -> Tensor:
+    """Return r - β Σ_{j≥t} δ_j: what is left to earn from t on if the KL is in the reward.
+
+    Args:
+        rewards: r, (B,).
+        log_ratios: δ, (B, T); not read outside the mask.
+        completion_mask: (B, T), true on completion tokens.
+        beta: weight of the regulariser.
+
+    Returns:
+        (B, T), detached, zero outside the mask.
+
+    Raises:
+        ValueError: if shapes disagree.
+
+    Example:
+        >>> import torch
+        >>> delta = torch.tensor([[4.0, 2.0]])
+        >>> kl_shaped_rewards(torch.tensor([1.0]), delta, torch.ones(1, 2), beta=0.1)
+        tensor([[0.4000, 0.8000]])
+    """
+    delta = keep_tokens(log_ratios.detach(), completion_mask, "log_ratios")
+    outcome = per_token(rewards.detach(), completion_mask, "rewards")
+    return keep_tokens(outcome - beta * suffix_sums(delta), completion_mask, "rewards")
+
+
+def per_token(values: Tensor, completion_mask: Tensor, name: str) -> Tensor:
+    """Values of (B,) or (B, T) as (B, T), zero outside the mask.
+
+    Args:
+        values: (B,) or (B, T).
+        completion_mask: (B, T), true on completion tokens.
+        name: what `values` is called in the error message.
+
+    Returns:
+        (B, T).
+
+    Raises:
+        ValueError: if it is neither.
+
+    Example:
+        >>> import torch
+        >>> per_token(torch.tensor([2.0]), torch.tensor([[1, 0]]), "rewards")
+        tensor([[2., 0.]])
+    """
+    if values.ndim == 1 and completion_mask.ndim == 2 and len(values) == len(completion_mask):
+        values = at_least_float32(values)[:, None].expand(completion_mask.shape)
+    elif values.shape != completion_mask.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)} and completion_mask "
+            f"{tuple(completion_mask.shape)}: pass {name} as (B,) or (B, T)"
+        )
+    return keep_tokens(values, completion_mask, name)
