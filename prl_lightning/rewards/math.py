@@ -1,0 +1,201 @@
+r"""Mathematical answers: the last boxed one of a completion, checked by math-verify.
+
+As in the papers' experiments, the reference answer is put in a box and both boxes go to math-verify
+(https://github.com/huggingface/Math-Verify). Stricter than its defaults: an answer outside a box is
+not looked for, so a completion without a `\boxed{...}` that closes scores 0.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from prl_lightning.rewards.base import completion_text
+from prl_lightning.rewards.match import reference_texts
+
+_BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
+
+# Between boxes that are one answer: "\boxed{1}$ and $\boxed{2}", "x=\boxed{1}, x=\boxed{2}".
+_BETWEEN_BOXES = re.compile(
+    r"[\s$\\()]*(?:[,;]|(?:\\text\s*\{)?\s*(?:and|or)\s*\}?)[\s$\\()]*(?:\w\s*=\s*)?"
+)
+
+# math-verify's own time limits are SIGALRM: they only work in a process's main thread and cancel
+# other alarms. They are off, so what is known to take it minutes is refused up front. The longest
+# of the 1,517 reference answers of the papers' evaluation sets has 210 characters and 4 levels.
+_MAX_CHARACTERS = 400
+_MAX_NESTING = 10
+_UNREASONABLE = re.compile(
+    r"\\i*o?int\b|\\(?:sum|prod|lim)(?![a-z])"  # not carried out, so not an answer yet
+    r"|\d\s*\^\s*\{?\s*\d+\s*\^\s*\{?\s*\d"  # a tower of powers of numbers
+    r"|\^\s*\{?\s*-?\d{7}|\d{6}\s*!"  # millions of digits
+)
+
+
+class MathReward:
+    r"""1.0 where the completion's last boxed answer equals the reference answer, else 0.0.
+
+    The reference answers come from the first of the columns `answer`, `ground_truth` (verl) and
+    `solution` (TRL) that is there. One is a text (put in a box; if it holds a box, as a worked
+    solution does, that box counts), a number (27.0 is 27) or a list, any one of which is right;
+    `None` makes the reward `None`. Several boxes joined by commas, "and" or "or" are one answer.
+
+    Attributes:
+        failures: How many completions of the last call could not be judged: math-verify raised, or
+            an answer was so large that it was not asked. They score 0.
+
+    Example:
+        >>> reward = MathReward()
+        >>> reward(["?", "?"], [r"\boxed{\frac{2}{4}}", "It is 1/2"], answer=["0.5", "0.5"])
+        [1.0, 0.0]
+        >>> reward.failures
+        0
+    """
+
+    columns = (("answer", "ground_truth", "solution"),)
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        answer: Sequence[Any] | None = None,
+        ground_truth: Sequence[Any] | None = None,
+        solution: Sequence[Any] | None = None,
+        **columns: Sequence[Any],
+    ) -> list[float | None]:
+        """Check each completion's boxed answer.
+
+        Args:
+            prompts: B prompts; not looked at.
+            completions: B completions, texts or chat messages.
+            answer: B reference answers.
+            ground_truth: B reference answers, looked at if `answer` is not given.
+            solution: B reference answers, looked at if neither is given.
+            **columns: Other columns; not looked at.
+
+        Returns:
+            B rewards.
+
+        Raises:
+            ValueError: If no reference answers are given, their number differs, or one is empty.
+        """
+        given = [column for column in (answer, ground_truth, solution) if column is not None]
+        if not given:
+            raise ValueError(
+                "MathReward needs reference answers in one of the columns 'answer', 'ground_truth' "
+                f"and 'solution', but was called with {sorted(columns)}"
+            )
+        self.failures = 0
+        pairs = zip(completions, given[0], strict=True)
+        return [self._reward(completion_text(text), reference) for text, reference in pairs]
+
+    def _reward(self, completion: str, reference: Any) -> float | None:
+        if reference is None:
+            return None
+        golds = [boxed_answer(text) or text for text in reference_texts(reference)]
+        answer = boxed_answer(completion)
+        if not answer:
+            return 0.0
+        if any(_tidy(answer) == _tidy(gold) for gold in golds):
+            return 1.0
+        try:
+            return float(any(_equal(gold, answer) for gold in golds))
+        except Exception:  # sympy raises nearly everything; what matters is that it is counted
+            self.failures += 1
+            return 0.0
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""What the last closed `\boxed{...}` (or `\fbox{...}`) of a text holds.
+
+    Args:
+        text: A completion, or a worked solution.
+
+    Returns:
+        Its content, stripped; of several last boxes joined by commas, semicolons, "and" or "or",
+        the contents joined by commas; `None` if no box is closed.
+
+    Example:
+        >>> boxed_answer(r"Not \boxed{1}. So $x=\boxed{\frac{1}{2}}$ or $x=\boxed{3}$.")
+        '\\frac{1}{2}, 3'
+    """
+    answers: list[str] = []
+    next_start = None
+    for opening in reversed(list(_BOX.finditer(text))):
+        end = _closing_brace(text, opening.end())
+        if end is None:
+            continue
+        if next_start is not None and not _BETWEEN_BOXES.fullmatch(text, end + 1, next_start):
+            break
+        answers.insert(0, text[opening.end() : end].strip())
+        next_start = opening.start()
+    return ", ".join(dict.fromkeys(answers)) if answers else None
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Where the brace that was opened just before `start` is closed."""
+    depth = 1
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return start + brace.start()
+    return None
+
+
+def _tidy(answer: str) -> str:
+    """An answer's text without what changes only its looks."""
+    answer = re.sub(r"\\left\b|\\right\b|\\[,;:!]|\\ |[\s$]", "", answer)
+    return re.sub(r"\\[dt]frac\b", r"\\frac", answer)
+
+
+def _equal(gold: str, answer: str) -> bool:
+    for text in (gold, answer):
+        if _is_unreasonable(text):
+            raise ValueError(f"not given to math-verify: {text[:80]!r}")
+    from math_verify import verify
+
+    return bool(
+        verify(list(_parse(gold)), list(_parse(answer)), timeout_seconds=None, raise_on_error=True)
+    )
+
+
+def _is_unreasonable(answer: str) -> bool:
+    depth = deepest = 0
+    for bracket in re.finditer(r"[{(\[]|[})\]]", answer):
+        depth += 1 if bracket[0] in "{([" else -1
+        deepest = max(deepest, depth)
+    return (
+        len(answer) > _MAX_CHARACTERS
+        or deepest > _MAX_NESTING
+        or _UNREASONABLE.search(answer) is not None
+    )
+
+
+# The completions of a group share their reference answer and often their own.
+@lru_cache(maxsize=4096)
+def _parse(answer: str) -> tuple[Any, ...]:
+    """math-verify's readings of an answer: an expression where there is one, and its text."""
+    from math_verify import LatexExtractionConfig, parse
+
+    _silence_time_limit_warning()
+    # "-1./3" is no LaTeX number, and some reference answers are written so.
+    answer = re.sub(r"(\d)\.(?=\s*[-+*/^)]|\s*$)", r"\1", answer)
+    boxed = [LatexExtractionConfig(boxed_match_priority=0)]
+    readings = parse(rf"\boxed{{{answer}}}", boxed, parsing_timeout=None, raise_on_error=True)
+    if all(isinstance(reading, str) for reading in readings) and "=" in answer:
+        # A left side that cannot be read, as in "m_{\max} = 3": what it equals often can.
+        return (*readings, *_parse(answer.rsplit("=", 1)[1]))
+    return tuple(readings)
+
+
+@lru_cache(maxsize=1)
+def _silence_time_limit_warning() -> None:
+    """math-verify warns that its time limits are off, which is meant (see _UNREASONABLE)."""
+    for name in ("math_verify.parser", "math_verify.grader"):
+        logging.getLogger(name).addFilter(
+            lambda record: "Timeout is disabled" not in record.getMessage()
+        )
