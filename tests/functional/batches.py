@@ -1,0 +1,53 @@
+"""Batches for hypothesis: any shape, masks with holes and empty rows, NaN in all the padding."""
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+quick = settings(max_examples=40, deadline=None)
+
+
+@dataclass(frozen=True)
+class Batch:
+    mask: Tensor
+    """(B, T) bool."""
+    log_ratios: Tensor
+    """(B, T) float64, NaN outside the mask."""
+    rewards: Tensor
+    """(B,) float64."""
+    group_size: int
+    seed: int
+
+    def noise(self, salt: int) -> Tensor:
+        """Another (B, T) of the same kind as `log_ratios`."""
+        values = torch.randn(self.mask.shape, generator=_generator(self.seed + salt)).double()
+        return values.masked_fill(~self.mask, torch.nan)
+
+    def rows(self) -> list[list[int]]:
+        """The positions of each row's tokens."""
+        return [[t for t, kept in enumerate(row) if kept] for row in self.mask.tolist()]
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@st.composite
+def batches(draw: st.DrawFn, max_groups: int = 3) -> Batch:
+    group_size = draw(st.integers(1, 4), label="group_size")
+    rows = group_size * draw(st.integers(0, max_groups), label="groups")
+    tokens = draw(st.integers(0, 7), label="tokens")
+    density = draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]), label="density")
+    seed = draw(st.integers(0, 2**20), label="seed")
+    generator = _generator(seed)
+    mask = torch.rand(rows, tokens, generator=generator) < density
+    mask &= torch.rand(rows, 1, generator=generator) < 0.85  # some rows without any token
+    log_ratios = (
+        torch.randn(rows, tokens, generator=generator).double().masked_fill(~mask, torch.nan)
+    )
+    binary = draw(st.booleans(), label="binary rewards")
+    rewards = torch.randn(rows, generator=generator).double()
+    return Batch(mask, log_ratios, (rewards > 0).double() if binary else rewards, group_size, seed)
