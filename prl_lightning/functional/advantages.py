@@ -172,7 +172,7 @@ def _dr_grpo(rewards: Tensor, members: Tensor, unbiased_std: bool) -> Tensor:
 
 def _rloo(rewards: Tensor, members: Tensor, unbiased_std: bool) -> Tensor:
     # r - (Σ - r)/(n - 1) = n/(n - 1)·(r - Σ/n)
-    count = members.sum(1, keepdim=True)
+    count = members.sum(1, keepdim=True, dtype=rewards.dtype)
     return _centred(rewards, members) * (count / (count - 1).clamp(min=1))
 
 
