@@ -1,0 +1,250 @@
+import math
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prl_lightning.functional import token_logprobs
+
+from .batches import quick
+
+
+def reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """log_softmax + gather, over all logits at once."""
+    logprobs = (hidden @ weight.T / temperature).log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def inputs(
+    tokens: int, vocabulary: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64)
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+def gradients(loss: Tensor, *tensors: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, tensors))
+
+
+@quick
+@given(
+    tokens=st.integers(0, 9),
+    vocabulary=st.integers(1, 12),
+    width=st.integers(1, 5),
+    chunk_size=st.none() | st.integers(1, 11),
+    temperature=st.sampled_from([1.0, 0.6, 2.5]),
+    seed=st.integers(0, 1000),
+)
+def test_token_logprobs_is_log_softmax_and_gather(
+    tokens: int,
+    vocabulary: int,
+    width: int,
+    chunk_size: int | None,
+    temperature: float,
+    seed: int,
+) -> None:
+    hidden, weight, targets = inputs(tokens, vocabulary, width, seed)
+    logprobs, entropy = token_logprobs(hidden, weight, targets, temperature, chunk_size)
+    want, want_entropy = reference(hidden, weight, targets, temperature)
+    torch.testing.assert_close(logprobs, want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(entropy, want_entropy.detach(), rtol=1e-10, atol=1e-12)
+    upstream = torch.linspace(-1, 2, tokens, dtype=torch.float64)
+    got = gradients((logprobs * upstream).sum(), hidden, weight)
+    expected = gradients((want * upstream).sum(), hidden, weight)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gradient_is_numerically_the_derivative() -> None:
+    hidden, weight, targets = inputs(5, 4, 3)
+    assert torch.autograd.gradcheck(
+        lambda h, w: token_logprobs(h, w, targets, 0.7, 2)[0], (hidden, weight)
+    )
+
+
+def test_by_hand() -> None:
+    hidden = torch.tensor([[1.0], [2.0]])
+    weight = torch.tensor([[0.0], [math.log(3)]])
+    logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([1, 0]))
+    # Probabilities 1/4, 3/4 and 1/10, 9/10.
+    assert logprobs.tolist() == pytest.approx([math.log(3 / 4), math.log(1 / 10)], rel=1e-6)
+    want = [-sum(p * math.log(p) for p in row) for row in ([0.25, 0.75], [0.1, 0.9])]
+    assert entropy.tolist() == pytest.approx(want, rel=1e-6)
+
+
+def test_entropy_is_not_differentiable() -> None:
+    logprobs, entropy = token_logprobs(*inputs(3, 4, 2))
+    assert logprobs.requires_grad
+    assert not entropy.requires_grad
+
+
+@pytest.mark.parametrize("trained", [(True, False), (False, True)])
+def test_only_the_wanted_gradient_is_computed(trained: tuple[bool, bool]) -> None:
+    hidden, weight, targets = inputs(7, 5, 3)
+    want = gradients(reference(hidden, weight, targets, 1.0)[0].sum(), hidden, weight)
+    hidden.requires_grad_(trained[0])
+    weight.requires_grad_(trained[1])
+    logprobs, _ = token_logprobs(hidden, weight, targets, chunk_size=2)
+    with Recorder() as recorder:
+        logprobs.sum().backward()
+    for tensor, is_trained, grad in zip((hidden, weight), trained, want, strict=True):
+        assert (tensor.grad is not None) == is_trained
+        if tensor.grad is not None:
+            torch.testing.assert_close(tensor.grad, grad)
+    # One product a chunk to make the logits again, one for the gradient: none for the other.
+    assert recorder.products == 4 * 2
+
+
+def test_nothing_is_kept_under_no_grad() -> None:
+    hidden, weight, targets = inputs(4, 5, 3)
+    want, _ = token_logprobs(hidden, weight, targets)
+    with torch.no_grad():
+        got, _ = token_logprobs(hidden, weight, targets)
+    assert got.grad_fn is None
+    assert torch.equal(got, want.detach())
+
+
+@pytest.mark.parametrize("peak", [1e4, -1e4])
+def test_large_logits_do_not_overflow(peak: float) -> None:
+    hidden = torch.tensor([[peak]], requires_grad=True)
+    logprobs, entropy = token_logprobs(hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
+    logprobs.sum().backward()
+    assert logprobs.item() == (-2e4 if peak > 0 else 0)
+    assert entropy.item() == 0
+    assert hidden.grad is not None
+    assert hidden.grad.item() == (-2 if peak > 0 else 0)
+
+
+def close_to_float64(dtype: torch.dtype, weight_dtype: torch.dtype, autocast: bool) -> None:
+    hidden, weight, targets = inputs(40, 30, 16, dtype=dtype)
+    weight = weight.detach().to(weight_dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logprobs, entropy = token_logprobs(hidden, weight, targets, 0.8, chunk_size=7)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    got = gradients(logprobs.sum(), hidden, weight)
+    assert [grad.dtype for grad in got] == [dtype, weight_dtype]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    want, want_entropy = reference(*exact, targets, 0.8)
+    # Logits of size 10 to 20 in bfloat16 are off by up to 2^-9 of that, over the temperature.
+    torch.testing.assert_close(logprobs.double(), want.detach(), rtol=0, atol=0.15)
+    torch.testing.assert_close(entropy.double(), want_entropy.detach(), rtol=0, atol=0.15)
+    for grad, expected in zip(got, gradients(want.sum(), *exact), strict=True):
+        assert (grad.double() - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_bfloat16_hidden(weight_dtype: torch.dtype) -> None:
+    close_to_float64(torch.bfloat16, weight_dtype, autocast=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast(dtype: torch.dtype) -> None:
+    close_to_float64(dtype, torch.float32, autocast=True)
+
+
+def test_autocast_is_used() -> None:
+    hidden, weight, targets = inputs(40, 30, 16, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low, _ = token_logprobs(hidden, weight, targets)
+    want, _ = token_logprobs(hidden.bfloat16(), weight.bfloat16(), targets)
+    assert torch.equal(low, want)
+
+
+def test_weight_gradient_of_many_chunks_is_summed_in_float32() -> None:
+    """512 equal gradients of 1/2, added one by one in bfloat16, stop growing at 128."""
+    hidden = torch.ones(512, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    logprobs, _ = token_logprobs(hidden, weight, torch.zeros(512).long(), chunk_size=1)
+    logprobs.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [[256.0], [-256.0]]
+
+
+class Recorder(TorchDispatchMode):
+    """Counts matrix products, and sees the size and number of large tensors alive at once."""
+
+    def __init__(self, large: int = 10**9) -> None:
+        super().__init__()
+        self.large = large
+        self.products = self.largest = self.most_alive = 0
+        self._alive: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.products += any(name in str(func) for name in ("mm.", "mm_."))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+                if tensor.numel() >= self.large:
+                    self._alive.append(weakref.ref(tensor))
+        tensors = [found for ref in self._alive if (found := ref()) is not None]
+        storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.most_alive = max(self.most_alive, len(storages))
+        return out
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_more_than_one_chunk_of_logits_exists(dtype: torch.dtype, temperature: float) -> None:
+    tokens, vocabulary, width, chunk_size = 96, 1000, 4, 8
+    hidden, weight, targets = inputs(tokens, vocabulary, width, dtype=dtype)
+    chunk = chunk_size * vocabulary
+    assert chunk > vocabulary * width > tokens * width  # so a chunk of logits is the largest
+    with Recorder(large=chunk) as forward:
+        logprobs, _ = token_logprobs(hidden, weight, targets, temperature, chunk_size)
+    with Recorder(large=chunk) as backward:
+        logprobs.sum().backward()
+    for pass_ in (forward, backward):
+        assert pass_.largest == chunk
+        assert 1 <= pass_.most_alive <= 2
+    # The recorder does see what the plain way allocates.
+    with Recorder(large=chunk) as plain:
+        reference(hidden, weight, targets, temperature)[0].sum().backward()
+    assert plain.largest == tokens * vocabulary
+    assert plain.most_alive >= 2
+
+
+def test_automatic_chunks_bound_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prl_lightning.functional.logprobs._CHUNK_ELEMENTS", 5_000)
+    hidden, weight, targets = inputs(64, 1000, 2)
+    with Recorder() as recorder:
+        token_logprobs(hidden, weight, targets)[0].sum().backward()
+    assert recorder.largest == 5_000
+
+
+def test_no_tokens() -> None:
+    hidden, weight, targets = inputs(0, 5, 3)
+    logprobs, entropy = token_logprobs(hidden, weight, targets)
+    assert logprobs.shape == entropy.shape == (0,)
+    logprobs.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0: it must be above 0"),
+        ({"chunk_size": 0}, "chunk_size is 0: use at least 1"),
+        ({"targets": torch.zeros(3).long()}, r"targets \(3,\): pass one target for each row"),
+        ({"head_weight": torch.zeros(5, 9)}, r"hidden has shape \(4, 3\), head_weight \(5, 9\)"),
+        ({"hidden": torch.zeros(2, 2, 3)}, r"hidden has shape \(2, 2, 3\).*\(N, H\)"),
+    ],
+)
+def test_errors_name_the_field_the_value_and_the_mend(change: dict[str, Any], message: str) -> None:
+    hidden, weight, targets = inputs(4, 5, 3)
+    arguments = {"hidden": hidden, "head_weight": weight, "targets": targets, **change}
+    with pytest.raises(ValueError, match=message):
+        token_logprobs(**arguments)
