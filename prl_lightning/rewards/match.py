@@ -28,14 +28,16 @@ def reference_texts(reference: Any) -> list[str]:
         >>> reference_texts(27.0), reference_texts(["1/2", 0.5])
         (['27'], ['1/2', '0.5'])
     """
-    if isinstance(reference, list | tuple):
+    if isinstance(reference, bool):
+        pass  # an integer to Python, but no answer that a completion would give
+    elif isinstance(reference, list | tuple):
         texts = [text for item in reference for text in reference_texts(item)]
         if texts:
             return texts
     elif isinstance(reference, str):
         if reference.strip():
             return [reference.strip()]
-    elif isinstance(reference, Integral) and not isinstance(reference, bool):
+    elif isinstance(reference, Integral):
         return [str(int(reference))]
     elif isinstance(reference, Real) and math.isfinite(reference):
         # In digits, since "1e-07" is no number to most readers of answers.

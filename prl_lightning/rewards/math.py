@@ -27,10 +27,15 @@ _BETWEEN_BOXES = re.compile(
 _MAX_CHARACTERS = 400
 _MAX_NESTING = 10
 _UNREASONABLE = re.compile(
-    r"\\i*o?int\b|\\(?:sum|prod|lim)(?![a-z])"  # not carried out, so not an answer yet
+    r"\\(?:i*int|oint|sum|prod|lim)(?![a-z])"  # not carried out, so not an answer yet
     r"|\d\s*\^\s*\{?\s*\d+\s*\^\s*\{?\s*\d"  # a tower of powers of numbers
     r"|\^\s*\{?\s*-?\d{7}|\d{6}\s*!"  # millions of digits
 )
+
+# Both as some reference answers of Minerva Math have them: "4.5e33", in which math-verify reads
+# Euler's number ("2e-1" may mean either: both readings count), and "-1./3", which it cannot read.
+_SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?!\w)")
+_FULL_STOP = re.compile(r"(?<=\d)\.(?=\s*[-+*/^)]|\s*$)|(?<=\$)\.\s*$")
 
 
 class MathReward:
@@ -158,9 +163,9 @@ def _equal(gold: str, answer: str) -> bool:
             raise ValueError(f"not given to math-verify: {text[:80]!r}")
     from math_verify import verify
 
-    return bool(
-        verify(list(_parse(gold)), list(_parse(answer)), timeout_seconds=None, raise_on_error=True)
-    )
+    left, right = _parse(gold), _parse(answer)
+    same = verify(list(left), list(right), timeout_seconds=None, raise_on_error=True)
+    return bool(same) and not _differs_in_scale(left, right)
 
 
 def _is_unreasonable(answer: str) -> bool:
@@ -182,14 +187,35 @@ def _parse(answer: str) -> tuple[Any, ...]:
     from math_verify import LatexExtractionConfig, parse
 
     _silence_time_limit_warning()
-    # "-1./3" is no LaTeX number, and some reference answers are written so.
-    answer = re.sub(r"(\d)\.(?=\s*[-+*/^)]|\s*$)", r"\1", answer)
-    boxed = [LatexExtractionConfig(boxed_match_priority=0)]
-    readings = parse(rf"\boxed{{{answer}}}", boxed, parsing_timeout=None, raise_on_error=True)
-    if all(isinstance(reading, str) for reading in readings) and "=" in answer:
+    readings = parse(
+        rf"\boxed{{{_FULL_STOP.sub('', answer)}}}",
+        [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)],
+        extraction_mode="first_match",  # the box or nothing: never a fraction somewhere inside it
+        parsing_timeout=None,
+        raise_on_error=True,
+    )
+    if _SCIENTIFIC.search(answer):
+        readings += _parse(_SCIENTIFIC.sub(r"\1\\times 10^{\2}", answer))
+    elif "=" in answer and all(isinstance(reading, str) for reading in readings):
         # A left side that cannot be read, as in "m_{\max} = 3": what it equals often can.
-        return (*readings, *_parse(answer.rsplit("=", 1)[1]))
+        readings += _parse(answer.rsplit("=", 1)[1])
     return tuple(readings)
+
+
+def _differs_in_scale(gold: tuple[Any, ...], answer: tuple[Any, ...]) -> bool:
+    """Whether no two readings as numbers agree to 1e-4 of their size, for a small reference.
+
+    math-verify compares decimals to six places, so that 3e-8 and 5e-9 are one number to it.
+    """
+    golds, answers = _values(gold), _values(answer)
+    if not any(0 < abs(value) < 1e-2 for value in golds) or not answers:
+        return False
+    return not any(abs(left - right) <= 1e-4 * abs(left) for left in golds for right in answers)
+
+
+def _values(readings: tuple[Any, ...]) -> list[complex]:
+    numbers = (reading for reading in readings if getattr(reading, "is_number", False))
+    return [complex(number.doit().evalf()) for number in numbers]
 
 
 @lru_cache(maxsize=1)
