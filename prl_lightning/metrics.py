@@ -45,10 +45,11 @@ class _MeanOverProblems(Metric):
         """
         num_correct = torch.as_tensor(num_correct, device=self.total.device)
         num_samples = torch.as_tensor(num_samples, device=self.total.device).expand_as(num_correct)
-        if bool(((num_correct < 0) | (num_correct > num_samples)).any()):
+        wrong = (num_correct < 0) | (num_correct > num_samples)
+        if bool(wrong.any()):
             raise ValueError(
-                f"num_correct must lie between 0 and num_samples, got {num_correct.tolist()} of "
-                f"{num_samples.tolist()}"
+                "num_correct must lie between 0 and num_samples, got "
+                f"{num_correct[wrong][0].item()} of {num_samples[wrong][0].item()}"
             )
         self.total += self._values(num_correct, num_samples).sum(dtype=torch.float64)
         self.num_problems += num_correct.numel()
@@ -56,6 +57,18 @@ class _MeanOverProblems(Metric):
     def compute(self) -> Tensor:
         """The mean over all problems seen, a float64 scalar; NaN if there were none."""
         return self.total / self.num_problems
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw one value, or several over time; see `torchmetrics.Metric.plot`.
+
+        Args:
+            val: A computed value or a list of them; `None` computes it now.
+            ax: Axes of matplotlib to draw on; `None` makes new ones.
+
+        Returns:
+            The figure and its axes.
+        """
+        return self._plot(val, ax)
 
     def _values(self, num_correct: Tensor, num_samples: Tensor) -> Tensor:
         raise NotImplementedError

@@ -232,7 +232,7 @@ def _in_form_of(prompt: Any, completion: Any) -> Any:
 
 def _call(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> Any:
     """Call `function` with those of `arguments` that it accepts."""
-    parameters = _parameters(function)
+    count, parameters = len(arguments["completions"]), _parameters(function)
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         accepted = {parameter.name for parameter in parameters}
         arguments = {key: value for key, value in arguments.items() if key in accepted}
@@ -241,8 +241,7 @@ def _call(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> 
     except Exception as error:
         raise RuntimeError(
             f"reward function '{name}' raised {type(error).__name__}: {error}. It was called with "
-            f"{len(arguments['completions']) if 'completions' in arguments else 0} completions and "
-            f"{sorted(arguments)}; mend it so that it returns a number, or None where it does not "
+            f"{count} completions and {sorted(arguments)}; mend it so that it returns a number, or None where it does not "
             "apply, for every completion"
         ) from error
 
