@@ -241,8 +241,8 @@ def _call(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> 
     except Exception as error:
         raise RuntimeError(
             f"reward function '{name}' raised {type(error).__name__}: {error}. It was called with "
-            f"{count} completions and {sorted(arguments)}; mend it so that it returns a number, or None where it does not "
-            "apply, for every completion"
+            f"{count} completions and {sorted(arguments)}; mend it so that it returns a "
+            "number, or None where it does not apply, for every completion"
         ) from error
 
 

@@ -32,8 +32,9 @@ _UNREASONABLE = re.compile(
     r"|\^\s*\{?\s*-?\d{7}|\d{6}\s*!"  # millions of digits
 )
 
-# Both as some reference answers of Minerva Math have them: "4.5e33", in which math-verify reads
-# Euler's number ("2e-1" may mean either: both readings count), and "-1./3", which it cannot read.
+# Both from Minerva Math. 58 of its 272 reference answers are like "4.5e33", in which math-verify
+# reads Euler's number, so that 4.5 \times 10^{33} is wrong to it (as "2e-1" may mean either, both
+# readings count). A few are like "-1./3", which it cannot read.
 _SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?!\w)")
 _FULL_STOP = re.compile(r"(?<=\d)\.(?=\s*[-+*/^)]|\s*$)|(?<=\$)\.\s*$")
 
