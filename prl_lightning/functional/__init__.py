@@ -5,20 +5,16 @@ from prl_lightning.functional.advantages import (
     kl_in_reward_trajectory,
     outcome_advantages,
 )
+from prl_lightning.functional.aggregation import aggregate
 from prl_lightning.functional.divergences import (
     Divergence,
     divergence_names,
     get_divergence,
     register_divergence,
 )
+from prl_lightning.functional.kl import kl_estimate, kl_loss
 from prl_lightning.functional.logprobs import token_logprobs
-from prl_lightning.functional.losses import (
-    aggregate,
-    importance_weights,
-    kl_estimate,
-    kl_loss,
-    policy_loss,
-)
+from prl_lightning.functional.losses import importance_weights, policy_loss
 from prl_lightning.functional.masks import MAX_LOG_RATIO
 from prl_lightning.functional.pass_at_k import pass_at_k
 from prl_lightning.functional.process import (

@@ -51,6 +51,25 @@ def keep_tokens(values: Tensor, completion_mask: Tensor, name: str) -> Tensor:
     return torch.where(completion_mask.bool(), values, torch.zeros_like(values))
 
 
+def check_same_shape(first: Tensor, second: Tensor, first_name: str, second_name: str) -> None:
+    """Raise a ValueError that names both tensors if their shapes differ.
+
+    Args:
+        first: (B, T).
+        second: (B, T).
+        first_name: what `first` is called in the error message.
+        second_name: what `second` is called in the error message.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if first.shape != second.shape:
+        raise ValueError(
+            f"{first_name} has shape {tuple(first.shape)} and {second_name} "
+            f"{tuple(second.shape)}: pass both as (B, T)"
+        )
+
+
 def suffix_sums(values: Tensor) -> Tensor:
     """S_t = Σ_{j≥t} x_j along the last dimension.
 

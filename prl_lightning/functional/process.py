@@ -6,7 +6,7 @@ All of it is detached: these are coefficients of ∇ log π, not terms to differ
 from torch import Tensor
 
 from prl_lightning.functional.divergences import Divergence, get_divergence
-from prl_lightning.functional.masks import at_least_float32, keep_tokens, later_sums, suffix_sums
+from prl_lightning.functional.masks import keep_tokens, later_sums, suffix_sums
 from prl_lightning.functional.steps import take_at_step_end
 
 
@@ -201,7 +201,7 @@ def per_token(values: Tensor, completion_mask: Tensor, name: str) -> Tensor:
         tensor([[2., 0.]])
     """
     if values.ndim == 1 and completion_mask.ndim == 2 and len(values) == len(completion_mask):
-        values = at_least_float32(values)[:, None].expand(completion_mask.shape)
+        values = values[:, None].expand(completion_mask.shape)
     elif values.shape != completion_mask.shape:
         raise ValueError(
             f"{name} has shape {tuple(values.shape)} and completion_mask "

@@ -7,6 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+AGGREGATIONS = ["token_mean", "sequence_mean", "constant"]
+
 quick = settings(max_examples=40, deadline=None)
 
 
@@ -51,3 +53,16 @@ def batches(draw: st.DrawFn, max_groups: int = 3) -> Batch:
     binary = draw(st.booleans(), label="binary rewards")
     rewards = torch.randn(rows, generator=generator).double()
     return Batch(mask, log_ratios, (rewards > 0).double() if binary else rewards, group_size, seed)
+
+
+def slow_aggregate(values: Tensor, batch: Batch, kind: str, max_length: int) -> float:
+    """`aggregate` as loops over lists."""
+    rows = [[values[i, t].item() for t in positions] for i, positions in enumerate(batch.rows())]
+    rows = [row for row in rows if row]
+    if not rows:
+        return 0.0
+    if kind == "token_mean":
+        return sum(map(sum, rows)) / sum(map(len, rows))
+    if kind == "sequence_mean":
+        return sum(sum(row) / len(row) for row in rows) / len(rows)
+    return sum(map(sum, rows)) / (len(rows) * max_length)

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,86 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prl_lightning.functional import (
-    aggregate,
     importance_weights,
-    kl_estimate,
     kl_loss,
     policy_loss,
 )
 
-from .batches import Batch, batches, quick
-
-AGGREGATIONS = ["token_mean", "sequence_mean", "constant"]
-ESTIMATORS = ["k1", "k2", "k3", "k3+"]
-
-
-def slow_aggregate(values: Tensor, batch: Batch, kind: str, max_length: int) -> float:
-    rows = [[values[i, t].item() for t in positions] for i, positions in enumerate(batch.rows())]
-    rows = [row for row in rows if row]
-    if not rows:
-        return 0.0
-    if kind == "token_mean":
-        return sum(map(sum, rows)) / sum(map(len, rows))
-    if kind == "sequence_mean":
-        return sum(sum(row) / len(row) for row in rows) / len(rows)
-    return sum(map(sum, rows)) / (len(rows) * max_length)
-
-
-@pytest.mark.parametrize("kind", AGGREGATIONS)
-@quick
-@given(batch=batches())
-def test_aggregate_is_a_loop(kind: str, batch: Batch) -> None:
-    got = aggregate(batch.log_ratios, batch.mask, kind, max_length=10)
-    assert got.item() == pytest.approx(slow_aggregate(batch.log_ratios, batch, kind, 10), abs=1e-12)
-
-
-def test_aggregate_by_hand() -> None:
-    values = torch.tensor([[1.0, 2.0, 3.0], [10.0, math.nan, math.inf], [math.nan] * 3])
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
-    assert aggregate(values, mask, "token_mean").item() == 4.0  # 16 / 4
-    assert aggregate(values, mask, "sequence_mean").item() == 6.0  # (2 + 10) / 2
-    assert aggregate(values, mask, "constant", max_length=8).item() == 1.0  # 16 / (2·8)
-    assert aggregate(values, mask, "token_mean", num_tokens=8).item() == 2.0
-    assert aggregate(values, mask, "sequence_mean", num_sequences=3).item() == 4.0
-    assert aggregate(values, mask, "constant", num_sequences=4, max_length=8).item() == 0.5
-
-
-def batch_loss(batch: Batch, rows: slice, kind: str, totals: dict[str, int]) -> Tensor:
-    """Policy and KL loss of some rows, with token weights: everything that is aggregated."""
-    policy = batch.noise(1)[rows].requires_grad_()
-    mask = batch.mask[rows]
-    loss, _ = policy_loss(
-        policy,
-        batch.noise(2)[rows],
-        batch.noise(3)[rows],
-        mask,
-        aggregation=kind,
-        token_weights=batch.noise(4)[rows].exp(),
-        max_length=16,
-        **totals,
-    )
-    ref = batch.noise(5)[rows]
-    total = loss + kl_loss(policy, ref, mask, "k3", aggregation=kind, max_length=16, **totals)
-    (grad,) = torch.autograd.grad(total, policy)
-    return torch.cat([total[None].detach(), grad.reshape(-1)])
-
-
-@pytest.mark.parametrize("kind", AGGREGATIONS)
-@quick
-@given(batch=batches(), size=st.integers(1, 5))
-def test_cutting_into_micro_batches_changes_nothing(kind: str, batch: Batch, size: int) -> None:
-    """Loss and gradient; also cuts where a micro-batch holds no token."""
-    totals = {
-        "num_tokens": max(1, int(batch.mask.sum())),
-        "num_sequences": max(1, int(batch.mask.any(-1).sum())),
-    }
-    want = batch_loss(batch, slice(None), kind, {})
-    cuts = [slice(i, i + size) for i in range(0, len(batch.mask), size)]
-    parts = [batch_loss(batch, rows, kind, totals) for rows in cuts]
-    loss = sum((part[0] for part in parts), torch.tensor(0.0, dtype=torch.float64))
-    grad = torch.cat([part[1:] for part in parts]) if parts else want[1:]
-    torch.testing.assert_close(loss, want[0], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(grad, want[1:], rtol=1e-10, atol=1e-12)
+from .batches import AGGREGATIONS, Batch, batches, quick, slow_aggregate
 
 
 @pytest.mark.parametrize("kind", AGGREGATIONS)
@@ -224,71 +149,6 @@ def test_no_tokens_give_a_zero_loss_with_a_zero_gradient(kind: str) -> None:
     }
 
 
-VALUES: dict[str, Callable[[float], float]] = {
-    "k1": lambda d: d,
-    "k2": lambda d: d * d / 2,
-    "k3": lambda d: math.exp(-d) - 1 + d,
-    "k3+": lambda d: math.exp(-d) - 1 + d,
-}
-SLOPES: dict[str, Callable[[float], float]] = {
-    "k1": lambda d: 1.0,
-    "k2": lambda d: d,
-    "k3": lambda d: 1 - math.exp(-d),
-    "k3+": lambda d: d,
-}
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@quick
-@given(policy=st.floats(-9, 0), ref=st.floats(-9, 0))
-def test_kl_estimate_is_its_equation(estimator: str, policy: float, ref: float) -> None:
-    """Value and gradient; so k3+ has the value of k3 and the gradient of k2."""
-    logprobs = torch.tensor([[policy]], dtype=torch.float64, requires_grad=True)
-    got = kl_estimate(logprobs, torch.tensor([[ref]], dtype=torch.float64), estimator)
-    got.sum().backward()
-    assert logprobs.grad is not None
-    assert got.item() == pytest.approx(VALUES[estimator](policy - ref), rel=1e-9, abs=1e-12)
-    slope = logprobs.grad.item()
-    assert slope == pytest.approx(SLOPES[estimator](policy - ref), rel=1e-9, abs=1e-12)
-
-
-def test_k3_plus_has_exactly_the_value_of_k3() -> None:
-    policy, ref = torch.randn(50, 4), torch.randn(50, 4)
-    assert torch.equal(kl_estimate(policy, ref, "k3+"), kl_estimate(policy, ref, "k3"))
-
-
-@pytest.mark.parametrize("estimator", ["k1", "k3", "k3+"])
-def test_kl_estimates_are_unbiased(estimator: str) -> None:
-    """Σ_a π(a)·estimate(a) = KL(π‖π_ref), over the whole vocabulary."""
-    policy = torch.randn(7, dtype=torch.float64).log_softmax(-1)
-    ref = torch.randn(7, dtype=torch.float64).log_softmax(-1)
-    expected = (policy.exp() * kl_estimate(policy, ref, estimator)).sum()
-    want = torch.nn.functional.kl_div(ref, policy, log_target=True, reduction="sum")
-    torch.testing.assert_close(expected, want)
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("kind", AGGREGATIONS)
-@quick
-@given(batch=batches())
-def test_kl_loss_is_a_loop(estimator: str, kind: str, batch: Batch) -> None:
-    policy, ref = batch.noise(1), batch.noise(2)
-    values = torch.zeros_like(policy)
-    for i, positions in enumerate(batch.rows()):
-        for t in positions:
-            values[i, t] = VALUES[estimator]((policy[i, t] - ref[i, t]).item())
-    got = kl_loss(policy, ref, batch.mask, estimator, aggregation=kind, max_length=9)
-    want = slow_aggregate(values, batch, kind, 9)
-    assert got.item() == pytest.approx(want, rel=1e-9, abs=1e-12)
-
-
-@quick
-@given(batch=batches())
-def test_kl_loss_is_zero_when_policy_is_reference(batch: Batch) -> None:
-    for estimator in ESTIMATORS:
-        assert kl_loss(batch.noise(1), batch.noise(1), batch.mask, estimator).item() == 0
-
-
 @quick
 @given(old=st.floats(-9, 0), rollout=st.floats(-9, 0), cap=st.floats(0.5, 5))
 def test_importance_weights_are_their_equation(old: float, rollout: float, cap: float) -> None:
@@ -322,27 +182,16 @@ def test_token_weights_scale_the_loss() -> None:
     assert stats == other
 
 
-def test_bfloat16_logprobs_are_summed_in_float32() -> None:
-    ones = torch.ones(1, 4096, dtype=torch.bfloat16)
-    assert aggregate(ones, torch.ones(1, 4096), "token_mean", num_tokens=1).item() == 4096
-
-
 def test_errors_name_the_field_the_value_and_the_mend() -> None:
     a, mask = torch.zeros(2, 3), torch.ones(2, 3)
     with pytest.raises(ValueError, match="aggregation is 'mean'.*token_mean, sequence_mean, const"):
         policy_loss(a, a, a, mask, aggregation="mean")
-    with pytest.raises(ValueError, match="max_length is None.*completion limit"):
-        aggregate(a, mask, "constant")
-    with pytest.raises(ValueError, match=r"estimator is 'k4'.*k1, k2, k3, k3\+"):
-        kl_estimate(a, a, "k4")
     with pytest.raises(ValueError, match=r"old_logprobs has shape \(2, 2\)"):
         policy_loss(a, torch.zeros(2, 2), a, mask)
     with pytest.raises(ValueError, match=r"advantages has shape \(3,\)"):
         policy_loss(a, a, torch.zeros(3), mask)
     with pytest.raises(ValueError, match=r"token_weights has shape \(2, 1\)"):
         policy_loss(a, a, a, mask, token_weights=torch.ones(2, 1))
-    with pytest.raises(ValueError, match=r"policy_logprobs has shape \(2, 3\) and ref_logprobs"):
-        kl_estimate(a, torch.zeros(2, 1))
     with pytest.raises(ValueError, match="cap is 0"):
         importance_weights(a, a, 0)
     with pytest.raises(ValueError, match=r"rollout_logprobs \(2, 1\)"):
