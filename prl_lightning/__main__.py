@@ -1,0 +1,5 @@
+"""``python -m prl_lightning``, for launchers such as torchrun and SLURM."""
+
+from prl_lightning.cli import main
+
+main()

@@ -1,0 +1,7 @@
+"""A small reasoning problem that is learnt on a laptop: quickstart, tests and benchmarks use it."""
+
+from prl_lightning.arithmetic.prepare import ArithmeticTask
+from prl_lightning.arithmetic.problems import Problem, draw_problems
+from prl_lightning.arithmetic.tokenizer import make_tokenizer
+
+__all__ = ["ArithmeticTask", "Problem", "draw_problems", "make_tokenizer"]

@@ -1,0 +1,87 @@
+"""The problem: left-to-right arithmetic modulo 10, solved in written steps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+ANSWER_MARK = "#"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An expression that is evaluated from left to right, every result modulo 10.
+
+    Attributes:
+        digits: one more than there are operations.
+        operators: "+", "-" or "*".
+
+    Example:
+        >>> problem = Problem((3, 5, 2), ("+", "*"))
+        >>> problem.prompt, problem.answer
+        ('3+5*2?', '6')
+    """
+
+    digits: tuple[int, ...]
+    operators: tuple[str, ...]
+
+    @property
+    def prompt(self) -> str:
+        """What the model is given."""
+        rest = zip(self.operators, self.digits[1:], strict=True)
+        return f"{self.digits[0]}{''.join(f'{op}{digit}' for op, digit in rest)}?"
+
+    @property
+    def answer(self) -> str:
+        """The right last result, one digit."""
+        return self.trace(error_rate=0.0, rng=random.Random(0))[-1]
+
+    def trace(self, error_rate: float, rng: random.Random) -> str:
+        r"""Write the steps, each wrong with some probability.
+
+        Args:
+            error_rate: probability of a wrong result, uniform over the other nine digits; what
+                follows goes on from it, as a slip of the pen would.
+            rng: source of the slips.
+
+        Returns:
+            One line a step, then the mark and the last result.
+
+        Example:
+            >>> Problem((3, 5, 2), ("+", "*")).trace(0.0, random.Random(0))
+            '3+5=8\n8*2=6\n#6'
+        """
+        value, lines = self.digits[0], []
+        for op, digit in zip(self.operators, self.digits[1:], strict=True):
+            result = OPERATIONS[op](value, digit) % 10
+            if rng.random() < error_rate:
+                result = (result + rng.randint(1, 9)) % 10
+            lines.append(f"{value}{op}{digit}={result}")
+            value = result
+        return "\n".join([*lines, f"{ANSWER_MARK}{value}"])
+
+
+def draw_problems(min_operations: int, max_operations: int, seed: int) -> Iterator[Problem]:
+    """Endless distinct problems, uniform over the number of operations, digits and operators.
+
+    Args:
+        min_operations: at least 1.
+        max_operations: inclusive.
+        seed: the same seed gives the same problems.
+
+    Yields:
+        Problems, none twice.
+    """
+    rng = random.Random(seed)
+    seen: set[Problem] = set()
+    while True:
+        count = rng.randint(min_operations, max_operations)
+        problem = Problem(
+            tuple(rng.randrange(10) for _ in range(count + 1)),
+            tuple(rng.choice(tuple(OPERATIONS)) for _ in range(count)),
+        )
+        if problem not in seen:
+            seen.add(problem)
+            yield problem

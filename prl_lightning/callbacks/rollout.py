@@ -1,0 +1,212 @@
+"""RolloutCallback: prompts to completions, completions to rewards, rewards to advantages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from prl_lightning.callbacks.engine import EngineLink
+from prl_lightning.callbacks.scoring import prepare_update
+from prl_lightning.data import PromptDataModule
+from prl_lightning.models import max_model_tokens, stop_token_ids
+from prl_lightning.module import PRLModule
+from prl_lightning.rewards import RewardFunction, RewardSum
+from prl_lightning.samplers import Sampler, SamplingConfig, VLLMSampler
+from prl_lightning.types import Prompt, Rollout
+
+
+class RolloutCallback(Callback):
+    """Sample, score and compare completions at the start of every epoch.
+
+    Args:
+        rewards: functions with TRL's signature; their weighted sum is the outcome reward.
+        sampler: the engine; vLLM by default.
+        reward_weights: one a reward function, 1 by default.
+        max_new_tokens: limit of a completion.
+        eval_temperature: of the evaluation samples.
+        eval_top_p: of the evaluation samples.
+        max_engine_gap: the run stops where engine and trainer disagree by more than this on the
+            mean token log-probability; by default, by more than their precision explains.
+    """
+
+    def __init__(
+        self,
+        rewards: list[RewardFunction],
+        sampler: Sampler | None = None,
+        reward_weights: list[float] | None = None,
+        max_new_tokens: int = 1024,
+        eval_temperature: float = 1.0,
+        eval_top_p: float = 1.0,
+        max_engine_gap: float | None = None,
+    ) -> None:
+        self.engine = EngineLink(VLLMSampler() if sampler is None else sampler, max_engine_gap)
+        self.rewards = RewardSum(rewards, reward_weights)
+        self.max_new_tokens = max_new_tokens
+        self.eval_temperature = eval_temperature
+        self.eval_top_p = eval_top_p
+        self._values: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before anything is loaded.
+
+        Raises:
+            ValueError: a reward's column is missing, or prompt and completion exceed the model.
+        """
+        data, module = _data(trainer), _prl(pl_module)
+        self.rewards.check_columns(data.reward_columns)
+        self._max_tokens = data.max_prompt_tokens + self.max_new_tokens
+        limit = max_model_tokens(module.policy_name)
+        if limit is not None and self._max_tokens > limit:
+            raise ValueError(
+                f"data.max_prompt_tokens={data.max_prompt_tokens} + rollout.max_new_tokens="
+                f"{self.max_new_tokens} = {self._max_tokens} tokens, but the model takes {limit}. "
+                "Lower one of them."
+            )
+        self._stop_token_ids = stop_token_ids(module.policy_name, data.tokenizer)
+        self.engine.forget_weights()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the engine's memory back."""
+        self.engine.stop()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fill the training buffer with this iteration's rollouts."""
+        data, module = _data(trainer), _prl(pl_module)
+        buffer = data.train_rollouts
+        if buffer is None:
+            raise RuntimeError("data.setup('fit') comes first")
+        config = SamplingConfig(
+            n=data.group_size,
+            temperature=module.temperature,
+            max_new_tokens=self.max_new_tokens,
+            stop_token_ids=self._stop_token_ids,
+            seed=_seed(data.seed, "fit", trainer.global_rank, data.prompts_seen),
+        )
+        rollouts = self._rollouts(trainer, module, data.next_prompts(), config)
+        buffer.fill(rollouts, lambda totals: _sum_over_ranks(trainer, totals))
+        with self._timed("scoring"):
+            prepare_update(module, buffer, data.group_size)
+        self._values |= _describe(rollouts, data.group_size)
+        module.log_dict({f"rollout/{k}": v for k, v in self._values.items()}, sync_dist=True)
+        module.log("reward", self._values["reward"], prog_bar=True, logger=False)
+        self._training_since = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log how long the updates took."""
+        seconds = time.monotonic() - self._training_since
+        pl_module.log("train/seconds", seconds, sync_dist=True)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fill the evaluation buffers: all sets in one engine call."""
+        data = _data(trainer)
+        sets = data.eval_prompts()
+        prompts = [prompt for some in sets.values() for prompt in some]
+        if not prompts:
+            return
+        config = SamplingConfig(
+            n=data.eval_group_size,
+            temperature=self.eval_temperature,
+            top_p=self.eval_top_p,
+            max_new_tokens=self.max_new_tokens,
+            stop_token_ids=self._stop_token_ids,
+            # The same random numbers at every evaluation, so that two of them compare models.
+            seed=_seed(data.seed, "eval", trainer.global_rank, 0),
+        )
+        rollouts = iter(self._rollouts(trainer, _prl(pl_module), prompts, config))
+        for name, some in sets.items():
+            group = [next(rollouts) for _ in range(len(some) * data.eval_group_size)]
+            data.eval_rollouts[name].fill(group)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_predict_epoch_start = on_validation_epoch_start
+
+    def _rollouts(
+        self, trainer: Trainer, module: PRLModule, prompts: list[Prompt], config: SamplingConfig
+    ) -> list[Rollout]:
+        """Sampled and rewarded, groups contiguous and in the order of the prompts."""
+        self._values = {}
+        with self._timed("sampling"):
+            self.engine.update(trainer, module, self._max_tokens)
+            groups = self.engine.sampler.generate(
+                [prompt.token_ids for prompt in prompts],
+                config,
+                show_progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            )
+        decode = _data(trainer).tokenizer.decode
+        rollouts = [
+            Rollout(prompt, completion, decode(completion.token_ids, skip_special_tokens=True))
+            for prompt, group in zip(prompts, groups, strict=True)
+            for completion in group
+        ]
+        if config.top_p == 1.0:
+            self._values |= self.engine.check(trainer, module, rollouts, config.temperature)
+        with self._timed("reward"):
+            self._reward(rollouts)
+        return rollouts
+
+    def _reward(self, rollouts: list[Rollout]) -> None:
+        names = set.intersection(*(set(rollout.prompt.columns) for rollout in rollouts))
+        columns = {name: [r.prompt.columns[name] for r in rollouts] for name in names}
+        columns["completion_ids"] = [r.completion.token_ids for r in rollouts]
+        scores = self.rewards.score(
+            [r.prompt.source for r in rollouts], [r.text for r in rollouts], columns
+        )
+        for rollout, reward in zip(rollouts, scores.total.tolist(), strict=True):
+            rollout.reward = reward
+        if len(scores.parts) > 1:
+            self._values |= {f"reward/{k}": v.nanmean().item() for k, v in scores.parts.items()}
+        self._values |= {f"reward_failures/{k}": float(v) for k, v in scores.failures.items()}
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._values[f"{what}_seconds"] = time.monotonic() - start
+
+
+def _describe(rollouts: list[Rollout], group_size: int) -> dict[str, float]:
+    """What a reader of a training curve wants to know of an iteration's rollouts."""
+    rewards = torch.tensor([rollout.reward for rollout in rollouts])
+    lengths = torch.tensor([float(len(r.completion.token_ids)) for r in rollouts])
+    groups = rewards.view(-1, group_size)
+    return {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(correction=0).item(),
+        "groups_without_signal": (groups == groups[:, :1]).all(1).float().mean().item(),
+        "completion_length": lengths.mean().item(),
+        "completion_length_max": lengths.max().item(),
+        "cut_at_limit": sum(not r.completion.finished for r in rollouts) / len(rollouts),
+        "tokens": lengths.sum().item(),
+    }
+
+
+def _seed(seed: int, stage: str, rank: int, position: int) -> int:
+    """A seed of its own for every call of the engine, below 2^62 so that rows can be added."""
+    entropy = [seed, ("fit", "eval").index(stage), rank, position]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(2))
+
+
+def _sum_over_ranks(trainer: Trainer, totals: Tensor) -> Tensor:
+    summed = trainer.strategy.reduce(totals.to(trainer.strategy.root_device), reduce_op="sum")
+    return summed.cpu() if isinstance(summed, Tensor) else totals
+
+
+def _prl(module: LightningModule) -> PRLModule:
+    if not isinstance(module, PRLModule):
+        raise TypeError(f"RolloutCallback needs a PRLModule, got {type(module).__name__}")
+    return module
+
+
+def _data(trainer: Trainer) -> PromptDataModule:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, PromptDataModule):
+        raise TypeError(
+            "RolloutCallback needs a PromptDataModule: trainer.fit(module, datamodule=...)"
+        )
+    return data

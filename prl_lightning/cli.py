@@ -1,0 +1,60 @@
+"""The ``prl`` command: LightningCLI with the rollout callback as a section of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+from prl_lightning.callbacks import RolloutCallback, RunSummary
+from prl_lightning.data import PromptDataModule
+from prl_lightning.module import PRLModule
+
+
+class PRLCLI(LightningCLI):
+    """``model``, ``data``, ``rollout`` and ``trainer``, each the arguments of one class."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the sampling section; the prompts are tokenized as the policy is."""
+        parser.add_lightning_class_args(RolloutCallback, "rollout")
+        parser.link_arguments("model.policy", "data.tokenizer")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Put a ``metrics.csv`` into every run folder, beside whatever other logger there is."""
+        trainer = super().instantiate_trainer(**kwargs)
+        has_csv = any(isinstance(logger, CSVLogger) for logger in trainer.loggers)
+        if not has_csv and not getattr(trainer, "fast_dev_run", False):
+            root = Path(trainer.default_root_dir)
+            trainer.loggers = [CSVLogger(root.parent, name=root.name), *trainer.loggers]
+        return trainer
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        args: command line, by default the process's.
+    """
+    PRLCLI(
+        PRLModule,
+        PromptDataModule,
+        args=None if args is None else list(args),
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            "callbacks": [RunSummary()],
+            "default_root_dir": "runs/prl",
+            "logger": False,
+            "log_every_n_steps": 1,
+            # A rank reads the buffer that it has filled itself.
+            "use_distributed_sampler": False,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

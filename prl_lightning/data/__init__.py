@@ -1,0 +1,7 @@
+"""Prompts in, rollouts out."""
+
+from prl_lightning.data.prompts import PromptDataModule
+from prl_lightning.data.rollouts import RolloutBuffer, collate
+from prl_lightning.data.sources import PromptFormat, Source
+
+__all__ = ["PromptDataModule", "PromptFormat", "RolloutBuffer", "Source", "collate"]

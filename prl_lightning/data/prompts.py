@@ -1,0 +1,217 @@
+"""PromptDataModule: which prompts are sampled in which epoch, on which rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import ConcatDataset, DataLoader
+
+from prl_lightning.data.rollouts import RolloutBuffer
+from prl_lightning.data.sources import PromptFormat, PromptSet, Source, as_sources
+from prl_lightning.models import load_tokenizer
+from prl_lightning.types import Prompt, RolloutBatch
+
+
+@dataclass(frozen=True)
+class EpochSizes:
+    """The arithmetic of an epoch; every division is exact, or this is not made.
+
+    Attributes:
+        prompts: an epoch, over all ranks.
+        group_size: completions a prompt.
+        updates: optimizer updates an epoch.
+        ranks: processes.
+        micro_batches: an update on each rank (the Trainer's accumulate_grad_batches).
+
+    Raises:
+        ValueError: something does not divide; the message is the arithmetic.
+    """
+
+    prompts: int
+    group_size: int
+    updates: int
+    ranks: int
+    micro_batches: int
+
+    def __post_init__(self) -> None:
+        """Check the divisions in the order in which an epoch is cut."""
+        steps = (
+            ("data.prompts_per_epoch", self.prompts, "data.updates_per_epoch", self.updates),
+            ("prompts an update", self.prompts // self.updates, "ranks", self.ranks),
+            (
+                "completions an update on each rank",
+                self.prompts * self.group_size // (self.updates * self.ranks),
+                "trainer.accumulate_grad_batches",
+                self.micro_batches,
+            ),
+        )
+        for what, size, by, parts in steps:
+            if size == 0 or size % parts:
+                raise ValueError(f"{what} ({size}) is not a multiple of {by} ({parts}): {self}")
+
+    def __str__(self) -> str:
+        """The arithmetic in one line."""
+        completions = self.prompts * self.group_size
+        update = completions / self.updates
+        rank = update / self.ranks
+        return (
+            f"{self.prompts} prompts x {self.group_size} completions = {completions} an epoch; "
+            f"/ {self.updates} updates = {update:g} an update; / {self.ranks} ranks = {rank:g} a "
+            f"rank; / {self.micro_batches} micro-batches = {rank / self.micro_batches:g} "
+            "completions in each"
+        )
+
+
+class PromptDataModule(LightningDataModule):
+    """Stream prompts for training and hold the evaluation sets.
+
+    A Lightning epoch is one iteration: the next ``prompts_per_epoch`` prompts are sampled
+    ``group_size`` times each. The order is a function of the seed and the position alone, so a
+    resumed run sees the prompts it would have seen.
+
+    Args:
+        tokenizer: Hugging Face id or folder; the CLI sets it to the policy's.
+        train: one source of prompts or several; needed by ``fit`` alone.
+        eval: named evaluation sets, all sampled at each validation, test and predict.
+        format: how a row becomes a prompt.
+        prompts_per_epoch: over all ranks.
+        group_size: completions a training prompt.
+        updates_per_epoch: optimizer updates made of an epoch's rollouts.
+        eval_group_size: completions an evaluation prompt.
+        max_prompt_tokens: longer prompts are left out, with a count.
+        seed: of the order of the prompts and of the sampling.
+        prepare: called once on every node before anything is read, to make or fetch the data.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        train: str | Source | list[str | Source] | None = None,
+        eval: dict[str, str | Source] | None = None,
+        format: PromptFormat = PromptFormat(),  # noqa: B008  (frozen)
+        prompts_per_epoch: int = 128,
+        group_size: int = 8,
+        updates_per_epoch: int = 1,
+        eval_group_size: int = 8,
+        max_prompt_tokens: int = 1024,
+        seed: int = 0,
+        prepare: Callable[[], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.train_sources = as_sources(train) if train is not None else []
+        self.eval_sources = {name: as_sources(value)[0] for name, value in (eval or {}).items()}
+        self.tokenizer_name = tokenizer
+        self.format = format
+        self.prompts_per_epoch = prompts_per_epoch
+        self.group_size = group_size
+        self.updates_per_epoch = updates_per_epoch
+        self.eval_group_size = eval_group_size
+        self.max_prompt_tokens = max_prompt_tokens
+        self.seed = seed
+        self.prepare = prepare
+        self.prompts_seen = 0
+        self.train_rollouts: RolloutBuffer | None = None
+        self.eval_rollouts: dict[str, RolloutBuffer] = {}
+        self._eval_prompts: dict[str, list[Prompt]] = {}
+
+    def prepare_data(self) -> None:
+        """Make or fetch the data, once on every node."""
+        if self.prepare is not None:
+            self.prepare()
+
+    def setup(self, stage: str) -> None:
+        """Read the prompts and size the buffers."""
+        self.tokenizer = load_tokenizer(self.tokenizer_name)
+        if stage == "fit":
+            self._setup_train()
+        for name, source in self.eval_sources.items():
+            prompts = self._prompt_set(source, f"data.eval.{name}")
+            mine = range(self._rank, len(prompts), self._ranks)
+            self._eval_prompts[name] = [prompts[row] for row in mine]
+            self.eval_rollouts[name] = RolloutBuffer(num_updates=len(mine))
+
+    def _setup_train(self) -> None:
+        if not self.train_sources:
+            raise ValueError("data.train is missing: name the prompts to train on.")
+        sets = [self._prompt_set(source, "data.train") for source in self.train_sources]
+        self._train_prompts: ConcatDataset[Prompt] = ConcatDataset(sets)
+        self._train_columns = set.intersection(*(part.column_names for part in sets))
+        if len(self._train_prompts) < self.prompts_per_epoch:
+            raise ValueError(
+                f"data.prompts_per_epoch={self.prompts_per_epoch}, but data.train has "
+                f"{len(self._train_prompts)} prompts. Lower it, or add prompts."
+            )
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        sizes = EpochSizes(
+            self.prompts_per_epoch, self.group_size, self.updates_per_epoch, self._ranks, accumulate
+        )
+        rank_zero_info(f"An epoch: {sizes}")
+        self.train_rollouts = RolloutBuffer(self.updates_per_epoch, accumulate)
+
+    def _prompt_set(self, source: Source, where: str) -> PromptSet:
+        return PromptSet(source, self.format, self.tokenizer, self.max_prompt_tokens, where)
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    @property
+    def _ranks(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    @property
+    def reward_columns(self) -> set[str]:
+        """Columns that every set of prompts in use has."""
+        prompts = list(self._eval_prompts.values())
+        columns = [set(some[0].columns) for some in prompts if some]
+        if self.train_rollouts is not None:
+            columns.append(self._train_columns)
+        return set.intersection(*columns) if columns else set()
+
+    def next_prompts(self) -> list[Prompt]:
+        """This rank's prompts of the next epoch, update by update; moves the stream on."""
+        rows = [self._row(self.prompts_seen + i) for i in range(self.prompts_per_epoch)]
+        self.prompts_seen += self.prompts_per_epoch
+        share = self.prompts_per_epoch // self.updates_per_epoch // self._ranks
+        blocks = [rows[start : start + share] for start in range(0, len(rows), share)]
+        mine = blocks[self._rank :: self._ranks]
+        return [self._train_prompts[row] for block in mine for row in block]
+
+    def _row(self, position: int) -> int:
+        """Row of the prompt at a position of the endless stream: each pass has its own order."""
+        size = len(self._train_prompts)
+        turn, place = divmod(position, size)
+        if getattr(self, "_turn", None) != turn:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+            self._turn, self._order = turn, torch.randperm(size, generator=generator)
+        return int(self._order[place])
+
+    def eval_prompts(self) -> dict[str, list[Prompt]]:
+        """This rank's prompts of each evaluation set."""
+        return self._eval_prompts
+
+    def train_dataloader(self) -> DataLoader[RolloutBatch]:
+        """One item is one micro-batch; read in this process, after the callback has filled it."""
+        if self.train_rollouts is None:
+            raise RuntimeError("setup('fit') comes first")
+        return DataLoader(self.train_rollouts, batch_size=None)
+
+    def val_dataloader(self) -> Sequence[DataLoader[RolloutBatch]]:
+        """One loader an evaluation set; one item is the group of one prompt."""
+        return [DataLoader(buffer, batch_size=None) for buffer in self.eval_rollouts.values()]
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def state_dict(self) -> dict[str, int]:
+        """Position in the stream of prompts."""
+        return {"prompts_seen": self.prompts_seen}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue where a checkpoint stopped."""
+        self.prompts_seen = state_dict["prompts_seen"]

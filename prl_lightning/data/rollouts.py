@@ -1,0 +1,159 @@
+"""The buffer between sampling and training: micro-batches of an epoch's rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from prl_lightning.types import Rollout, RolloutBatch
+
+
+def split_by_tokens(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Spread rows over exactly ``parts`` micro-batches of balanced padded size.
+
+    Rows of like length go together, and the largest padded size (rows times longest) is the
+    smallest that neighbours in length allow, because it is what decides memory.
+
+    Args:
+        lengths: tokens of each row.
+        parts: how many micro-batches, at most ``len(lengths)``.
+
+    Returns:
+        Row indices of each micro-batch, none of them empty.
+
+    Example:
+        >>> split_by_tokens([2, 9, 2, 10, 2], 2)
+        [[3, 1], [0, 2, 4]]
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+    def cut(limit: int) -> list[list[int]]:
+        chunks: list[list[int]] = []
+        for row in order:
+            if chunks and (len(chunks[-1]) + 1) * lengths[chunks[-1][0]] <= limit:
+                chunks[-1].append(row)
+            else:
+                chunks.append([row])
+        return chunks
+
+    low, high = 0, len(lengths) * max(lengths)
+    while low < high:
+        middle = (low + high) // 2
+        if len(cut(middle)) <= parts:
+            high = middle
+        else:
+            low = middle + 1
+    chunks = cut(high)
+    while len(chunks) < parts:
+        largest = max(range(len(chunks)), key=lambda i: len(chunks[i]))
+        chunk = chunks[largest]
+        half = len(chunk) // 2
+        chunks[largest : largest + 1] = [chunk[:half], chunk[half:]]
+    return chunks
+
+
+def collate(rollouts: Sequence[Rollout], update_tokens: int, update_sequences: int) -> RolloutBatch:
+    """Pad rollouts into one batch.
+
+    Args:
+        rollouts: B of them.
+        update_tokens: completion tokens of the update they belong to.
+        update_sequences: completions of that update.
+
+    Returns:
+        A batch on the CPU; see RolloutBatch for shapes.
+    """
+    prompts = [torch.tensor(rollout.prompt.token_ids) for rollout in rollouts]
+    completions = [torch.tensor(rollout.completion.token_ids) for rollout in rollouts]
+    lengths = torch.tensor([len(ids) for ids in completions])
+    rows = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
+    advantages = [rollout.outcome_advantage for rollout in rollouts]
+    return RolloutBatch(
+        input_ids=_pad(rows),
+        prompt_lengths=torch.tensor([len(ids) for ids in prompts]),
+        completion_ids=_pad(completions),
+        completion_mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        rollout_logprobs=_pad([torch.tensor(r.completion.logprobs) for r in rollouts]),
+        rewards=torch.tensor([rollout.reward for rollout in rollouts]),
+        finished=torch.tensor([rollout.completion.finished for rollout in rollouts]),
+        outcome_advantages=_pad(advantages) if advantages[0].ndim else torch.stack(advantages),
+        old_logprobs=_pad_if_known([rollout.old_logprobs for rollout in rollouts]),
+        ref_logprobs=_pad_if_known([rollout.ref_logprobs for rollout in rollouts]),
+        update_tokens=update_tokens,
+        update_sequences=update_sequences,
+    )
+
+
+def _pad(rows: Sequence[Tensor]) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True)
+
+
+def _pad_if_known(rows: Sequence[Tensor | None]) -> Tensor | None:
+    known = [row for row in rows if row is not None]
+    return _pad(known) if len(known) == len(rows) else None
+
+
+class RolloutBuffer(Dataset[RolloutBatch]):
+    """An epoch's rollouts as a dataset of micro-batches, filled anew each epoch.
+
+    Its length is known before it is filled, which Lightning needs: a dataset without one is read
+    ahead of ``on_train_epoch_start``, and the first micro-batch would be stale.
+
+    Args:
+        num_updates: optimizer updates an epoch; for evaluation, prompts.
+        micro_batches: micro-batches an update on this rank.
+    """
+
+    def __init__(self, num_updates: int, micro_batches: int = 1) -> None:
+        self.num_updates = num_updates
+        self.micro_batches = micro_batches
+        self.rollouts: Sequence[Rollout] = []
+        self.micro_batch_rollouts: list[list[Rollout]] = []
+        self._totals = torch.zeros(num_updates, 2, dtype=torch.long)
+
+    def fill(
+        self,
+        rollouts: Sequence[Rollout],
+        sum_over_ranks: Callable[[Tensor], Tensor] = lambda totals: totals,
+    ) -> None:
+        """Replace the contents.
+
+        Args:
+            rollouts: of this rank, in the order of the updates, the same number for each.
+            sum_over_ranks: adds up the (num_updates, 2) tokens and sequences of all ranks.
+        """
+        size = len(rollouts) // self.num_updates
+        self.rollouts = rollouts
+        self.micro_batch_rollouts = []
+        totals = []
+        for start in range(0, size * self.num_updates, size):
+            update = rollouts[start : start + size]
+            lengths = [len(r.prompt.token_ids) + len(r.completion.token_ids) for r in update]
+            totals.append([sum(len(r.completion.token_ids) for r in update), size])
+            self.micro_batch_rollouts += [
+                [update[row] for row in part]
+                for part in split_by_tokens(lengths, self.micro_batches)
+            ]
+        self._totals = sum_over_ranks(torch.tensor(totals))
+
+    def __len__(self) -> int:
+        """Micro-batches an epoch on this rank."""
+        return self.num_updates * self.micro_batches
+
+    def __getitem__(self, index: int) -> RolloutBatch:
+        """Micro-batch ``index``; ``micro_batches`` of them follow each other in an update.
+
+        Raises:
+            RuntimeError: nothing was sampled yet.
+        """
+        if not self.micro_batch_rollouts:
+            raise RuntimeError(
+                "the rollout buffer is empty: add prl_lightning.callbacks.RolloutCallback to the "
+                "Trainer's callbacks"
+            )
+        tokens, sequences = self._totals[index // self.micro_batches].tolist()
+        return collate(self.micro_batch_rollouts[index], tokens, sequences)

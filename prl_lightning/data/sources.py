@@ -1,0 +1,201 @@
+"""Read prompts from files and from the Hub, in TRL's and in verl's columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import Dataset as TorchDataset
+from transformers import PreTrainedTokenizerBase
+
+from prl_lightning.types import Message, Prompt
+
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+TOKEN_IDS = "prompt_token_ids"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Attributes:
+        path: a JSON, JSON-lines or Parquet file, or a dataset on the Hub.
+        name: the Hub dataset's configuration, where it has several.
+        split: the Hub dataset's split.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+
+    def load(self) -> Dataset:
+        """Read the rows.
+
+        Raises:
+            FileNotFoundError: a file that is not there.
+            ValueError: it has no rows.
+        """
+        file = Path(self.path).expanduser()
+        if file.suffix in FORMATS:
+            if not file.is_file():
+                raise FileNotFoundError(f"data: there is no file {self.path!r}.")
+            rows = load_dataset(FORMATS[file.suffix], data_files=str(file), split="train")
+        else:
+            rows = load_dataset(self.path, self.name, split=self.split)
+        if len(rows) == 0:
+            raise ValueError(f"data: {self.path!r} has no rows.")
+        return rows
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a row becomes the text that the model continues.
+
+    Attributes:
+        system_prompt: put before the problem: as the system message of a chat, or as a paragraph
+            of its own where there is no chat template.
+        template: text around the problem, which replaces ``{prompt}`` in it.
+        chat_template: apply the tokenizer's chat template. None: where the tokenizer has one.
+        columns: this package's name of a column -> its name in the data, such as
+            ``{prompt: problem, answer: solution}``.
+    """
+
+    system_prompt: str | None = None
+    template: str = "{prompt}"
+    chat_template: bool | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a template that would drop the problem."""
+        if "{prompt}" not in self.template:
+            raise ValueError(
+                f"data.format.template={self.template!r} lacks '{{prompt}}', the place of the "
+                "problem."
+            )
+
+    def rename(self, rows: Dataset, where: str) -> Dataset:
+        """Give the columns this package's names.
+
+        Raises:
+            ValueError: a column is missing.
+        """
+        for ours, theirs in {"prompt": "prompt", **self.columns}.items():
+            if theirs not in rows.column_names:
+                raise ValueError(
+                    f"{where} has no column {theirs!r}; it has {sorted(rows.column_names)}. Say "
+                    f"which one it is in data.format.columns, for example {{{ours}: "
+                    f"{rows.column_names[0]}}}."
+                )
+            if ours != theirs:
+                if ours in rows.column_names:
+                    rows = rows.remove_columns(ours)
+                rows = rows.rename_column(theirs, ours)
+        return rows
+
+    def render(self, source: str | list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Token ids of a prompt (text or chat messages).
+
+        Raises:
+            ValueError: chat messages, but the tokenizer has no chat template.
+        """
+        is_chat = not isinstance(source, str)
+        chat = is_chat or self.chat_template
+        if self.chat_template is None:
+            chat = is_chat or tokenizer.chat_template is not None
+        if chat and tokenizer.chat_template is None:
+            raise ValueError(
+                "data: the prompts are chat messages (or data.format.chat_template is true), but "
+                "the tokenizer has no chat template. Use text prompts, or a tokenizer with one."
+            )
+        messages: list[Message] = (
+            [dict(message) for message in source]
+            if not isinstance(source, str)
+            else [{"role": "user", "content": source}]
+        )
+        messages[-1]["content"] = self.template.replace("{prompt}", messages[-1]["content"])
+        if chat:
+            if self.system_prompt is not None:
+                messages.insert(0, {"role": "system", "content": self.system_prompt})
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        head = "" if self.system_prompt is None else f"{self.system_prompt}\n\n"
+        return list(tokenizer(head + messages[0]["content"])["input_ids"])
+
+
+class PromptSet(TorchDataset[Prompt]):
+    """The prompts of one source: renders once, gives ``Prompt`` objects by index.
+
+    Args:
+        source: where the rows come from.
+        form: how they are rendered.
+        tokenizer: the policy's.
+        max_prompt_tokens: longer prompts are left out, with a count.
+        where: the field of the configuration it stands in, for messages.
+
+    Raises:
+        ValueError: a column is missing, or every prompt is too long.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        form: PromptFormat,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_tokens: int,
+        where: str,
+    ) -> None:
+        rows = form.rename(source.load(), f"{where} ({source.path})")
+        rows = rows.map(
+            lambda prompt: {TOKEN_IDS: form.render(prompt, tokenizer)},
+            input_columns="prompt",
+            desc=f"{where}: rendering prompts",
+        )
+        lengths = [len(ids) for ids in rows[TOKEN_IDS]]
+        kept = [row for row, length in enumerate(lengths) if length <= max_prompt_tokens]
+        if len(kept) < len(rows):
+            rank_zero_info(
+                f"{where}: {len(rows) - len(kept)} of {len(rows)} prompts are longer than "
+                f"data.max_prompt_tokens={max_prompt_tokens} and were left out."
+            )
+        if not kept:
+            raise ValueError(
+                f"{where} ({source.path}): every prompt is longer than data.max_prompt_tokens="
+                f"{max_prompt_tokens}; the shortest has {min(lengths)} tokens."
+            )
+        self.rows = rows.select(kept)
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Prompt:
+        """The prompt of a row, with every other column of it."""
+        columns = dict(self.rows[index])
+        token_ids, source = columns.pop(TOKEN_IDS), columns.pop("prompt")
+        return Prompt(token_ids, source, columns | _verl_answer(columns))
+
+    @property
+    def column_names(self) -> set[str]:
+        """Columns that reward functions can have."""
+        return set(self[0].columns)
+
+
+def _verl_answer(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The reference answer of a row in verl's form, under TRL's usual name."""
+    reward_model = columns.get("reward_model")
+    if "answer" in columns or not isinstance(reward_model, Mapping):
+        return {}
+    truth = reward_model.get("ground_truth")
+    return {} if truth is None else {"answer": truth, "ground_truth": truth}
+
+
+def as_sources(value: str | Source | Sequence[str | Source]) -> list[Source]:
+    """One or several sources, each given as a path or in full."""
+    values = [value] if isinstance(value, str | Source) else value
+    return [Source(item) if isinstance(item, str) else item for item in values]

@@ -1,0 +1,270 @@
+"""PRLModule: policy, frozen reference and the loss of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from prl_lightning.functional import kl_estimate, process_rewards
+from prl_lightning.metrics import MeanAtN, MeanStd, PassAtK
+from prl_lightning.models import LogprobModel, load_causal_lm, load_tokenizer
+from prl_lightning.objective import Objective
+from prl_lightning.steps import StepSplitter
+from prl_lightning.types import RolloutBatch
+
+REFERENCE = "reference."
+
+
+class PRLModule(LightningModule):
+    """Train a policy by Process Reward Learning, or by what the papers compare it with.
+
+    Args:
+        policy: Hugging Face id or folder of the causal LM to train.
+        objective: the method; see Objective.
+        reference: Hugging Face id or folder of the reference; by default the policy as it starts.
+        track_reference: keep a reference, to log the drift from it, where the objective needs none.
+        temperature: of sampling and of every log-probability in the loss.
+        optimizer: called with the parameters.
+        lr_scheduler: called with the optimizer; steps once an update.
+        pass_at: the k of pass@k, at most ``data.eval_group_size``; pass@1 is mean@n.
+        solved_at: an evaluation completion counts as correct from this reward on.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        objective: Objective = Objective(),  # noqa: B008  (frozen)
+        reference: str | None = None,
+        track_reference: bool = False,
+        temperature: float = 1.0,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        pass_at: tuple[int, ...] = (8,),
+        solved_at: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"model.temperature={temperature}: must be above 0.")
+        self.policy_name = policy
+        self.reference_name = reference or policy
+        self.objective = objective
+        self.keeps_reference = objective.needs_reference or track_reference
+        self.temperature = temperature
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.pass_at = pass_at
+        self.solved_at = solved_at
+        self.policy: LogprobModel | None = None
+        self.reference: LogprobModel | None = None
+        self.process_term = MeanStd()
+        self.eval_metrics = torch.nn.ModuleDict()
+        self.register_state_dict_post_hook(_drop_reference)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_expect_no_reference)  # type: ignore[no-untyped-call]
+
+    # Loading
+
+    def configure_model(self) -> None:
+        """Load policy and reference; a strategy that shards does it from here."""
+        if self.policy is not None:
+            return
+        self.splitter = StepSplitter(self.objective.steps, load_tokenizer(self.policy_name))
+        self.policy = LogprobModel(load_causal_lm(self.policy_name))
+        if self.keeps_reference:
+            self.reference = LogprobModel(load_causal_lm(self.reference_name))
+            self.reference.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer of the policy, and a schedule stepped once an update."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.lr_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    # Training
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
+        """The loss of one micro-batch."""
+        policy_logprobs, entropy = self._loaded("policy")(batch, self.temperature)
+        ref_logprobs = batch.ref_logprobs
+        if ref_logprobs is None and self.keeps_reference:
+            ref_logprobs = self.score(batch, "reference")
+        step_ends = self.splitter(batch.completion_ids, batch.completion_mask)
+        loss, stats = self.objective.loss(policy_logprobs, ref_logprobs, batch, step_ends)
+
+        # Lightning averages over micro-batches and ranks; the loss is already a share of the sum.
+        loss = loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        self._log_tokens(batch, {"entropy": entropy, "advantage": stats.pop("advantage")})
+        if "process_term" in stats:
+            self.process_term.update(stats.pop("process_term"), batch.completion_mask)
+        if ref_logprobs is not None:
+            drift = {
+                f"kl_ref{suffix}": kl_estimate(policy_logprobs.detach(), ref_logprobs, kind)
+                for suffix, kind in (("", "k1"), ("_k3", "k3"))
+            }
+            self._log_tokens(batch, drift)
+        self._log_train({"loss": loss.detach()}, weight=1, prog_bar=True)
+        self._log_train(stats, weight=_num_tokens(batch))
+        return loss
+
+    @torch.no_grad()
+    def score(
+        self,
+        batch: RolloutBatch,
+        model: Literal["policy", "reference"],
+        temperature: float | None = None,
+    ) -> Tensor:
+        """Log-probabilities (B, T) of a batch, without gradient.
+
+        Args:
+            batch: on this module's device.
+            model: whose log-probabilities.
+            temperature: the module's own by default.
+        """
+        with self.trainer.precision_plugin.forward_context():
+            logprobs: Tensor = self._loaded(model)(batch, temperature or self.temperature)[0]
+        return logprobs
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights under their Hugging Face names, for an engine."""
+        return self._loaded("policy").named_weights()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the norm of the gradient, before any clipping."""
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        self._log_train({"grad_norm": get_total_norm(grads)}, weight=1)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the process term over all tokens of the iteration."""
+        if self.process_term.update_called:
+            moments = self.process_term.compute()
+            self.log_dict({f"train/process_term_{k}": v.float() for k, v in moments.items()})
+            self.process_term.reset()
+
+    def _loaded(self, model: Literal["policy", "reference"]) -> LogprobModel:
+        loaded = self.policy if model == "policy" else self.reference
+        if loaded is None:
+            raise RuntimeError(f"the {model} is loaded in configure_model, by the Trainer")
+        return loaded
+
+    def _log_tokens(self, batch: RolloutBatch, values: dict[str, Tensor]) -> None:
+        """Log token means; weighted by tokens, an epoch's mean is that of all its tokens."""
+        mask = batch.completion_mask
+        self._log_train({k: v[mask].mean() for k, v in values.items()}, weight=_num_tokens(batch))
+
+    def _log_train(self, values: dict[str, Tensor], weight: int, prog_bar: bool = False) -> None:
+        self.log_dict(
+            {f"train/{name}": value for name, value in values.items()},
+            on_step=False, on_epoch=True, sync_dist=True, batch_size=weight, prog_bar=prog_bar,
+        )  # fmt: skip
+
+    # Evaluation: the callback samples, a step only counts
+
+    def setup(self, stage: str) -> None:
+        """Make the metrics of every evaluation set.
+
+        Raises:
+            ValueError: a k of ``pass_at`` is larger than the number of samples.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        samples = data.eval_group_size
+        too_large = [k for k in self.pass_at if k > samples]
+        if too_large and data.eval_rollouts:
+            raise ValueError(
+                f"model.pass_at has {too_large}, but data.eval_group_size={samples} samples a "
+                "prompt. Raise eval_group_size or leave those k out."
+            )
+        self.eval_metrics = torch.nn.ModuleDict(
+            {name.replace(".", "_"): self._metrics_of_a_set(samples) for name in data.eval_rollouts}
+        )
+
+    def _metrics_of_a_set(self, samples: int) -> torch.nn.ModuleDict:
+        metrics: dict[str, torch.nn.Module] = {f"mean@{samples}": MeanAtN()}
+        return torch.nn.ModuleDict(metrics | {f"pass@{k}": PassAtK(k) for k in self.pass_at})
+
+    def validation_step(self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count the correct completions of one prompt's group."""
+        name = list(self.eval_metrics)[dataloader_idx]
+        correct = (batch.rewards >= self.solved_at).sum()[None]
+        for metric in _metrics(self.eval_metrics[name]).values():
+            metric.update(correct, len(batch.rewards))
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log mean@n and pass@k of every set."""
+        self._log_eval("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log mean@n and pass@k of every set."""
+        self._log_eval("test")
+
+    def _log_eval(self, stage: str) -> None:
+        values: dict[str, Tensor] = {}
+        for name, metrics in self.eval_metrics.items():
+            for key, metric in _metrics(metrics).items():
+                values[f"{stage}/{name}/{key}"] = metric.compute().float()
+                metric.reset()
+        if self.trainer.sanity_checking:
+            # Lightning drops these values; here the sanity check is the base model's evaluation.
+            for logger in self.trainer.loggers:
+                logger.log_metrics({k: v.item() for k, v in values.items()}, step=0)
+        else:
+            self.log_dict(values)
+
+    def predict_step(
+        self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Log-probabilities and process rewards of one prompt's sampled group.
+
+        Returns:
+            ``completion_ids``, ``completion_mask``, ``rewards``, ``policy_logprobs`` and, with a
+            reference, ``ref_logprobs`` and ``process_rewards`` (v2 Eq. 5.4), each (B, T) or (B,).
+        """
+        policy_logprobs = self.score(batch, "policy")
+        out = {
+            "completion_ids": batch.completion_ids,
+            "completion_mask": batch.completion_mask,
+            "rewards": batch.rewards,
+            "policy_logprobs": policy_logprobs,
+        }
+        if self.reference is not None:
+            ref_logprobs = self.score(batch, "reference")
+            out["ref_logprobs"] = ref_logprobs
+            out["process_rewards"] = process_rewards(
+                batch.rewards,
+                policy_logprobs - ref_logprobs,
+                batch.completion_mask,
+                self.objective.beta,
+            )
+        return out
+
+
+def _metrics(of_a_set: torch.nn.Module) -> dict[str, Metric]:
+    return {
+        name: module for name, module in of_a_set.named_children() if isinstance(module, Metric)
+    }
+
+
+def _num_tokens(batch: RolloutBatch) -> int:
+    return int(batch.completion_mask.sum())
+
+
+def _drop_reference(module: torch.nn.Module, state: dict[str, Any], *_: Any) -> None:
+    """The reference does not change, so a checkpoint has no need of it."""
+    for name in [name for name in state if name.startswith(REFERENCE)]:
+        del state[name]
+
+
+def _expect_no_reference(module: torch.nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [
+        name for name in incompatible.missing_keys if not name.startswith(REFERENCE)
+    ]
