@@ -146,7 +146,7 @@ class PRLModule(LightningModule):
         """Log the process term over all tokens of the iteration."""
         if self.process_term.update_called:
             moments = self.process_term.compute()
-            self.log_dict({f"train/process_term_{k}": v.float() for k, v in moments.items()})
+            self._log_train({f"process_term_{k}": v.float() for k, v in moments.items()}, weight=1)
             self.process_term.reset()
 
     def _loaded(self, model: Literal["policy", "reference"]) -> LogprobModel:
@@ -218,7 +218,7 @@ class PRLModule(LightningModule):
             for logger in self.trainer.loggers:
                 logger.log_metrics({k: v.item() for k, v in values.items()}, step=0)
         else:
-            self.log_dict(values)
+            self.log_dict(values, sync_dist=True)
 
     def predict_step(
         self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0

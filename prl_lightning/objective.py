@@ -15,6 +15,7 @@ from prl_lightning.functional import (
     outcome_advantages,
     policy_loss,
     prl_advantages,
+    process_baseline,
 )
 from prl_lightning.steps import Steps
 from prl_lightning.types import RolloutBatch
@@ -36,6 +37,8 @@ class Objective:
         beta: weight of the KL, 1/eta of v1.
         divergence: generator of the process term: "reverse_kl", "reverse_k3", "forward_kl",
             "forward_k3" or a registered one.
+        baseline: subtract the expected process term of the tokens that follow (v2, for the k3
+            divergences; the paper sees no gain).
         kl_estimator: of kl="loss": "k1", "k2", "k3" or "k3+".
         steps: "token" (v2), a number of tokens, "newline" or "blank_line" (v1).
         log_ratio: policy of the process term: at this update ("current") or at sampling time
@@ -52,6 +55,7 @@ class Objective:
     kl: Literal["process", "loss", "reward_trajectory", "reward_step", "none"] = "process"
     beta: float = 0.01
     divergence: str = "reverse_kl"
+    baseline: bool = False
     kl_estimator: Literal["k1", "k2", "k3", "k3+"] = "k3"
     steps: Steps = "token"
     log_ratio: Literal["current", "rollout"] = "current"
@@ -71,6 +75,11 @@ class Objective:
                 f"model.objective.steps={self.steps!r} has no effect with kl={self.kl!r}. Set kl "
                 "to 'process', or leave steps out."
             )
+        if self.kl != "process" and self.baseline:
+            raise ValueError(
+                f"model.objective.baseline has no effect with kl={self.kl!r}. Set kl to 'process', "
+                "or leave baseline out."
+            )
         if (self.aggregation == "constant") != (self.max_length is not None):
             raise ValueError(
                 "model.objective.max_length goes with aggregation='constant', and only with it: "
@@ -84,8 +93,13 @@ class Objective:
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether the advantages need the log-ratios of whole groups, before the update."""
+        """Whether the KL is part of what the groups compare."""
         return self.kl in KL_IN_REWARD and self.beta > 0
+
+    @property
+    def needs_log_ratios(self) -> bool:
+        """Whether the outcome advantages take the log-ratios at sampling time."""
+        return self.kl_in_reward or (self.baseline and self.beta > 0)
 
     def outcome_advantages(
         self,
@@ -93,23 +107,29 @@ class Objective:
         group_size: int,
         log_ratios: Tensor | None = None,
         completion_mask: Tensor | None = None,
+        mean_kl: Tensor | None = None,
     ) -> Tensor:
         """Compare the completions of each group.
 
         Args:
             rewards: (B,), groups contiguous.
             group_size: G.
-            log_ratios: (B, T), read where ``kl_in_reward``.
+            log_ratios: (B, T), read where ``needs_log_ratios``.
             completion_mask: (B, T), likewise.
+            mean_kl: mean token KL of all rollouts, read for ``baseline``.
 
         Returns:
-            (B,), or (B, T) for kl="reward_step".
+            (B,), or (B, T) for kl="reward_step" and with ``baseline``.
         """
         kind, unbiased = self.outcome, self.unbiased_std
-        if not self.kl_in_reward:
+        if not self.needs_log_ratios:
             return outcome_advantages(rewards, group_size, kind, unbiased_std=unbiased)
         if log_ratios is None or completion_mask is None:
-            raise ValueError(f"kl={self.kl!r} needs log_ratios and completion_mask")
+            raise ValueError("these advantages need log_ratios and completion_mask")
+        if self.baseline:
+            outcome = outcome_advantages(rewards, group_size, kind, unbiased_std=unbiased)
+            baseline = process_baseline(log_ratios, completion_mask, mean_kl)
+            return outcome[:, None] + self.beta * baseline
         if self.kl == "reward_trajectory":
             shaped = kl_in_reward_trajectory(rewards, log_ratios, completion_mask, self.beta)
             return outcome_advantages(shaped, group_size, kind, unbiased_std=unbiased)

@@ -29,7 +29,7 @@ class EngineLink:
         self.max_gap = max_gap
         self._is_started = False
         self._has_weights_of: int | None = None
-        self._is_checked = False
+        self._gap: dict[str, float] | None = None
 
     def update(self, trainer: Trainer, module: PRLModule, max_model_tokens: int) -> None:
         """Start the engine if need be and give it the weights, unless it has them."""
@@ -40,7 +40,7 @@ class EngineLink:
         if self._has_weights_of != trainer.global_step:
             self.sampler.load_weights(module.weights())
             self._has_weights_of = trainer.global_step
-            self._is_checked = False
+            self._gap = None
 
     def forget_weights(self) -> None:
         """The trainer's weights may change without a step: a checkpoint is loaded, say."""
@@ -65,13 +65,13 @@ class EngineLink:
             temperature: of the sampling.
 
         Returns:
-            Mean and largest absolute difference; nothing if these weights were checked before.
+            Mean and largest absolute difference, of the first call since the update.
 
         Raises:
             RuntimeError: they differ by more than precision explains.
         """
-        if self._is_checked:
-            return {}
+        if self._gap is not None:
+            return self._gap
         batch = collate(rollouts[:CHECKED_COMPLETIONS], 1, 1).to(module.device)
         logprobs = module.score(batch, "policy", temperature)
         gap = (logprobs - batch.rollout_logprobs).abs()[batch.completion_mask]
@@ -85,5 +85,5 @@ class EngineLink:
                 "precision. Check that every weight reaches the engine (tied heads, adapters) and "
                 "that both compute at the same temperature; or raise rollout.max_engine_gap."
             )
-        self._is_checked = True
-        return {"engine_gap": mean, "engine_gap_max": largest}
+        self._gap = {"engine_gap": mean, "engine_gap_max": largest}
+        return self._gap

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from prl_lightning.models import max_model_tokens, stop_token_ids
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import RewardFunction, RewardSum
 from prl_lightning.samplers import Sampler, SamplingConfig, VLLMSampler
-from prl_lightning.types import Prompt, Rollout
+from prl_lightning.types import Prompt, Rollout, RolloutBatch
 
 
 class RolloutCallback(Callback):
@@ -89,18 +91,32 @@ class RolloutCallback(Callback):
             seed=_seed(data.seed, "fit", trainer.global_rank, data.prompts_seen),
         )
         rollouts = self._rollouts(trainer, module, data.next_prompts(), config)
-        buffer.fill(rollouts, lambda totals: _sum_over_ranks(trainer, totals))
+        sum_over_ranks = partial(_sum_over_ranks, trainer)
+        buffer.fill(rollouts, sum_over_ranks)
         with self._timed("scoring"):
-            prepare_update(module, buffer, data.group_size)
+            prepare_update(module, buffer, data.group_size, sum_over_ranks)
         self._values |= _describe(rollouts, data.group_size)
+        self._values["tokens_per_second"] = (
+            self._values["tokens"] / self._values["sampling_seconds"]
+        )
         module.log_dict({f"rollout/{k}": v for k, v in self._values.items()}, sync_dist=True)
         module.log("reward", self._values["reward"], prog_bar=True, logger=False)
         self._training_since = time.monotonic()
 
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: RolloutBatch,
+        batch_idx: int,
+    ) -> None:
+        """Note the time."""
+        self._training_seconds = time.monotonic() - self._training_since
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log how long the updates took."""
-        seconds = time.monotonic() - self._training_since
-        pl_module.log("train/seconds", seconds, sync_dist=True)
+        """Log how long the updates took, a validation inside the epoch not counted."""
+        pl_module.log("train/seconds", self._training_seconds, sync_dist=True)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill the evaluation buffers: all sets in one engine call."""

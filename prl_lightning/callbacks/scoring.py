@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from prl_lightning.data import RolloutBuffer
+from prl_lightning.functional import kl_estimate
 from prl_lightning.module import PRLModule
-from prl_lightning.objective import Objective
 from prl_lightning.types import Rollout
 
 
-def prepare_update(module: PRLModule, buffer: RolloutBuffer, group_size: int) -> None:
+def prepare_update(
+    module: PRLModule,
+    buffer: RolloutBuffer,
+    group_size: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+) -> None:
     """Give every rollout of a filled buffer its outcome advantage, and what that takes.
 
     With one update a rollout, and the KL outside the reward, rewards are all it takes: the policy
@@ -24,11 +29,22 @@ def prepare_update(module: PRLModule, buffer: RolloutBuffer, group_size: int) ->
         module: policy, reference and objective.
         buffer: holds whole groups, contiguous in ``buffer.rollouts``.
         group_size: completions a prompt.
+        sum_over_ranks: adds up a tensor of all ranks.
     """
-    if module.objective.kl_in_reward or buffer.num_updates > 1:
+    objective, rollouts = module.objective, buffer.rollouts
+    if objective.needs_log_ratios or buffer.num_updates > 1:
         _score(module, buffer)
-    advantages = _outcome_advantages(module.objective, buffer.rollouts, group_size)
-    for rollout, advantage in zip(buffer.rollouts, advantages, strict=True):
+    rewards = torch.tensor([rollout.reward for rollout in rollouts])
+    if objective.needs_log_ratios:
+        log_ratios, mask = _log_ratios(rollouts)
+        k3 = kl_estimate(log_ratios, torch.zeros_like(log_ratios), "k3")[mask]
+        total, count = sum_over_ranks(torch.stack([k3.sum(), mask.sum()]))
+        advantages = objective.outcome_advantages(
+            rewards, group_size, log_ratios, mask, mean_kl=total / count
+        )
+    else:
+        advantages = objective.outcome_advantages(rewards, group_size)
+    for rollout, advantage in zip(rollouts, advantages, strict=True):
         length = len(rollout.completion.token_ids)
         rollout.outcome_advantage = advantage[:length] if advantage.ndim else advantage
 
@@ -45,21 +61,12 @@ def _score(module: PRLModule, buffer: RolloutBuffer) -> None:
             rollout.ref_logprobs = None if ref_logprobs is None else ref_logprobs[row, :length]
 
 
-def _outcome_advantages(
-    objective: Objective, rollouts: Sequence[Rollout], group_size: int
-) -> Tensor:
-    rewards = torch.tensor([rollout.reward for rollout in rollouts])
-    if not objective.kl_in_reward:
-        return objective.outcome_advantages(rewards, group_size)
-    log_ratios = [
+def _log_ratios(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
+    """Log-ratios at sampling time and their mask, (B, T)."""
+    rows = [
         rollout.old_logprobs - rollout.ref_logprobs
         for rollout in rollouts
         if rollout.old_logprobs is not None and rollout.ref_logprobs is not None
     ]
-    mask = [torch.ones(len(row), dtype=torch.bool) for row in log_ratios]
-    return objective.outcome_advantages(
-        rewards,
-        group_size,
-        pad_sequence(log_ratios, batch_first=True),
-        pad_sequence(mask, batch_first=True),
-    )
+    mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    return pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)

@@ -39,7 +39,7 @@ class RunSummary(Callback):
         evaluations = {name: values for name, (_, values) in curves.items() if "@" in name}
         sets = {name.split("/")[1] for name in evaluations}
         lines = ["", f"Done: {trainer.global_step} updates."]
-        for name, values in evaluations.items():
+        for name, values in sorted(evaluations.items(), key=lambda item: _order(item[0])):
             _, where, metric = name.split("/")
             label = metric if len(sets) == 1 else f"{where} {metric}"
             lines.append(f"{label}: {values[0]:.2f} -> {values[-1]:.2f}")
@@ -59,6 +59,12 @@ class RunSummary(Callback):
                 "or put your own data and model into the config (README, 'Your own').",
             ]
         return "\n".join(lines)
+
+
+def _order(name: str) -> tuple[str, int]:
+    """Sort "val/set/pass@16" behind "val/set/pass@4"."""
+    metric, _, number = name.partition("@")
+    return metric, int(number)
 
 
 def _csv_folder(trainer: Trainer) -> Path | None:
@@ -105,11 +111,13 @@ def draw_curves(curves: dict[str, Curve], file: Path) -> None:
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     for axes, (title, pattern) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         names = [name for name in curves if re.fullmatch(pattern, name)]
+        if any("@" in name for name in names):
+            names.sort(key=_order)
         for name in names:
             steps, values = curves[name]
             label = name.removeprefix("val/")
             axes.plot(steps, values, label=label, marker="o" if len(steps) < 30 else None, ms=3)
-        axes.set(title=title, xlabel="updates")
+        axes.set(title=title, xlabel="optimizer step")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if any("@" in name for name in names):
