@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -34,8 +34,7 @@ class SamplingConfig:
     top_p: float = 1.0
 
 
-@runtime_checkable
-class Sampler(Protocol):
+class Sampler(ABC):
     """An engine. One is made by the configuration, started once, and then reused every epoch.
 
     Attributes:
@@ -44,6 +43,7 @@ class Sampler(Protocol):
 
     dtype: str
 
+    @abstractmethod
     def start(self, model: str, max_model_tokens: int) -> None:
         """Build the engine for a model, before the first ``load_weights``.
 
@@ -53,6 +53,7 @@ class Sampler(Protocol):
             max_model_tokens: longest prompt plus completion there will be.
         """
 
+    @abstractmethod
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the engine's weights by the trainer's.
 
@@ -61,6 +62,7 @@ class Sampler(Protocol):
                 is sent as well, under its own name.
         """
 
+    @abstractmethod
     def generate(
         self, prompts: Sequence[Sequence[int]], config: SamplingConfig, show_progress: bool = False
     ) -> list[list[Completion]]:
@@ -69,5 +71,6 @@ class Sampler(Protocol):
         The log-probabilities returned are of the distribution that was sampled from.
         """
 
+    @abstractmethod
     def stop(self) -> None:
         """Give the engine's memory back; ``start`` may be called again."""

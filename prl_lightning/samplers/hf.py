@@ -15,13 +15,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from prl_lightning.samplers.base import SamplingConfig
+from prl_lightning.samplers.base import Sampler, SamplingConfig
 from prl_lightning.types import Completion
 
 SECONDS_BEFORE_A_BAR = 5.0
 
 
-class HFSampler:
+class HFSampler(Sampler):
     """Sample with ``model.generate`` from a copy of the policy.
 
     A copy, because a policy that a strategy has sharded cannot generate; it costs the policy's
@@ -48,13 +48,15 @@ class HFSampler:
         """See ``Sampler.load_weights``.
 
         Raises:
-            RuntimeError: some of the model's weights were not among those sent.
+            RuntimeError: the names sent are not those of the model's weights.
         """
         model = self._started()
         own = model.state_dict()
         missing = set(own)
         with torch.no_grad():
             for name, tensor in weights:
+                if name not in own:
+                    raise RuntimeError(f"{name!r} was sent, but the model has no such weight")
                 if own[name].device != tensor.device:
                     own = model.to(tensor.device).state_dict()
                 own[name].copy_(tensor)

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prl_lightning.samplers.base import SamplingConfig
+from prl_lightning.samplers.base import Sampler, SamplingConfig
 from prl_lightning.types import Completion
 
 SECONDS_BEFORE_A_BAR = 5.0
 
 
-class VLLMSampler:
+class VLLMSampler(Sampler):
     """Sample with vLLM, in this process, with weights handed over in memory.
 
     Args:
@@ -101,6 +101,8 @@ class VLLMSampler:
                 top_p=config.top_p,
                 max_tokens=config.max_new_tokens,
                 stop_token_ids=list(config.stop_token_ids),
+                # The stop tokens alone decide, not also what the model's files call its end.
+                ignore_eos=True,
                 seed=config.seed + row * config.n,
                 logprobs=0,
                 detokenize=False,

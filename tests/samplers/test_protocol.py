@@ -1,0 +1,184 @@
+"""One test of the sampler protocol over both engines, with tied and with untied embeddings."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from prl_lightning.data import collate
+from prl_lightning.models import LogprobModel, load_causal_lm
+from prl_lightning.samplers import HFSampler, Sampler, SamplingConfig, VLLMSampler
+from prl_lightning.types import Completion, Prompt, Rollout
+
+LONG = 200  # above the engines' cache blocks, so that a stale prefix would be reused
+PROMPTS = [[5, 14, 7, 17], [9], [4 + i % 9 for i in range(LONG)], [6, 13, 8, 15, 3, 17]]
+EOS = 1
+SAMPLING = SamplingConfig(
+    n=4, temperature=1.0, max_new_tokens=12, stop_token_ids=(EOS,), seed=11, top_p=1.0
+)
+
+
+class Engine:
+    """A started sampler, the folder of its model, and the trainer's policy that it must follow."""
+
+    def __init__(self, sampler: Sampler, folder: str) -> None:
+        self.sampler = sampler
+        self.folder = folder
+        sampler.start(folder, max_model_tokens=LONG + 56)
+
+    def policy(self, change: float = 0.0) -> LogprobModel:
+        """The model of the folder with noise on every weight, and the engine at these weights."""
+        policy = LogprobModel(load_causal_lm(self.folder)).eval()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight += change * torch.randn(weight.shape, generator=generator)
+        self.sampler.load_weights(policy.named_weights())
+        return policy
+
+    def token_ids(self, config: SamplingConfig = SAMPLING) -> list[list[list[int]]]:
+        groups = self.sampler.generate(PROMPTS, config)
+        return [[completion.token_ids for completion in group] for group in groups]
+
+
+@pytest.fixture(
+    scope="module",
+    params=["hf-tied", "hf-untied", "vllm-tied", "vllm-untied"],
+)
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    kind, tie = request.param.split("-")
+    sampler: Sampler = HFSampler(batch_size=8) if kind == "hf" else VLLMSampler(cache_gib=0.1)
+    started = Engine(sampler, request.getfixturevalue(f"{tie}_model"))
+    yield started
+    sampler.stop()
+
+
+@torch.no_grad()
+def trainer_gap(
+    policy: LogprobModel,
+    prompts: list[list[int]],
+    groups: list[list[Completion]],
+    temperature: float,
+) -> Tensor:
+    """Absolute differences between the engine's log-probabilities and the trainer's."""
+    rollouts = [
+        Rollout(Prompt(ids, ""), completion, text="")
+        for ids, group in zip(prompts, groups, strict=True)
+        for completion in group
+    ]
+    batch = collate(rollouts, update_tokens=1, update_sequences=1)
+    logprobs, _ = policy(batch, temperature)
+    return (logprobs - batch.rollout_logprobs).abs()[batch.completion_mask]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_the_trainers_before_and_after_an_update(
+    engine: Engine, temperature: float
+) -> None:
+    config = replace(SAMPLING, temperature=temperature)
+    before = engine.policy()
+    groups = engine.sampler.generate(PROMPTS, config)
+    assert trainer_gap(before, PROMPTS, groups, temperature).max() < 1e-4
+    after = engine.policy(change=0.05)
+    groups = engine.sampler.generate(PROMPTS, config)
+    assert trainer_gap(after, PROMPTS, groups, temperature).max() < 1e-4
+    # The comparison sees a stale weight and a wrong temperature.
+    assert trainer_gap(before, PROMPTS, groups, temperature).mean() > 0.05
+    assert trainer_gap(after, PROMPTS, groups, temperature + 0.3).mean() > 0.05
+
+
+def test_an_update_changes_what_is_sampled_and_can_be_taken_back(engine: Engine) -> None:
+    engine.policy()
+    first = engine.token_ids()
+    engine.policy(change=0.05)
+    changed = engine.token_ids()
+    assert all(old != new for old, new in zip(first, changed, strict=True))
+    engine.policy()
+    assert engine.token_ids() == first
+
+
+def test_a_seed_gives_the_same_completions_whatever_was_drawn_in_between(engine: Engine) -> None:
+    engine.policy()
+    first = engine.token_ids()
+    other = engine.token_ids(replace(SAMPLING, seed=10_000))
+    torch.rand(5)
+    assert engine.token_ids() == first
+    assert all(ours != theirs for ours, theirs in zip(first, other, strict=True))
+
+
+def test_completions_of_a_prompt_differ(engine: Engine) -> None:
+    engine.policy()
+    for group in engine.token_ids(replace(SAMPLING, n=6)):
+        assert len({tuple(ids) for ids in group}) == 6
+
+
+def test_equal_prompts_get_different_completions(engine: Engine) -> None:
+    engine.policy()
+    first, second = engine.sampler.generate([PROMPTS[0], PROMPTS[0]], SAMPLING)
+    assert not {tuple(one.token_ids) for one in first} & {tuple(one.token_ids) for one in second}
+
+
+@pytest.mark.parametrize("stop", [(EOS,), (4, 9)], ids=["eos", "others"])
+def test_a_completion_ends_at_the_first_stop_token_or_at_the_limit(
+    engine: Engine, stop: tuple[int, ...]
+) -> None:
+    engine.policy()
+    config = replace(SAMPLING, n=16, stop_token_ids=stop)
+    completions = [one for group in engine.sampler.generate(PROMPTS, config) for one in group]
+    for one in completions:
+        assert one.finished == (one.token_ids[-1] in stop)
+        assert not set(one.token_ids[:-1]) & set(stop)
+        assert one.finished or len(one.token_ids) == config.max_new_tokens
+        assert len(one.token_ids) == len(one.logprobs) <= config.max_new_tokens
+    assert {one.finished for one in completions} == {True, False}
+
+
+def test_groups_come_in_the_order_of_the_prompts(engine: Engine) -> None:
+    policy = engine.policy()
+    prompts = [[4 + row] * length for row, length in enumerate([7, 1, 30, 2, 13, 1])]
+    groups = engine.sampler.generate(prompts, replace(SAMPLING, n=2))
+    assert [len(group) for group in groups] == [2] * len(prompts)
+    assert trainer_gap(policy, prompts, groups, 1.0).max() < 1e-4
+    rolled = prompts[1:] + prompts[:1]
+    assert trainer_gap(policy, rolled, groups, 1.0).mean() > 0.05
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8)])
+def test_first_tokens_follow_the_exact_distribution(
+    engine: Engine, temperature: float, top_p: float
+) -> None:
+    engine.policy()
+    exact = next_token_probabilities(engine.folder, PROMPTS[0], temperature, top_p)
+    config = replace(SAMPLING, n=2000, temperature=temperature, top_p=top_p, max_new_tokens=1)
+    (group,) = engine.sampler.generate(PROMPTS[:1], config)
+    sampled = torch.tensor([one.token_ids[0] for one in group])
+    counts = torch.bincount(sampled, minlength=len(exact)).double()
+    assert counts[exact == 0].sum() == 0
+    # Pearson's statistic: its mean is the degrees of freedom, its variance twice that.
+    expected = len(group) * exact
+    often = expected >= 5
+    statistic = ((counts - expected).square() / expected)[often].sum()
+    freedom = int(often.sum()) - 1
+    assert freedom >= 5
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+    # And the log-probabilities reported are those of this distribution.
+    reported = torch.tensor([one.logprobs[0] for one in group], dtype=torch.double)
+    torch.testing.assert_close(reported, exact[sampled].log(), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def next_token_probabilities(
+    folder: str, prompt: list[int], temperature: float, top_p: float
+) -> Tensor:
+    """(V,) by plain loops over the model's own logits."""
+    logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([prompt])).logits[0, -1]
+    probabilities = (logits.double() / temperature).softmax(-1)
+    kept, mass = torch.zeros_like(probabilities), 0.0
+    for token in probabilities.argsort(descending=True).tolist():
+        if mass < top_p:
+            kept[token] = probabilities[token]
+            mass += float(probabilities[token])
+    return kept / kept.sum()
