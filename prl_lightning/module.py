@@ -112,6 +112,7 @@ class PRLModule(LightningModule):
             }
             self._log_tokens(batch, drift)
         self._log_train({"loss": loss.detach()}, weight=1, prog_bar=True)
+        self._log_train({"ratio_max": stats.pop("ratio_max")}, weight=1, reduce_fx="max")
         self._log_train(stats, weight=_num_tokens(batch))
         return loss
 
@@ -160,11 +161,16 @@ class PRLModule(LightningModule):
         mask = batch.completion_mask
         self._log_train({k: v[mask].mean() for k, v in values.items()}, weight=_num_tokens(batch))
 
-    def _log_train(self, values: dict[str, Tensor], weight: int, prog_bar: bool = False) -> None:
+    def _log_train(self, values: dict[str, Tensor], weight: int, **options: Any) -> None:
+        """Log one value an epoch, which is one iteration."""
         self.log_dict(
             {f"train/{name}": value for name, value in values.items()},
-            on_step=False, on_epoch=True, sync_dist=True, batch_size=weight, prog_bar=prog_bar,
-        )  # fmt: skip
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=weight,
+            **options,
+        )
 
     # Evaluation: the callback samples, a step only counts
 

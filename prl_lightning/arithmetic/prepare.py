@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from prl_lightning import __version__
 from prl_lightning.arithmetic.problems import Problem, draw_problems
 from prl_lightning.arithmetic.tokenizer import make_tokenizer
 
@@ -65,7 +66,7 @@ class ArithmeticTask:
         )
 
     def is_made(self) -> bool:
-        """Whether the folder is complete and was made with these settings."""
+        """Whether the folder is complete and was made with these settings and this version."""
         file = Path(self.folder) / "task.json"
         return file.is_file() and json.loads(file.read_text()) == self._settings()
 
@@ -96,7 +97,8 @@ class ArithmeticTask:
             made.rename(folder)
 
     def _settings(self) -> dict[str, object]:
-        return {name: value for name, value in asdict(self).items() if name != "folder"}
+        settings = {name: value for name, value in asdict(self).items() if name != "folder"}
+        return settings | {"version": __version__}
 
 
 def _write_rows(file: Path, problems: Iterable[Problem]) -> None:

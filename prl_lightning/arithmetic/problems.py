@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
-ANSWER_MARK = "#"
+ANSWER_OPENS, ANSWER_CLOSES = "\\boxed{", "}"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class Problem:
     @property
     def answer(self) -> str:
         """The right last result, one digit."""
-        return self.trace(error_rate=0.0, rng=random.Random(0))[-1]
+        value = self.digits[0]
+        for op, digit in zip(self.operators, self.digits[1:], strict=True):
+            value = OPERATIONS[op](value, digit) % 10
+        return str(value)
 
     def trace(self, error_rate: float, rng: random.Random) -> str:
         r"""Write the steps, each wrong with some probability.
@@ -47,11 +50,11 @@ class Problem:
             rng: source of the slips.
 
         Returns:
-            One line a step, then the mark and the last result.
+            One line a step, then the last result in a box.
 
         Example:
             >>> Problem((3, 5, 2), ("+", "*")).trace(0.0, random.Random(0))
-            '3+5=8\n8*2=6\n#6'
+            '3+5=8\n8*2=6\n\\boxed{6}'
         """
         value, lines = self.digits[0], []
         for op, digit in zip(self.operators, self.digits[1:], strict=True):
@@ -60,7 +63,7 @@ class Problem:
                 result = (result + rng.randint(1, 9)) % 10
             lines.append(f"{value}{op}{digit}={result}")
             value = result
-        return "\n".join([*lines, f"{ANSWER_MARK}{value}"])
+        return "\n".join([*lines, f"{ANSWER_OPENS}{value}{ANSWER_CLOSES}"])
 
 
 def draw_problems(min_operations: int, max_operations: int, seed: int) -> Iterator[Problem]:

@@ -1,14 +1,16 @@
-"""One token a character."""
+"""One token a character, and one for the start of the answer's box."""
 
 from __future__ import annotations
+
+import re
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from prl_lightning.arithmetic.problems import ANSWER_MARK, OPERATIONS
+from prl_lightning.arithmetic.problems import ANSWER_CLOSES, ANSWER_OPENS, OPERATIONS
 
 PAD, EOS = "<pad>", "<eos>"
-CHARACTERS = ["\n", *"0123456789", *OPERATIONS, "=", "?", ANSWER_MARK]
+TOKENS = ["\n", *"0123456789", *OPERATIONS, "=", "?", ANSWER_OPENS, ANSWER_CLOSES]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -16,13 +18,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
     Example:
         >>> tokenizer = make_tokenizer()
-        >>> ids = tokenizer("3+5?\n")["input_ids"]
+        >>> ids = tokenizer("3+5?\n\\boxed{8}")["input_ids"]
         >>> len(ids), tokenizer.decode(ids)
-        (5, '3+5?\n')
+        (8, '3+5?\n\\boxed{8}')
     """
-    vocabulary = {token: index for index, token in enumerate([PAD, EOS, *CHARACTERS])}
+    vocabulary = {token: index for index, token in enumerate([PAD, EOS, *TOKENS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(re.escape(ANSWER_OPENS) + r"|[\s\S]"), "isolated"
+    )
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

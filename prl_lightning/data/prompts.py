@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import ConcatDataset, DataLoader
 
 from prl_lightning.data.rollouts import RolloutBuffer
-from prl_lightning.data.sources import PromptFormat, PromptSet, Source, as_sources
+from prl_lightning.data.sources import PromptFormat, PromptSet, Source
 from prl_lightning.models import load_tokenizer
 from prl_lightning.types import Prompt, RolloutBatch
 
@@ -76,7 +76,8 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         tokenizer: Hugging Face id or folder; the CLI sets it to the policy's.
-        train: one source of prompts or several; needed by ``fit`` alone.
+        train: a source of prompts or several, each a JSON, JSON-lines or Parquet file or
+            ``owner/dataset[/name][:split]`` of the Hub; needed by ``fit`` alone.
         eval: named evaluation sets, all sampled at each validation, test and predict.
         format: how a row becomes a prompt.
         prompts_per_epoch: over all ranks.
@@ -91,8 +92,8 @@ class PromptDataModule(LightningDataModule):
     def __init__(
         self,
         tokenizer: str,
-        train: str | Source | list[str | Source] | None = None,
-        eval: dict[str, str | Source] | None = None,
+        train: str | list[str] | None = None,
+        eval: dict[str, str] | None = None,
         format: PromptFormat = PromptFormat(),  # noqa: B008  (frozen)
         prompts_per_epoch: int = 128,
         group_size: int = 8,
@@ -103,8 +104,9 @@ class PromptDataModule(LightningDataModule):
         prepare: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__()
-        self.train_sources = as_sources(train) if train is not None else []
-        self.eval_sources = {name: as_sources(value)[0] for name, value in (eval or {}).items()}
+        trains = [train] if isinstance(train, str) else train or []
+        self.train_sources = [Source.parse(text) for text in trains]
+        self.eval_sources = {name: Source.parse(text) for name, text in (eval or {}).items()}
         self.tokenizer_name = tokenizer
         self.format = format
         self.prompts_per_epoch = prompts_per_epoch

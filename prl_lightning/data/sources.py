@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ class Source:
     """Where rows come from.
 
     Attributes:
-        path: a JSON, JSON-lines or Parquet file, or a dataset on the Hub.
+        path: a JSON, JSON-lines or Parquet file, a folder of such, or a dataset on the Hub.
         name: the Hub dataset's configuration, where it has several.
         split: the Hub dataset's split.
     """
@@ -32,23 +33,58 @@ class Source:
     name: str | None = None
     split: str = "train"
 
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """Read the short form that configurations use.
+
+        Args:
+            text: a file, or ``owner/dataset[/name][:split]`` of the Hub.
+
+        Example:
+            >>> Source.parse("data/train.jsonl")
+            Source(path='data/train.jsonl', name=None, split='train')
+            >>> Source.parse("openai/gsm8k/main:test")
+            Source(path='openai/gsm8k', name='main', split='test')
+        """
+        if Path(text).suffix in FORMATS or Path(text).is_dir():
+            return cls(text)
+        dataset, _, split = text.partition(":")
+        owner, _, rest = dataset.partition("/")
+        name, _, configuration = rest.partition("/")
+        return cls(f"{owner}/{name}" if name else owner, configuration or None, split or "train")
+
     def load(self) -> Dataset:
         """Read the rows.
 
         Raises:
             FileNotFoundError: a file that is not there.
-            ValueError: it has no rows.
+            ValueError: it has no rows, or is not in a format that is read.
         """
         file = Path(self.path).expanduser()
         if file.suffix in FORMATS:
-            if not file.is_file():
-                raise FileNotFoundError(f"data: there is no file {self.path!r}.")
-            rows = load_dataset(FORMATS[file.suffix], data_files=str(file), split="train")
-        else:
-            rows = load_dataset(self.path, self.name, split=self.split)
+            return self._load_file(file)
+        if file.is_file():
+            raise ValueError(
+                f"data: {self.path!r} is not read: use one of {', '.join(FORMATS)}, or a dataset "
+                "on the Hub."
+            )
+        rows = load_dataset(self.path, self.name, split=self.split)
         if len(rows) == 0:
             raise ValueError(f"data: {self.path!r} has no rows.")
         return rows
+
+    def _load_file(self, file: Path) -> Dataset:
+        if not file.is_file():
+            raise FileNotFoundError(f"data: there is no file {self.path!r}.")
+        form = FORMATS[file.suffix]
+        try:
+            return load_dataset(form, data_files=str(file), split="train")
+        # An empty file fails in a way of its own in each format.
+        except (DatasetGenerationError, StopIteration, ValueError) as error:
+            cause = error.__cause__ or error
+            raise ValueError(
+                f"data: {self.path!r} has no rows that can be read as {form}: {cause!r}."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -81,27 +117,36 @@ class PromptFormat:
         """Give the columns this package's names.
 
         Raises:
-            ValueError: a column is missing.
+            ValueError: a column is missing, or is named twice.
         """
-        for ours, theirs in {"prompt": "prompt", **self.columns}.items():
+        names = {"prompt": "prompt", **self.columns}
+        for ours, theirs in names.items():
             if theirs not in rows.column_names:
                 raise ValueError(
                     f"{where} has no column {theirs!r}; it has {sorted(rows.column_names)}. Say "
                     f"which one it is in data.format.columns, for example {{{ours}: "
                     f"{rows.column_names[0]}}}."
                 )
-            if ours != theirs:
-                if ours in rows.column_names:
-                    rows = rows.remove_columns(ours)
-                rows = rows.rename_column(theirs, ours)
-        return rows
+        used = set(names.values())
+        if len(used) < len(names):
+            raise ValueError(f"data.format.columns={names} names a column of {where} twice.")
+        replaced = [ours for ours in names if ours in rows.column_names and ours not in used]
+        # All at once, so that two columns can change places.
+        return rows.remove_columns(replaced).rename_columns(
+            {theirs: ours for ours, theirs in names.items() if ours != theirs}
+        )
 
     def render(self, source: str | list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids of a prompt (text or chat messages).
 
         Raises:
-            ValueError: chat messages, but the tokenizer has no chat template.
+            ValueError: chat messages, but the tokenizer has no chat template; or neither.
         """
+        if not source or not isinstance(source, str | list):
+            raise ValueError(
+                f"data: a row's prompt is neither text nor chat messages: {source!r}. Remove the "
+                "row, or say in data.format.columns which column has the prompt."
+            )
         is_chat = not isinstance(source, str)
         chat = is_chat or self.chat_template
         if self.chat_template is None:
@@ -193,9 +238,3 @@ def _verl_answer(columns: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     truth = reward_model.get("ground_truth")
     return {} if truth is None else {"answer": truth, "ground_truth": truth}
-
-
-def as_sources(value: str | Source | Sequence[str | Source]) -> list[Source]:
-    """One or several sources, each given as a path or in full."""
-    values = [value] if isinstance(value, str | Source) else value
-    return [Source(item) if isinstance(item, str) else item for item in values]

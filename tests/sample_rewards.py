@@ -1,0 +1,22 @@
+"""Reward functions as a user would write them, for tests to name by import path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def even_digits(completions: list[str], **columns: Any) -> list[float]:
+    """1 for an even number of digits: an untrained model gets some right and some wrong."""
+    return [float(sum(map(str.isdigit, text)) % 2 == 0) for text in completions]
+
+
+def always_raises(completions: list[str], **columns: Any) -> list[float]:
+    raise KeyError("no such thing")
+
+
+def one_short(completions: list[str], **columns: Any) -> list[float]:
+    return [0.0] * (len(completions) - 1)
+
+
+def needs_gold(completions: list[str], gold: list[str]) -> list[float]:
+    return [float(text == want) for text, want in zip(completions, gold, strict=True)]

@@ -1,0 +1,135 @@
+"""What a user meets: one command, its run folder, resuming, and clear errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prl_lightning.cli import main
+from runs import fit, metrics_of, tiny_overrides
+
+
+@pytest.mark.parametrize("model", ["tied_model", "untied_model"])
+def test_fit_with_the_vllm_engine(
+    model: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    path = request.getfixturevalue(model)
+    fit(*tiny_overrides(path, tmp_path, "VLLMSampler"), "--rollout.sampler.cache_gib=0.1")
+    metrics = metrics_of(tmp_path)
+    # The gap is measured after each update: a weight that is not sent would show in the second.
+    assert len(metrics["rollout/engine_gap_max"]) == 2
+    assert max(metrics["rollout/engine_gap_max"]) < 1e-4
+    assert max(metrics["train/grad_norm"]) > 0
+
+
+def test_run_folder_has_metrics_config_curves_and_checkpoint(
+    tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(*tiny_overrides(tied_model, tmp_path))
+    run = tmp_path / "run" / "version_0"
+    assert {file.name for file in run.iterdir()} >= {"metrics.csv", "config.yaml", "curves.png"}
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["policy"] == str(tied_model)
+    assert config["model"]["objective"]["beta"] == 0.01
+    # The base model is evaluated before the first update, then after each epoch.
+    values = metrics_of(tmp_path)["val/tiny/mean@4"]
+    assert len(values) == 3
+    screen = capsys.readouterr().out
+    assert f"mean@4: {values[0]:.2f} -> {values[-1]:.2f}" in screen
+    assert str(run / "checkpoints" / "last.ckpt") in screen
+
+
+def test_validate_a_checkpoint_repeats_the_last_evaluation(tied_model: str, tmp_path: Path) -> None:
+    fit(*tiny_overrides(tied_model, tmp_path))
+    run = tmp_path / "run" / "version_0"
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)])
+    after = metrics_of(tmp_path, version=1)
+    before = metrics_of(tmp_path)
+    for name in ("val/tiny/mean@4", "val/tiny/pass@2"):
+        assert after[name] == before[name][-1:]
+
+
+def test_resumed_run_sees_the_prompts_it_would_have_seen(tied_model: str, tmp_path: Path) -> None:
+    overrides = tiny_overrides(tied_model, tmp_path)
+    fit(*overrides, "--trainer.max_epochs=4", "--trainer.callbacks.init_args.every_n_epochs=1")
+    fit(*overrides, "--trainer.max_epochs=2", "--trainer.callbacks.init_args.every_n_epochs=1")
+    checkpoint = tmp_path / "run" / "version_1" / "checkpoints" / "last.ckpt"
+    fit(*overrides, "--trainer.max_epochs=4", "--ckpt_path", str(checkpoint))
+    whole, resumed = metrics_of(tmp_path), metrics_of(tmp_path, version=2)
+    for name in ("rollout/reward", "train/loss", "train/grad_norm", "train/kl_ref"):
+        assert resumed[name] == whole[name][2:]
+
+
+def test_users_own_data_and_model_are_three_lines(tied_model: str, tmp_path: Path) -> None:
+    overrides = tiny_overrides(tied_model, tmp_path)
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        f"model: {{policy: {tied_model}, pass_at: [2]}}\n"
+        f"data: {{prepare: null, train: {tmp_path}/train.jsonl, eval: {{own: "
+        f"{tmp_path}/heldout.jsonl}}, prompts_per_epoch: 4}}\n"
+        "rollout: {max_new_tokens: 12}\n"
+    )
+    speed = [flag for flag in overrides if flag.startswith(("--trainer", "--rollout.sampler"))]
+    fit("--config", str(own), *speed)
+    metrics = metrics_of(tmp_path)
+    assert "val/own/mean@16" in metrics
+    assert max(metrics["rollout/completion_length_max"]) <= 12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--rollout.rewards=[sample_rewards.always_raises]", "always_raises.*KeyError"),
+        ("--rollout.rewards=[sample_rewards.one_short]", "one_short.*15.*16"),
+        ("--rollout.rewards=[sample_rewards.needs_gold]", "needs_gold.*'gold'.*columns"),
+        ("--data.updates_per_epoch=3", "prompts_per_epoch.*4.*updates_per_epoch.*3.*an epoch"),
+        ("--data.prompts_per_epoch=100", "prompts_per_epoch=100.*12 prompts"),
+        ("--data.train=missing.jsonl", "no file 'missing.jsonl'"),
+        ("--data.format.columns={prompt: question}", "no column 'question'.*data.format.columns"),
+        ("--data.max_prompt_tokens=1", "every prompt is longer.*max_prompt_tokens=1"),
+        ("--rollout.max_new_tokens=100000", "max_new_tokens=100000.*the model takes"),
+        ("--model.pass_at=[8]", "pass_at.*eval_group_size=4"),
+        ("--model.objective.steps=blank_line", None),
+    ],
+)
+def test_bad_input_stops_before_the_first_update(
+    change: str, message: str | None, tied_model: str, tmp_path: Path
+) -> None:
+    overrides = [*tiny_overrides(tied_model, tmp_path), "--trainer.num_sanity_val_steps=0"]
+    if message is None:  # valid for this tokenizer: a blank line is two line ends
+        fit(*overrides, change)
+        return
+    with pytest.raises((ValueError, RuntimeError, FileNotFoundError), match=f"(?s){message}"):
+        fit(*overrides, change)
+    assert not list(tmp_path.glob("run/version_0/checkpoints/*"))
+
+
+def test_unknown_reward_is_named(tied_model: str, tmp_path: Path) -> None:
+    overrides = tiny_overrides(tied_model, tmp_path)
+    with pytest.raises(SystemExit):
+        fit(*overrides, "--rollout.rewards=[sample_rewards.no_such_reward]")
+
+
+def test_json_file_with_one_row_is_data_and_not_configuration(
+    tied_model: str, tmp_path: Path
+) -> None:
+    overrides = tiny_overrides(tied_model, tmp_path)
+    rows = [json.loads(row) for row in (tmp_path / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "row.jsonl").write_text(json.dumps(rows[0]))
+    fit(*overrides, f"--data.train=[{tmp_path}/rows.json, {tmp_path}/row.jsonl]")
+    assert "train/loss" in metrics_of(tmp_path)
+    fit(*overrides, f"--data.train={tmp_path}/rows.json")
+    assert "train/loss" in metrics_of(tmp_path, version=1)
+
+
+def test_empty_training_set_is_an_error(tied_model: str, tmp_path: Path) -> None:
+    overrides = tiny_overrides(tied_model, tmp_path)
+    (tmp_path / "empty.json").write_text(json.dumps([]))
+    with pytest.raises(Exception, match="empty.json.*no rows"):
+        fit(*overrides, f"--data.train={tmp_path / 'empty.json'}")

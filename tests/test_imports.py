@@ -1,0 +1,75 @@
+"""Imports run downward only (functional and types at the bottom, the command line on top)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "prl_lightning"
+
+# A part may import the parts below it, never one beside or above it. arithmetic stands beside all.
+LAYERS = [
+    {"types", "functional"},
+    {"metrics", "steps", "rewards", "samplers", "models", "arithmetic"},
+    {"objective", "data"},
+    {"module"},
+    {"callbacks"},
+    {"cli"},
+    {"__main__"},
+]
+RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(file: Path) -> set[str]:
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module)
+    return modules
+
+
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_run_downward(file: Path) -> None:
+    own = part_of(file)
+    for module in imported_modules(file):
+        if module.startswith("prl_lightning."):
+            other = module.split(".")[1]
+            if other != own:
+                assert RANK[other] < RANK[own], f"{own} imports {other}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_only_one_file_imports_vllm(file: Path) -> None:
+    if file != PACKAGE / "samplers" / "vllm.py":
+        assert "vllm" not in {module.split(".")[0] for module in imported_modules(file)}
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("prl_lightning.functional", ("lightning", "transformers", "torchmetrics", "vllm")),
+        ("prl_lightning.types", ("lightning", "transformers", "torchmetrics", "vllm")),
+        ("prl_lightning.rewards", ("lightning", "transformers", "vllm")),
+        # The engine is imported when it starts: the package works without it.
+        ("prl_lightning.cli", ("vllm",)),
+    ],
+)
+def test_import_pulls_in_no_more_than_it_needs(module: str, absent: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
+    )
+    assert done.stdout.strip() == "[]"
