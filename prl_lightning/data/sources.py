@@ -46,7 +46,7 @@ class Source:
             >>> Source.parse("openai/gsm8k/main:test")
             Source(path='openai/gsm8k', name='main', split='test')
         """
-        if Path(text).suffix in FORMATS or Path(text).is_dir():
+        if Path(text).suffix in FORMATS or Path(text).expanduser().exists():
             return cls(text)
         dataset, _, split = text.partition(":")
         owner, _, rest = dataset.partition("/")
