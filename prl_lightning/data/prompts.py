@@ -40,6 +40,13 @@ class EpochSizes:
 
     def __post_init__(self) -> None:
         """Check the divisions in the order in which an epoch is cut."""
+        for name, size in (
+            ("data.prompts_per_epoch", self.prompts),
+            ("data.group_size", self.group_size),
+            ("data.updates_per_epoch", self.updates),
+        ):
+            if size < 1:
+                raise ValueError(f"{name}={size}: must be at least 1.")
         steps = (
             ("data.prompts_per_epoch", self.prompts, "data.updates_per_epoch", self.updates),
             ("prompts an update", self.prompts // self.updates, "ranks", self.ranks),
@@ -51,7 +58,7 @@ class EpochSizes:
             ),
         )
         for what, size, by, parts in steps:
-            if size == 0 or size % parts:
+            if size % parts:
                 raise ValueError(f"{what} ({size}) is not a multiple of {by} ({parts}): {self}")
 
     def __str__(self) -> str:

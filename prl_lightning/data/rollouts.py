@@ -126,19 +126,20 @@ class RolloutBuffer(Dataset[RolloutBatch]):
             rollouts: of this rank, in the order of the updates, the same number for each.
             sum_over_ranks: adds up the (num_updates, 2) tokens and sequences of all ranks.
         """
-        size = len(rollouts) // self.num_updates
+        # A rank may have no prompt of a small evaluation set.
+        size = len(rollouts) // max(self.num_updates, 1)
         self.rollouts = rollouts
         self.micro_batch_rollouts = []
         totals = []
-        for start in range(0, size * self.num_updates, size):
-            update = rollouts[start : start + size]
+        for index in range(self.num_updates):
+            update = rollouts[index * size : (index + 1) * size]
             lengths = [len(r.prompt.token_ids) + len(r.completion.token_ids) for r in update]
             totals.append([sum(len(r.completion.token_ids) for r in update), size])
             self.micro_batch_rollouts += [
                 [update[row] for row in part]
                 for part in split_by_tokens(lengths, self.micro_batches)
             ]
-        self._totals = sum_over_ranks(torch.tensor(totals))
+        self._totals = sum_over_ranks(torch.tensor(totals, dtype=torch.long).view(-1, 2))
 
     def __len__(self) -> int:
         """Micro-batches an epoch on this rank."""

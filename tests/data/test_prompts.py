@@ -1,0 +1,216 @@
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from prl_lightning.data import PromptDataModule
+from prl_lightning.data.prompts import EpochSizes
+
+from .tokenizers import character_tokenizer
+
+MakeData = Callable[..., PromptDataModule]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer, twelve prompts "0" to "11", five "a0" to "a4", and three "b0" to "b2"."""
+    folder = tmp_path_factory.mktemp("prompts")
+    character_tokenizer().save_pretrained(folder / "tokenizer")
+    for name, prefix, count in (("train", "", 12), ("a", "a", 5), ("b", "b", 3)):
+        rows = [{"prompt": f"{prefix}{row}", "answer": row, name: name} for row in range(count)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make_data(folder: Path) -> MakeData:
+    def make(
+        rank: int = 0,
+        ranks: int = 1,
+        accumulate: int = 1,
+        train: tuple[str, ...] = ("train",),
+        stage: str = "fit",
+        eval_sets: tuple[str, ...] = (),
+        **options: Any,
+    ) -> PromptDataModule:
+        sizes = {"prompts_per_epoch": 4, "group_size": 2, "updates_per_epoch": 1} | options
+        data = PromptDataModule(
+            str(folder / "tokenizer"),
+            [str(folder / f"{name}.jsonl") for name in train],
+            {name: str(folder / f"{name}.jsonl") for name in eval_sets},
+            **sizes,
+        )
+        trainer: Any = SimpleNamespace(
+            global_rank=rank, world_size=ranks, accumulate_grad_batches=accumulate
+        )
+        data.trainer = trainer
+        data.setup(stage)
+        return data
+
+    return make
+
+
+def epochs(data: PromptDataModule, count: int) -> list[list[Any]]:
+    return [[prompt.source for prompt in data.next_prompts()] for _ in range(count)]
+
+
+# The stream
+
+
+def test_the_order_is_a_function_of_the_seed(make_data: MakeData) -> None:
+    first = epochs(make_data(seed=3), 6)
+    assert epochs(make_data(seed=3), 6) == first
+    assert epochs(make_data(seed=4), 6) != first
+
+
+@pytest.mark.parametrize("prompts_per_epoch", [4, 5, 12])
+def test_every_pass_is_another_permutation(make_data: MakeData, prompts_per_epoch: int) -> None:
+    data = make_data(prompts_per_epoch=prompts_per_epoch)
+    stream = sum(epochs(data, 36 // prompts_per_epoch + 1), [])
+    passes = [stream[start : start + 12] for start in (0, 12, 24)]
+    for one in passes:
+        assert sorted(one, key=int) == [str(row) for row in range(12)]
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+    # The position decides, not how the stream is cut into epochs.
+    assert stream[:36] == sum(epochs(make_data(prompts_per_epoch=1), 36), [])
+
+
+@pytest.mark.parametrize("epochs_before", [1, 2, 3, 7])
+def test_a_resumed_run_sees_the_prompts_that_would_have_come(
+    make_data: MakeData, epochs_before: int
+) -> None:
+    uninterrupted = epochs(make_data(prompts_per_epoch=5), epochs_before + 4)
+    stopped = make_data(prompts_per_epoch=5)
+    epochs(stopped, epochs_before)
+    resumed = make_data(prompts_per_epoch=5)
+    epochs(resumed, 1)
+    resumed.load_state_dict(stopped.state_dict())
+    assert epochs(resumed, 4) == uninterrupted[epochs_before:]
+
+
+def test_several_sources_are_one_stream(make_data: MakeData) -> None:
+    data = make_data(train=("a", "b"), prompts_per_epoch=8)
+    for epoch in epochs(data, 3):
+        assert sorted(epoch) == ["a0", "a1", "a2", "a3", "a4", "b0", "b1", "b2"]
+    # A reward can count on the columns that all of them have.
+    assert data.reward_columns == {"answer"}
+
+
+# Ranks
+
+
+@pytest.mark.parametrize(("ranks", "updates"), [(1, 3), (2, 1), (2, 3), (3, 2), (4, 3)])
+def test_an_update_has_the_same_prompts_on_any_number_of_ranks(
+    make_data: MakeData, ranks: int, updates: int
+) -> None:
+    sizes = {"prompts_per_epoch": 12, "updates_per_epoch": updates}
+    (alone,) = epochs(make_data(**sizes), 1)
+    shares = [epochs(make_data(rank, ranks, **sizes), 1)[0] for rank in range(ranks)]
+    size, share = 12 // updates, 12 // updates // ranks
+    for update in range(updates):
+        union = sum((own[update * share : (update + 1) * share] for own in shares), [])
+        assert Counter(union) == Counter(alone[update * size : (update + 1) * size])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_evaluation_sets_are_split_without_loss_or_duplicate(
+    make_data: MakeData, ranks: int
+) -> None:
+    seen: dict[str, list[Any]] = {"a": [], "b": []}
+    for rank in range(ranks):
+        data = make_data(rank, ranks, stage="validate", eval_sets=("a", "b"))
+        for name, prompts in data.eval_prompts().items():
+            seen[name] += [prompt.source for prompt in prompts]
+            # One item a prompt, for its loader to have a length before anything is sampled.
+            assert len(data.eval_rollouts[name]) == len(prompts)
+        assert data.train_rollouts is None
+    assert sorted(seen["a"]) == ["a0", "a1", "a2", "a3", "a4"]
+    assert sorted(seen["b"]) == ["b0", "b1", "b2"]
+
+
+def test_reward_columns_are_those_that_training_and_evaluation_share(make_data: MakeData) -> None:
+    assert make_data().reward_columns == {"answer", "train"}
+    assert make_data(eval_sets=("a",)).reward_columns == {"answer"}
+    assert make_data(stage="validate", eval_sets=("a",)).reward_columns == {"answer", "a"}
+
+
+# Sizes
+
+
+def test_a_buffer_has_one_item_a_micro_batch(make_data: MakeData) -> None:
+    data = make_data(prompts_per_epoch=12, group_size=4, updates_per_epoch=3, accumulate=8)
+    assert data.train_rollouts is not None
+    # 12 x 4 = 48 completions, 16 an update, 8 micro-batches of 2: 24 in all.
+    assert len(data.train_dataloader()) == len(data.train_rollouts) == 24
+
+
+@pytest.mark.parametrize(
+    ("sizes", "names", "arithmetic"),
+    [
+        (
+            (10, 4, 3, 1, 1),
+            r"data\.prompts_per_epoch \(10\).*data\.updates_per_epoch \(3\)",
+            "10 prompts x 4 completions = 40 an epoch; / 3 updates = 13.3333 an update",
+        ),
+        (
+            (12, 4, 2, 4, 1),
+            r"prompts an update \(6\).*ranks \(4\)",
+            "12 prompts x 4 completions = 48 an epoch; / 2 updates = 24 an update; / 4 ranks = 6",
+        ),
+        (
+            (12, 4, 2, 2, 5),
+            r"completions an update on each rank \(12\).*accumulate_grad_batches \(5\)",
+            "/ 2 ranks = 12 a rank; / 5 micro-batches = 2.4 completions in each",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide_print_the_arithmetic(
+    sizes: tuple[int, int, int, int, int], names: str, arithmetic: str
+) -> None:
+    with pytest.raises(ValueError, match=names) as error:
+        EpochSizes(*sizes)
+    assert arithmetic in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"),
+    [
+        ((0, 4, 1, 1, 1), "data.prompts_per_epoch=0"),
+        ((12, 0, 1, 1, 1), "data.group_size=0"),
+        ((12, 4, 0, 1, 1), "data.updates_per_epoch=0"),
+        ((12, 4, -2, 1, 1), "data.updates_per_epoch=-2"),
+    ],
+)
+def test_sizes_below_one_are_named(sizes: tuple[int, int, int, int, int], name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: must be at least 1"):
+        EpochSizes(*sizes)
+
+
+def test_the_module_checks_its_sizes_with_the_trainers(make_data: MakeData) -> None:
+    with pytest.raises(ValueError, match=r"ranks \(3\)"):
+        make_data(ranks=3)
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches \(3\)"):
+        make_data(accumulate=3)
+
+
+def test_too_few_prompts_name_both_numbers(make_data: MakeData) -> None:
+    with pytest.raises(ValueError, match=r"data\.prompts_per_epoch=13, but data\.train has 12"):
+        make_data(prompts_per_epoch=13)
+
+
+def test_no_training_prompts_is_an_error_of_fit_alone(make_data: MakeData) -> None:
+    with pytest.raises(ValueError, match=r"data\.train is missing"):
+        make_data(train=())
+    assert make_data(train=(), stage="validate", eval_sets=("a",)).eval_prompts()["a"]
+
+
+def test_data_is_prepared_once_and_before_it_is_read(folder: Path) -> None:
+    calls: list[str] = []
+    data = PromptDataModule(str(folder / "tokenizer"), prepare=lambda: calls.append("made"))
+    data.prepare_data()
+    assert calls == ["made"]

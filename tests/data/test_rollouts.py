@@ -1,0 +1,172 @@
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prl_lightning.data import RolloutBuffer, collate
+from prl_lightning.data.rollouts import split_by_tokens
+from prl_lightning.types import Completion, Prompt, Rollout
+
+MakeRollout = Callable[[list[int], list[int]], Rollout]
+
+
+# split_by_tokens
+
+
+@st.composite
+def rows_and_parts(draw: st.DrawFn, max_rows: int) -> tuple[list[int], int]:
+    lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=max_rows))
+    return lengths, draw(st.integers(1, len(lengths)))
+
+
+def padded_size(lengths: list[int], chunk: list[int]) -> int:
+    return len(chunk) * max(lengths[row] for row in chunk)
+
+
+@settings(deadline=None)
+@given(rows_and_parts(max_rows=40))
+def test_rows_are_partitioned_into_exactly_so_many_parts(case: tuple[list[int], int]) -> None:
+    lengths, parts = case
+    chunks = split_by_tokens(lengths, parts)
+    assert len(chunks) == parts
+    assert all(chunks)
+    assert sorted(row for chunk in chunks for row in chunk) == list(range(len(lengths)))
+
+
+@settings(deadline=None)
+@given(rows_and_parts(max_rows=8))
+def test_the_largest_padded_size_is_the_least_that_neighbours_allow(
+    case: tuple[list[int], int],
+) -> None:
+    lengths, parts = case
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    best = min(
+        max(
+            padded_size(lengths, order[start:end])
+            for start, end in zip((0, *cuts), (*cuts, len(order)), strict=True)
+        )
+        for count in range(parts)
+        for cuts in combinations(range(1, len(order)), count)
+    )
+    chunks = split_by_tokens(lengths, parts)
+    assert max(padded_size(lengths, chunk) for chunk in chunks) == best
+
+
+# collate
+
+
+def example() -> list[Rollout]:
+    return [
+        Rollout(
+            Prompt([7, 8, 9], "p"),
+            Completion([3, 1], [-0.5, -0.25], finished=True),
+            text="x",
+            reward=1.0,
+            outcome_advantage=torch.tensor(0.75),
+            old_logprobs=torch.tensor([-0.5, -0.125]),
+        ),
+        Rollout(
+            Prompt([6], "q"),
+            Completion([4, 5, 2], [-1.0, -2.0, -3.0], finished=False),
+            text="y",
+            reward=-2.0,
+            outcome_advantage=torch.tensor(-0.75),
+            old_logprobs=torch.tensor([-1.0, -2.0, -4.0]),
+            ref_logprobs=torch.tensor([-1.5, -2.5, -3.5]),
+        ),
+    ]
+
+
+def test_a_batch_by_hand() -> None:
+    batch = collate(example(), update_tokens=50, update_sequences=20)
+    assert batch.input_ids.tolist() == [[7, 8, 9, 3, 1], [6, 4, 5, 2, 0]]
+    assert batch.prompt_lengths.tolist() == [3, 1]
+    assert batch.completion_ids.tolist() == [[3, 1, 0], [4, 5, 2]]
+    assert batch.completion_mask.tolist() == [[True, True, False], [True, True, True]]
+    assert batch.rollout_logprobs.tolist() == [[-0.5, -0.25, 0.0], [-1.0, -2.0, -3.0]]
+    assert batch.rewards.tolist() == [1.0, -2.0]
+    assert batch.finished.tolist() == [True, False]
+    assert batch.outcome_advantages.tolist() == [0.75, -0.75]
+    assert batch.old_logprobs is not None
+    assert batch.old_logprobs.tolist() == [[-0.5, -0.125, 0.0], [-1.0, -2.0, -4.0]]
+    # One of the two has none: half a reference is none.
+    assert batch.ref_logprobs is None
+    assert (batch.update_tokens, batch.update_sequences) == (50, 20)
+
+
+def test_advantages_per_token_are_padded() -> None:
+    first, second = example()
+    first.outcome_advantage = torch.tensor([0.5, 0.25])
+    second.outcome_advantage = torch.tensor([1.0, 2.0, 3.0])
+    batch = collate([first, second], 5, 2)
+    assert batch.outcome_advantages.tolist() == [[0.5, 0.25, 0.0], [1.0, 2.0, 3.0]]
+
+
+def test_a_batch_moves_with_all_its_tensors() -> None:
+    batch = collate(example(), 50, 20)
+    moved = batch.to("meta")
+    for name in ("input_ids", "prompt_lengths", "completion_ids", "completion_mask",
+                 "rollout_logprobs", "rewards", "finished", "outcome_advantages",
+                 "old_logprobs"):  # fmt: skip
+        assert getattr(moved, name).device.type == "meta", name
+        assert getattr(batch, name).device.type == "cpu", name
+    assert moved.ref_logprobs is None
+    assert (moved.update_tokens, moved.update_sequences) == (50, 20)
+    assert replace(batch, rewards=batch.rewards).to("cpu").rewards.tolist() == [1.0, -2.0]
+
+
+# RolloutBuffer
+
+
+def epoch(make_rollout: MakeRollout) -> list[Rollout]:
+    """Two updates of four completions, of 1 to 4 and of 5 to 8 tokens; each starts with its own."""
+    return [make_rollout([50], [length] * length) for length in range(1, 9)]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_micro_batches_follow_the_order_of_the_updates(
+    make_rollout: MakeRollout, micro_batches: int
+) -> None:
+    buffer = RolloutBuffer(2, micro_batches)
+    assert len(buffer) == 2 * micro_batches  # before it is filled
+    buffer.fill(epoch(make_rollout))
+    batches = [buffer[index] for index in range(len(buffer))]
+    for update, lengths in enumerate([[1, 2, 3, 4], [5, 6, 7, 8]]):
+        own = batches[update * micro_batches : (update + 1) * micro_batches]
+        seen = [row[0] for batch in own for row in batch.completion_ids.tolist()]
+        assert sorted(seen) == lengths
+        for batch in own:
+            assert batch.update_tokens == sum(lengths)
+            assert batch.update_sequences == 4
+
+
+def test_totals_are_summed_over_ranks(make_rollout: MakeRollout) -> None:
+    buffer = RolloutBuffer(2, 2)
+    other_rank = torch.tensor([[100, 4], [200, 4]])
+    buffer.fill(epoch(make_rollout), lambda totals: totals + other_rank)
+    totals = [(buffer[i].update_tokens, buffer[i].update_sequences) for i in range(4)]
+    assert totals == [(110, 8), (110, 8), (226, 8), (226, 8)]
+
+
+def test_filling_again_replaces_everything(make_rollout: MakeRollout) -> None:
+    buffer = RolloutBuffer(1)
+    buffer.fill(epoch(make_rollout))
+    buffer.fill([make_rollout([1], [9, 9])])
+    assert buffer[0].completion_ids.tolist() == [[9, 9]]
+    assert (buffer[0].update_tokens, buffer[0].update_sequences) == (2, 1)
+
+
+def test_a_rank_without_evaluation_prompts_has_an_empty_buffer() -> None:
+    """A set of fewer prompts than ranks leaves some ranks none."""
+    buffer = RolloutBuffer(num_updates=0)
+    buffer.fill([])
+    assert len(buffer) == 0
+
+
+def test_an_empty_buffer_names_the_callback() -> None:
+    with pytest.raises(RuntimeError, match=r"prl_lightning\.callbacks\.RolloutCallback"):
+        RolloutBuffer(1)[0]
