@@ -87,12 +87,12 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> Pre
     float32 by default, whatever the file has: at a learning rate of 1e-6 an update of a bfloat16
     weight is lost in rounding. The Trainer's precision decides what is computed in.
     """
-    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a Hugging Face id or folder; no remote code is run."""
-    return AutoTokenizer.from_pretrained(name_or_path)
+    return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
 
 
 def stop_token_ids(name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -106,7 +106,7 @@ def stop_token_ids(name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> tup
         generation_config = GenerationConfig.from_pretrained(name_or_path)
     except OSError:  # a model without such a file
         generation_config = GenerationConfig.from_model_config(
-            AutoConfig.from_pretrained(name_or_path)
+            AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         )
     configured = generation_config.eos_token_id
     ids.update(configured if isinstance(configured, list) else [configured])
@@ -121,5 +121,5 @@ def stop_token_ids(name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> tup
 
 def max_model_tokens(name_or_path: str) -> int | None:
     """Longest row the architecture can take; None where it names no limit."""
-    config = AutoConfig.from_pretrained(name_or_path).get_text_config()
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False).get_text_config()
     return getattr(config, "max_position_embeddings", None)

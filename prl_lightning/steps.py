@@ -25,12 +25,17 @@ class StepSplitter:
         tokenizer: its tokens' texts decide where a delimiter is; not used by the other kinds.
 
     Raises:
-        ValueError: a length below 1, or no token of the tokenizer has the delimiter.
+        ValueError: a length below 1, another word, or no token of the tokenizer has the delimiter.
     """
 
     def __init__(self, steps: Steps, tokenizer: PreTrainedTokenizerBase) -> None:
         if isinstance(steps, int) and steps < 1:
             raise ValueError(f"model.objective.steps={steps}: a step has at least 1 token.")
+        if isinstance(steps, str) and steps not in ("token", *DELIMITERS):
+            raise ValueError(
+                f"model.objective.steps={steps!r}: use 'token', a number of tokens, "
+                f"{' or '.join(map(repr, DELIMITERS))}."
+            )
         self.steps = steps
         if steps in DELIMITERS:
             self._read_tokens(DELIMITERS[str(steps)], tokenizer)
@@ -43,6 +48,8 @@ class StepSplitter:
             return fixed_length_steps(completion_mask, self.steps)
         tables = [table.to(completion_ids.device) for table in self._tables]
         contains, opens, closes = tables
+        # A model may have more rows than its tokenizer has tokens; the last entry stands for them.
+        completion_ids = completion_ids.clamp(max=len(contains) - 1)
         ends = delimiter_steps(completion_ids, completion_mask, contains)
         straddles = opens[completion_ids[:, :-1]] & closes[completion_ids[:, 1:]]
         both = completion_mask[:, :-1] & completion_mask[:, 1:]
@@ -50,7 +57,7 @@ class StepSplitter:
         return ends
 
     def _read_tokens(self, delimiter: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+        texts = [tokenizer.decode([token]) for token in range(len(tokenizer))] + [""]
         half = len(delimiter) // 2
         # A delimiter of two characters may be split between two tokens: one opens, one closes.
         opening, closing = delimiter[:half], delimiter[half:]

@@ -39,7 +39,7 @@ class HFSampler(Sampler):
 
     def start(self, model: str, max_model_tokens: int) -> None:
         """See ``Sampler.start``."""
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         self._model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
         # The model's own defaults (a top-k, a repetition penalty) would bend the distribution.
         self._model.generation_config = GenerationConfig()
