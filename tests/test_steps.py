@@ -112,7 +112,7 @@ def test_character_steps_are_those_of_the_text(steps: Steps, delimiter: str) -> 
 def test_a_blank_line_does_not_reach_over_the_end_of_a_completion() -> None:
     """The padding after a line end may itself be a line end."""
     tokenizer = make_tokenizer()
-    newline = tokenizer.convert_tokens_to_ids("\n")
+    (newline,) = tokenizer("\n")["input_ids"]
     ids = torch.tensor([[5, newline, newline, newline]])
     mask = torch.tensor([[True, True, False, False]])
     ends = StepSplitter("blank_line", tokenizer)(ids, mask)
@@ -124,7 +124,7 @@ def test_a_blank_line_does_not_reach_over_the_end_of_a_completion() -> None:
 def test_a_row_of_the_model_without_a_token_ends_no_step(steps: Steps) -> None:
     """Embeddings are often padded beyond the vocabulary, and such an id can be sampled."""
     tokenizer = make_tokenizer()
-    newline = tokenizer.convert_tokens_to_ids("\n")
+    (newline,) = tokenizer("\n")["input_ids"]
     rows = [[newline, newline, len(tokenizer), len(tokenizer) + 100, 5]]
     ends = split(StepSplitter(steps, tokenizer), rows)
     assert ends == [[steps == "newline", True, False, False, True]]

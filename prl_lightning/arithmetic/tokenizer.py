@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from prl_lightning.arithmetic.problems import ANSWER_CLOSES, ANSWER_OPENS, OPERATIONS
@@ -22,15 +20,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         >>> len(ids), tokenizer.decode(ids)
         (8, '3+5?\n\\boxed{8}')
     """
-    vocabulary = {token: index for index, token in enumerate([PAD, EOS, *TOKENS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        Regex(re.escape(ANSWER_OPENS) + r"|[\s\S]"), "isolated"
-    )
-    tokenizer.decoder = decoders.Fuse()
+    # Byte-level without merges ("Ċ" is the byte of a line end): whatever was saved, AutoTokenizer
+    # splits text for a Qwen2 model as Qwen2 does, and these ids stay the same under that.
+    tokens = [PAD, EOS, *(token.replace("\n", "Ċ") for token in TOKENS)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(ANSWER_OPENS, normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=EOS,
+        unk_token=PAD,
         clean_up_tokenization_spaces=False,
     )
