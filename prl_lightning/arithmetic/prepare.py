@@ -71,14 +71,30 @@ class ArithmeticTask:
         return file.is_file() and json.loads(file.read_text()) == self._settings()
 
     def make(self) -> None:
-        """Train the base model and write the folder, in this process."""
+        """Train the base model and write the folder, in this process.
+
+        Raises:
+            FileExistsError: the folder holds something else, which would be lost.
+            ValueError: there are not that many problems.
+        """
         from prl_lightning.arithmetic.base_model import train_base_model
 
         folder = Path(self.folder)
+        if folder.exists() and any(folder.iterdir()) and not (folder / "task.json").is_file():
+            raise FileExistsError(
+                f"folder={self.folder!r} holds something that is no arithmetic task. Name another "
+                "folder, or empty this one."
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         problems = draw_problems(self.min_operations, self.max_operations, self.seed)
         heldout = list(islice(problems, self.heldout_problems))
         train = list(islice(problems, self.train_problems))
+        if len(train) < self.train_problems:
+            raise ValueError(
+                f"heldout_problems={self.heldout_problems} + train_problems={self.train_problems} "
+                f"is more than the {len(heldout) + len(train)} problems of {self.min_operations} "
+                f"to {self.max_operations} operations. Lower one, or raise max_operations."
+            )
         tokenizer = make_tokenizer()
         model = train_base_model(
             train, tokenizer, self.error_rate, self.hidden_size, self.layers, self.base_steps,

@@ -67,7 +67,7 @@ class Problem:
 
 
 def draw_problems(min_operations: int, max_operations: int, seed: int) -> Iterator[Problem]:
-    """Endless distinct problems, uniform over the number of operations, digits and operators.
+    """Distinct problems, uniform over the number of operations, digits and operators.
 
     Args:
         min_operations: at least 1.
@@ -75,11 +75,13 @@ def draw_problems(min_operations: int, max_operations: int, seed: int) -> Iterat
         seed: the same seed gives the same problems.
 
     Yields:
-        Problems, none twice.
+        Problems, none twice, until there are no more.
     """
     rng = random.Random(seed)
     seen: set[Problem] = set()
-    while True:
+    counts = range(min_operations, max_operations + 1)
+    possible = sum(10 ** (count + 1) * len(OPERATIONS) ** count for count in counts)
+    while len(seen) < possible:
         count = rng.randint(min_operations, max_operations)
         problem = Problem(
             tuple(rng.randrange(10) for _ in range(count + 1)),

@@ -1,0 +1,105 @@
+import random
+from collections import Counter
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prl_lightning.arithmetic import Problem, draw_problems
+
+DIGITS = st.integers(0, 9)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    operators = draw(st.lists(st.sampled_from("+-*"), min_size=1, max_size=6))
+    count = len(operators) + 1
+    digits = draw(st.lists(DIGITS, min_size=count, max_size=count))
+    return Problem(tuple(digits), tuple(operators))
+
+
+def evaluate(prompt: str) -> list[int]:
+    """Results from left to right, read from the prompt's text alone."""
+    text = prompt.removesuffix("?")
+    value, results = int(text[0]), []
+    for op, digit in zip(text[1::2], text[2::2], strict=True):
+        value = {"+": value + int(digit), "-": value - int(digit), "*": value * int(digit)}[op]
+        value -= value // 10 * 10
+        results.append(value)
+    return results
+
+
+def steps(trace: str) -> list[tuple[str, int]]:
+    """(left side, result) of every line but the last."""
+    lines = [line.split("=") for line in trace.split("\n")[:-1]]
+    return [(left, int(result)) for left, result in lines]
+
+
+@settings(deadline=None)
+@given(problems())
+def test_a_right_trace_is_the_evaluation_of_its_prompt(problem: Problem) -> None:
+    results = evaluate(problem.prompt)
+    trace = problem.trace(0.0, random.Random(0))
+    assert [result for _, result in steps(trace)] == results
+    assert trace.split("\n")[-1] == f"\\boxed{{{results[-1]}}}"
+    assert problem.answer == str(results[-1])
+    # Each line takes up the result of the one before, and the prompt's next operation.
+    rest = problem.prompt.removesuffix("?")[1:]
+    before = [int(problem.prompt[0]), *results[:-1]]
+    lefts = [f"{value}{rest[2 * row : 2 * row + 2]}" for row, value in enumerate(before)]
+    assert [left for left, _ in steps(trace)] == lefts
+
+
+@settings(deadline=None)
+@given(problems(), st.floats(0, 1), st.integers(0, 100))
+def test_what_follows_a_slip_goes_on_from_it(problem: Problem, rate: float, seed: int) -> None:
+    trace = problem.trace(rate, random.Random(seed))
+    written = steps(trace)
+    for (_, result), (left, _) in zip(written[:-1], written[1:], strict=True):
+        assert left[0] == str(result)
+    assert trace.endswith(f"\n\\boxed{{{written[-1][1]}}}")
+    # Slips are in the results alone: the operations are the prompt's.
+    operations = "".join(left[1:] for left, _ in written)
+    assert f"{problem.prompt[0]}{operations}?" == problem.prompt
+
+
+def slips(rate: float) -> list[int]:
+    """By how much each step of many traces is wrong, modulo 10."""
+    rng = random.Random(1)
+    found = []
+    for problem in islice(draw_problems(3, 5, seed=2), 3000):
+        for left, result in steps(problem.trace(rate, rng)):
+            found.append((result - evaluate(left)[0]) % 10)
+    return found
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.25, 1.0])
+def test_steps_are_wrong_as_often_as_asked(rate: float) -> None:
+    found = slips(rate)
+    wrong = sum(slip != 0 for slip in found) / len(found)
+    assert abs(wrong - rate) <= 4 * (rate * (1 - rate) / len(found)) ** 0.5
+
+
+def test_slips_are_uniform_over_the_nine_other_digits() -> None:
+    counts = Counter(slips(1.0))
+    expected = sum(counts.values()) / 9
+    assert sorted(counts) == list(range(1, 10))
+    # Pearson's statistic with 8 degrees of freedom; above 33 in one of 17,000 cases.
+    assert sum((count - expected) ** 2 / expected for count in counts.values()) < 33
+
+
+def test_problems_are_distinct_within_the_limits_and_a_function_of_the_seed() -> None:
+    drawn = list(islice(draw_problems(2, 4, seed=5), 2000))
+    assert len({problem.prompt for problem in drawn}) == 2000
+    assert list(islice(draw_problems(2, 4, seed=5), 2000)) == drawn
+    assert list(islice(draw_problems(2, 4, seed=6), 2000)) != drawn
+    lengths = Counter(len(problem.operators) for problem in drawn)
+    assert sorted(lengths) == [2, 3, 4]
+    assert all(abs(count - 2000 / 3) < 4 * (2000 * 2 / 9) ** 0.5 for count in lengths.values())
+    assert {op for problem in drawn for op in problem.operators} == set("+-*")
+
+
+def test_drawing_ends_where_there_are_no_more_problems() -> None:
+    """10 x 10 digits x 3 operators; asking for more would otherwise never return."""
+    assert len({problem.prompt for problem in draw_problems(1, 1, seed=0)}) == 300
