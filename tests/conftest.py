@@ -69,7 +69,7 @@ def make_rollout() -> MakeRollout:
 
 @pytest.fixture(autouse=True, scope="session")
 def _datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep what `datasets` converts out of the user's cache, and its reads of a file off the net."""
+    """Keep what `datasets` converts out of the user's cache, and off the network."""
     import datasets
 
     # It reports every load, of a local file as well, and waits seconds where there is no network.
