@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,17 @@ from lightning.pytorch.loggers import CSVLogger
 from prl_lightning.callbacks import RolloutCallback, RunSummary
 from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
+
+
+# Warnings that say nothing of the user's run, and why.
+BESIDE_THE_POINT = (
+    # The engine has a process group of its own; what is logged here is reduced over ranks.
+    r"It is recommended to use `self\.log\(.*sync_dist=True\)`",
+    # On purpose: dropout in the trainer and none in the engine would be two policies.
+    r"Found \d+ module\(s\) in eval mode at the start of training",
+    # Between Lightning and torch.
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
 
 
 class PRLCLI(LightningCLI):
@@ -39,6 +51,8 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: command line, by default the process's.
     """
+    for message in BESIDE_THE_POINT:
+        warnings.filterwarnings("ignore", message)
     PRLCLI(
         PRLModule,
         PromptDataModule,
