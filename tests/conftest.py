@@ -69,9 +69,7 @@ def make_rollout() -> MakeRollout:
 
 @pytest.fixture(autouse=True, scope="session")
 def _datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep what `datasets` converts out of the user's cache, and off the network."""
+    """Keep what `datasets` converts out of the user's cache."""
     import datasets
 
-    # It reports every load, of a local file as well, and waits seconds where there is no network.
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")

@@ -94,6 +94,9 @@ def test_users_own_data_and_model_are_three_lines(tied_model: str, tmp_path: Pat
         ("--data.max_prompt_tokens=1", "every prompt is longer.*max_prompt_tokens=1"),
         ("--rollout.max_new_tokens=100000", "max_new_tokens=100000.*the model takes"),
         ("--model.pass_at=[8]", "pass_at.*eval_group_size=4"),
+        ("--model.objective.divergence=renyi", "renyi.*reverse_kl"),
+        ("--rollout.eval_temperature=0", "rollout.eval_temperature=0"),
+        ("--rollout.max_new_tokens=0", "rollout.max_new_tokens=0"),
         ("--model.objective.steps=blank_line", None),
     ],
 )

@@ -352,6 +352,9 @@ def test_kl_in_the_reward_without_log_ratios_is_an_error() -> None:
         ({"kl": "none", "baseline": True}, r"baseline has no effect with kl='none'"),
         ({"aggregation": "constant"}, r"max_length goes with aggregation='constant'"),
         ({"max_length": 100}, r"aggregation='token_mean', max_length=100"),
+        ({"kl": "proces"}, r"objective\.kl='proces': use one of .*'process'"),
+        ({"outcome": "ppo"}, r"objective\.outcome='ppo': use one of .*'grpo'"),
+        ({"importance_cap": 0.0}, r"importance_cap=0\.0: must be above 0, or null"),
     ],
 )
 def test_contradictions_are_errors(settings: dict[str, object], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,9 @@ class RolloutCallback(Callback):
         eval_top_p: of the evaluation samples.
         max_engine_gap: the run stops where engine and trainer disagree by more than this on the
             mean token log-probability; by default, by more than their precision explains.
+
+    Raises:
+        ValueError: a limit, a temperature or a top-p that nothing can be sampled with.
     """
 
     def __init__(
@@ -47,6 +51,13 @@ class RolloutCallback(Callback):
         eval_top_p: float = 1.0,
         max_engine_gap: float | None = None,
     ) -> None:
+        for name, value, fits in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+            ("eval_temperature", eval_temperature, eval_temperature > 0),
+            ("eval_top_p", eval_top_p, 0 < eval_top_p <= 1),
+        ):
+            if not fits:
+                raise ValueError(f"rollout.{name}={value}: must be above 0 (top-p: at most 1).")
         self.engine = EngineLink(VLLMSampler() if sampler is None else sampler, max_engine_gap)
         self.rewards = RewardSum(rewards, reward_weights)
         self.max_new_tokens = max_new_tokens
@@ -152,7 +163,7 @@ class RolloutCallback(Callback):
             groups = self.engine.sampler.generate(
                 [prompt.token_ids for prompt in prompts],
                 config,
-                show_progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+                show_progress=_shows_progress(trainer),
             )
         decode = _data(trainer).tokenizer.decode
         rollouts = [
@@ -178,6 +189,7 @@ class RolloutCallback(Callback):
         if len(scores.parts) > 1:
             self._values |= {f"reward/{k}": v.nanmean().item() for k, v in scores.parts.items()}
         self._values |= {f"reward_failures/{k}": float(v) for k, v in scores.failures.items()}
+        self._values["unrewarded"] = float(scores.unrewarded)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -200,6 +212,12 @@ def _describe(rollouts: list[Rollout], group_size: int) -> dict[str, float]:
         "cut_at_limit": sum(not r.completion.finished for r in rollouts) / len(rollouts),
         "tokens": lengths.sum().item(),
     }
+
+
+def _shows_progress(trainer: Trainer) -> bool:
+    """Where the Trainer shows a bar, on one rank, to a person and not into a file."""
+    has_bar = trainer.progress_bar_callback is not None
+    return has_bar and trainer.is_global_zero and sys.stderr.isatty()
 
 
 def _seed(seed: int, stage: str, rank: int, position: int) -> int:

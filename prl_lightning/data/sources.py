@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, config, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset as TorchDataset
@@ -77,6 +77,8 @@ class Source:
         if not file.is_file():
             raise FileNotFoundError(f"data: there is no file {self.path!r}.")
         form = FORMATS[file.suffix]
+        # A file of the user's is nobody else's business: `datasets` would report its every load.
+        config.HF_UPDATE_DOWNLOAD_COUNTS = False
         try:
             return load_dataset(form, data_files=str(file), split="train")
         # An empty file fails in a way of its own in each format.
@@ -93,7 +95,7 @@ class PromptFormat:
 
     Attributes:
         system_prompt: put before the problem: as the system message of a chat, or as a paragraph
-            of its own where there is no chat template.
+            of its own where there is no chat template. A row's own system message goes before it.
         template: text around the problem, which replaces ``{prompt}`` in it.
         chat_template: apply the tokenizer's chat template. None: where the tokenizer has one.
         columns: this package's name of a column -> its name in the data, such as
@@ -163,7 +165,7 @@ class PromptFormat:
         )
         messages[-1]["content"] = self.template.replace("{prompt}", messages[-1]["content"])
         if chat:
-            if self.system_prompt is not None:
+            if self.system_prompt is not None and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": self.system_prompt})
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True

@@ -72,7 +72,9 @@ class HFSampler(Sampler):
         rows = [(row, sample) for row in range(len(prompts)) for sample in range(config.n)]
         groups: list[list[Completion]] = [[] for _ in prompts]
         starts = range(0, len(rows), self.batch_size)
-        for start in tqdm(starts, delay=SECONDS_BEFORE_A_BAR, disable=not show_progress):
+        for start in tqdm(
+            starts, delay=SECONDS_BEFORE_A_BAR, leave=False, disable=not show_progress
+        ):
             chunk = rows[start : start + self.batch_size]
             seeds = [config.seed + row * config.n + sample for row, sample in chunk]
             completions = self._generate([prompts[row] for row, _ in chunk], seeds, config)

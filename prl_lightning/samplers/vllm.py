@@ -112,7 +112,9 @@ class VLLMSampler(Sampler):
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(ids)} for ids in prompts],
             params,
-            use_tqdm=partial(tqdm, delay=SECONDS_BEFORE_A_BAR) if show_progress else False,
+            use_tqdm=partial(tqdm, delay=SECONDS_BEFORE_A_BAR, leave=False)
+            if show_progress
+            else False,
         )
         return [[_completion(sample) for sample in output.outputs] for output in outputs]
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from sample_rewards import even_digits
 from torch import Tensor
 
 from prl_lightning.callbacks import RolloutCallback
@@ -20,6 +19,7 @@ from prl_lightning.objective import Objective
 from prl_lightning.samplers import HFSampler
 from prl_lightning.types import RolloutBatch
 from runs import write_prompts
+from sample_rewards import even_digits
 
 
 class Watch(Callback):
