@@ -80,7 +80,7 @@ def train_base_model(
     error_rate: float = 0.25,
     hidden_size: int = 128,
     layers: int = 3,
-    steps: int = 300,
+    steps: int = 400,
     batch_size: int = 128,
     learning_rate: float = 2e-3,
     seed: int = 0,
@@ -108,7 +108,7 @@ def train_base_model(
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
+        intermediate_size=4 * hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=hidden_size // 32,
         num_key_value_heads=hidden_size // 32,

@@ -46,7 +46,7 @@ class ArithmeticTask:
     error_rate: float = 0.25
     hidden_size: int = 128
     layers: int = 3
-    base_steps: int = 300
+    base_steps: int = 400
     seed: int = 0
 
     def __call__(self) -> None:
