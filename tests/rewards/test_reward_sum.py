@@ -168,7 +168,7 @@ def test_missing_column_is_named_before_anything_is_sampled() -> None:
 
     message = (
         r"'graded' needs the column 'level', but the data has \['answer', 'problem'\]: "
-        r"rename the column with data\.columns, or give the function's parameter a default"
+        r"rename the column with data\.format\.columns, or give the function's parameter a default"
     )
     with pytest.raises(ValueError, match=message):
         RewardSum([length, graded]).check_columns(["problem", "answer"])
