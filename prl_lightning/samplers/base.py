@@ -10,6 +10,9 @@ from torch import Tensor
 
 from prl_lightning.types import Completion
 
+# Sampling that is quicker than this shows no progress bar.
+SECONDS_BEFORE_A_BAR = 5.0
+
 
 @dataclass(frozen=True)
 class SamplingConfig:

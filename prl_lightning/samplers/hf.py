@@ -15,10 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from prl_lightning.samplers.base import Sampler, SamplingConfig
+from prl_lightning.samplers.base import SECONDS_BEFORE_A_BAR, Sampler, SamplingConfig
 from prl_lightning.types import Completion
-
-SECONDS_BEFORE_A_BAR = 5.0
 
 
 class HFSampler(Sampler):

@@ -11,10 +11,8 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prl_lightning.samplers.base import Sampler, SamplingConfig
+from prl_lightning.samplers.base import SECONDS_BEFORE_A_BAR, Sampler, SamplingConfig
 from prl_lightning.types import Completion
-
-SECONDS_BEFORE_A_BAR = 5.0
 
 
 class VLLMSampler(Sampler):
