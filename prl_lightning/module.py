@@ -111,7 +111,7 @@ class PRLModule(LightningModule):
                 for suffix, kind in (("", "k1"), ("_k3", "k3"))
             }
             self._log_tokens(batch, drift)
-        self._log_train({"loss": loss.detach()}, weight=1, prog_bar=True)
+        self._log_train({"loss": loss.detach()}, weight=1)
         self._log_train({"ratio_max": stats.pop("ratio_max")}, weight=1, reduce_fx="max")
         self._log_train(stats, weight=_num_tokens(batch))
         return loss
@@ -143,9 +143,13 @@ class PRLModule(LightningModule):
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         self._log_train({"grad_norm": get_total_norm(grads)}, weight=1)
 
-    def on_train_epoch_end(self) -> None:
-        """Log the process term over all tokens of the iteration."""
-        if self.process_term.update_called:
+    def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
+        """Log the process term over all tokens of the iteration.
+
+        Not in ``on_train_epoch_end``: by then the progress bar of the first rank alone is reducing
+        what was logged, and a collective of ours would meet one of Lightning's.
+        """
+        if self.trainer.is_last_batch and self.process_term.update_called:
             moments = self.process_term.compute()
             self._log_train({f"process_term_{k}": v.float() for k, v in moments.items()}, weight=1)
             self.process_term.reset()
@@ -200,6 +204,8 @@ class PRLModule(LightningModule):
 
     def validation_step(self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count the correct completions of one prompt's group."""
+        if batch.is_padding:
+            return
         name = list(self.eval_metrics)[dataloader_idx]
         correct = (batch.rewards >= self.solved_at).sum()[None]
         for metric in _metrics(self.eval_metrics[name]).values():
@@ -226,16 +232,17 @@ class PRLModule(LightningModule):
             for logger in self.trainer.loggers:
                 logger.log_metrics({k: v.item() for k, v in values.items()}, step=0)
         else:
-            self.log_dict(values, sync_dist=True)
+            self.log_dict(values)  # every rank has computed them over all ranks
 
     def predict_step(
         self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor] | None:
         """Log-probabilities and process rewards of one prompt's sampled group.
 
         Returns:
             ``completion_ids``, ``completion_mask``, ``rewards``, ``policy_logprobs`` and, with a
             reference, ``ref_logprobs`` and ``process_rewards`` (v2 Eq. 5.4), each (B, T) or (B,).
+            None for a padding prompt.
         """
         policy_logprobs = self.score(batch, "policy")
         out = {
@@ -253,7 +260,7 @@ class PRLModule(LightningModule):
                 batch.completion_mask,
                 self.objective.beta,
             )
-        return out
+        return None if batch.is_padding else out
 
 
 def _metrics(of_a_set: torch.nn.Module) -> dict[str, Metric]:

@@ -27,11 +27,18 @@ class Prompt:
         token_ids: the rendered prompt (system prompt, template and chat template applied).
         source: the prompt as the data has it, text or chat messages; reward functions get this.
         columns: every other column of its row; reward functions get these too.
+        seed: its completions are drawn with the random numbers of seed, seed + 1 and so on. It
+            depends on the prompt's place in the data alone, so that what is sampled does not depend
+            on how many ranks share the prompts.
+        is_padding: a repeated prompt of an evaluation set that the ranks do not divide; it keeps
+            them in step and is not counted.
     """
 
     token_ids: list[int]
     source: str | list[Message]
     columns: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    is_padding: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class RolloutBatch:
         update_tokens: completion tokens of the whole optimizer update, over all micro-batches and
             ranks; the denominator that makes the loss independent of how the update was cut.
         update_sequences: completions of the whole update, likewise.
+        is_padding: completions of a padding prompt, see Prompt.
     """
 
     input_ids: Tensor
@@ -105,6 +113,7 @@ class RolloutBatch:
     ref_logprobs: Tensor | None
     update_tokens: int
     update_sequences: int
+    is_padding: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RolloutBatch:
         """Return the batch on ``device`` (the method that Lightning's transfer calls)."""

@@ -7,15 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from prl_lightning.callbacks.engine import EngineLink
 from prl_lightning.callbacks.scoring import prepare_update
+from prl_lightning.callbacks.statistics import describe, over_ranks
 from prl_lightning.data import PromptDataModule
 from prl_lightning.models import max_model_tokens, stop_token_ids
 from prl_lightning.module import PRLModule
@@ -99,19 +98,14 @@ class RolloutCallback(Callback):
             temperature=module.temperature,
             max_new_tokens=self.max_new_tokens,
             stop_token_ids=self._stop_token_ids,
-            seed=_seed(data.seed, "fit", trainer.global_rank, data.prompts_seen),
         )
         rollouts = self._rollouts(trainer, module, data.next_prompts(), config)
         sum_over_ranks = partial(_sum_over_ranks, trainer)
         buffer.fill(rollouts, sum_over_ranks)
         with self._timed("scoring"):
             prepare_update(module, buffer, data.group_size, sum_over_ranks)
-        self._values |= _describe(rollouts, data.group_size)
-        self._values["tokens_per_second"] = (
-            self._values["tokens"] / self._values["sampling_seconds"]
-        )
-        module.log_dict({f"rollout/{k}": v for k, v in self._values.items()}, sync_dist=True)
-        module.log("reward", self._values["reward"], prog_bar=True, logger=False)
+        self._values["completion_length_max"] = max(len(r.completion.token_ids) for r in rollouts)
+        self._log(module, describe(rollouts, data.group_size, sum_over_ranks))
         self._training_since = time.monotonic()
 
     def on_train_batch_end(
@@ -134,7 +128,7 @@ class RolloutCallback(Callback):
         data = _data(trainer)
         sets = data.eval_prompts()
         prompts = [prompt for some in sets.values() for prompt in some]
-        if not prompts:
+        if not sets:
             return
         config = SamplingConfig(
             n=data.eval_group_size,
@@ -142,8 +136,6 @@ class RolloutCallback(Callback):
             top_p=self.eval_top_p,
             max_new_tokens=self.max_new_tokens,
             stop_token_ids=self._stop_token_ids,
-            # The same random numbers at every evaluation, so that two of them compare models.
-            seed=_seed(data.seed, "eval", trainer.global_rank, 0),
         )
         rollouts = iter(self._rollouts(trainer, _prl(pl_module), prompts, config))
         for name, some in sets.items():
@@ -161,9 +153,7 @@ class RolloutCallback(Callback):
         with self._timed("sampling"):
             self.engine.update(trainer, module, self._max_tokens)
             groups = self.engine.sampler.generate(
-                [prompt.token_ids for prompt in prompts],
-                config,
-                show_progress=_shows_progress(trainer),
+                prompts, config, show_progress=_shows_progress(trainer)
             )
         decode = _data(trainer).tokenizer.decode
         rollouts = [
@@ -191,27 +181,18 @@ class RolloutCallback(Callback):
         self._values |= {f"reward_failures/{k}": float(v) for k, v in scores.failures.items()}
         self._values["unrewarded"] = float(scores.unrewarded)
 
+    def _log(self, module: PRLModule, over_all: dict[str, float]) -> None:
+        seconds = self._values["sampling_seconds"]
+        over_all = {**over_all, "tokens_per_second": over_all["tokens"] / seconds}
+        for name, value in (self._values | over_all).items():
+            module.log(f"rollout/{name}", value, sync_dist=True, reduce_fx=over_ranks(name))
+        module.log("reward", over_all["reward"], prog_bar=True, logger=False)
+
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         start = time.monotonic()
         yield
         self._values[f"{what}_seconds"] = time.monotonic() - start
-
-
-def _describe(rollouts: list[Rollout], group_size: int) -> dict[str, float]:
-    """What a reader of a training curve wants to know of an iteration's rollouts."""
-    rewards = torch.tensor([rollout.reward for rollout in rollouts])
-    lengths = torch.tensor([float(len(r.completion.token_ids)) for r in rollouts])
-    groups = rewards.view(-1, group_size)
-    return {
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std(correction=0).item(),
-        "groups_without_signal": (groups == groups[:, :1]).all(1).float().mean().item(),
-        "completion_length": lengths.mean().item(),
-        "completion_length_max": lengths.max().item(),
-        "cut_at_limit": sum(not r.completion.finished for r in rollouts) / len(rollouts),
-        "tokens": lengths.sum().item(),
-    }
 
 
 def _shows_progress(trainer: Trainer) -> bool:
@@ -220,15 +201,11 @@ def _shows_progress(trainer: Trainer) -> bool:
     return has_bar and trainer.is_global_zero and sys.stderr.isatty()
 
 
-def _seed(seed: int, stage: str, rank: int, position: int) -> int:
-    """A seed of its own for every call of the engine, below 2^62 so that rows can be added."""
-    entropy = [seed, ("fit", "eval").index(stage), rank, position]
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(2))
-
-
 def _sum_over_ranks(trainer: Trainer, totals: Tensor) -> Tensor:
+    if trainer.world_size == 1:
+        return totals
     summed = trainer.strategy.reduce(totals.to(trainer.strategy.root_device), reduce_op="sum")
-    return summed.cpu() if isinstance(summed, Tensor) else totals
+    return cast(Tensor, summed).cpu()
 
 
 def _prl(module: LightningModule) -> PRLModule:

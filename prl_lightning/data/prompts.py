@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,6 +16,9 @@ from prl_lightning.data.rollouts import RolloutBuffer
 from prl_lightning.data.sources import PromptFormat, PromptSet, Source
 from prl_lightning.models import load_tokenizer
 from prl_lightning.types import Prompt, RolloutBatch
+
+# Which stream of prompts a seed is of.
+TRAIN, EVAL = 0, 1
 
 
 @dataclass(frozen=True)
@@ -140,9 +144,24 @@ class PromptDataModule(LightningDataModule):
             self._setup_train()
         for name, source in self.eval_sources.items():
             prompts = self._prompt_set(source, f"data.eval.{name}")
-            mine = range(self._rank, len(prompts), self._ranks)
-            self._eval_prompts[name] = [prompts[row] for row in mine]
-            self.eval_rollouts[name] = RolloutBuffer(num_updates=len(mine))
+            self._eval_prompts[name] = self._share_of(name, prompts)
+            self.eval_rollouts[name] = RolloutBuffer(num_updates=len(self._eval_prompts[name]))
+
+    def _share_of(self, name: str, prompts: PromptSet) -> list[Prompt]:
+        """This rank's prompts of an evaluation set: as many as every other rank's.
+
+        The ranks take the same steps together, so a rank that has none left repeats the last one.
+        """
+        last = len(prompts) - 1
+        share = [
+            replace(
+                prompts[min(row, last)],
+                seed=_seed(self.seed, EVAL, row, *name.encode()),
+                is_padding=row > last,
+            )
+            for row in range(last + self._ranks)
+        ]
+        return share[self._rank :: self._ranks][: last // self._ranks + 1]
 
     def _setup_train(self) -> None:
         if not self.train_sources:
@@ -184,12 +203,18 @@ class PromptDataModule(LightningDataModule):
 
     def next_prompts(self) -> list[Prompt]:
         """This rank's prompts of the next epoch, update by update; moves the stream on."""
-        rows = [self._row(self.prompts_seen + i) for i in range(self.prompts_per_epoch)]
+        start = self.prompts_seen
         self.prompts_seen += self.prompts_per_epoch
         share = self.prompts_per_epoch // self.updates_per_epoch // self._ranks
-        blocks = [rows[start : start + share] for start in range(0, len(rows), share)]
-        mine = blocks[self._rank :: self._ranks]
-        return [self._train_prompts[row] for block in mine for row in block]
+        blocks = range(start + self._rank * share, self.prompts_seen, share * self._ranks)
+        return [
+            self._prompt(position) for block in blocks for position in range(block, block + share)
+        ]
+
+    def _prompt(self, position: int) -> Prompt:
+        """The prompt at a position of the endless stream."""
+        prompt = self._train_prompts[self._row(position)]
+        return replace(prompt, seed=_seed(self.seed, TRAIN, position))
 
     def _row(self, position: int) -> int:
         """Row of the prompt at a position of the endless stream: each pass has its own order."""
@@ -224,3 +249,8 @@ class PromptDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue where a checkpoint stopped."""
         self.prompts_seen = state_dict["prompts_seen"]
+
+
+def _seed(*entropy: int) -> int:
+    """A seed of its own for every place in the data, below 2^62 so that samples can be added."""
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(2))

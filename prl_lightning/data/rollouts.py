@@ -85,6 +85,7 @@ def collate(rollouts: Sequence[Rollout], update_tokens: int, update_sequences: i
         ref_logprobs=_pad_if_known([rollout.ref_logprobs for rollout in rollouts]),
         update_tokens=update_tokens,
         update_sequences=update_sequences,
+        is_padding=all(rollout.prompt.is_padding for rollout in rollouts),
     )
 
 
@@ -126,8 +127,7 @@ class RolloutBuffer(Dataset[RolloutBatch]):
             rollouts: of this rank, in the order of the updates, the same number for each.
             sum_over_ranks: adds up the (num_updates, 2) tokens and sequences of all ranks.
         """
-        # A rank may have no prompt of a small evaluation set.
-        size = len(rollouts) // max(self.num_updates, 1)
+        size = len(rollouts) // self.num_updates
         self.rollouts = rollouts
         self.micro_batch_rollouts = []
         totals = []
@@ -139,7 +139,7 @@ class RolloutBuffer(Dataset[RolloutBatch]):
                 [update[row] for row in part]
                 for part in split_by_tokens(lengths, self.micro_batches)
             ]
-        self._totals = sum_over_ranks(torch.tensor(totals, dtype=torch.long).view(-1, 2))
+        self._totals = sum_over_ranks(torch.tensor(totals))
 
     def __len__(self) -> int:
         """Micro-batches an epoch on this rank."""

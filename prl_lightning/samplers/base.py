@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prl_lightning.types import Completion
+from prl_lightning.types import Completion, Prompt
 
 # Sampling that is quicker than this shows no progress bar.
 SECONDS_BEFORE_A_BAR = 5.0
@@ -25,15 +25,12 @@ class SamplingConfig:
             policy itself, so there it is 1.
         max_new_tokens: limit of a completion.
         stop_token_ids: a completion ends at, and includes, the first of these.
-        seed: row i of a call draws from its own generators, derived from ``seed`` and i: the same
-            call gives the same completions, whatever was drawn before.
     """
 
     n: int
     temperature: float
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
-    seed: int
     top_p: float = 1.0
 
 
@@ -67,10 +64,12 @@ class Sampler(ABC):
 
     @abstractmethod
     def generate(
-        self, prompts: Sequence[Sequence[int]], config: SamplingConfig, show_progress: bool = False
+        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
     ) -> list[list[Completion]]:
-        """Draw ``config.n`` completions for each prompt (token ids), in the order of the prompts.
+        """Draw ``config.n`` completions for each prompt, in the order of the prompts.
 
+        Sample j of a prompt draws from a generator of its own, seeded by ``prompt.seed`` + j: the
+        same prompt gets the same completions, whatever is drawn beside it or was drawn before.
         The log-probabilities returned are of the distribution that was sampled from.
         """
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from prl_lightning.samplers.base import SECONDS_BEFORE_A_BAR, Sampler, SamplingConfig
-from prl_lightning.types import Completion
+from prl_lightning.types import Completion, Prompt
 
 
 class HFSampler(Sampler):
@@ -64,7 +64,7 @@ class HFSampler(Sampler):
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], config: SamplingConfig, show_progress: bool = False
+        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
     ) -> list[list[Completion]]:
         """See ``Sampler.generate``."""
         rows = [(row, sample) for row in range(len(prompts)) for sample in range(config.n)]
@@ -74,8 +74,9 @@ class HFSampler(Sampler):
             starts, delay=SECONDS_BEFORE_A_BAR, leave=False, disable=not show_progress
         ):
             chunk = rows[start : start + self.batch_size]
-            seeds = [config.seed + row * config.n + sample for row, sample in chunk]
-            completions = self._generate([prompts[row] for row, _ in chunk], seeds, config)
+            seeds = [prompts[row].seed + sample for row, sample in chunk]
+            token_ids = [prompts[row].token_ids for row, _ in chunk]
+            completions = self._generate(token_ids, seeds, config)
             for (row, _), completion in zip(chunk, completions, strict=True):
                 groups[row].append(completion)
         return groups
@@ -90,12 +91,12 @@ class HFSampler(Sampler):
         return self._model
 
     def _generate(
-        self, prompts: list[Sequence[int]], seeds: list[int], config: SamplingConfig
+        self, prompts: list[list[int]], seeds: list[int], config: SamplingConfig
     ) -> list[Completion]:
         model = self._started()
         width = max(map(len, prompts))
         pad, stop = config.stop_token_ids[0], set(config.stop_token_ids)
-        padded = [[pad] * (width - len(ids)) + list(ids) for ids in prompts]
+        padded = [[pad] * (width - len(ids)) + ids for ids in prompts]
         mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
         draw = _SeededDraw(seeds, config, prompt_width=width)
         output = model.generate(

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prl_lightning.samplers.base import SECONDS_BEFORE_A_BAR, Sampler, SamplingConfig
-from prl_lightning.types import Completion
+from prl_lightning.types import Completion, Prompt
 
 
 class VLLMSampler(Sampler):
@@ -86,12 +86,11 @@ class VLLMSampler(Sampler):
         self._llm.reset_prefix_cache()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], config: SamplingConfig, show_progress: bool = False
+        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
     ) -> list[list[Completion]]:
         """See ``Sampler.generate``."""
         from vllm import SamplingParams
 
-        # vLLM seeds the j-th completion of a prompt with seed + j, so prompts are n apart.
         params = [
             SamplingParams(
                 n=config.n,
@@ -101,14 +100,14 @@ class VLLMSampler(Sampler):
                 stop_token_ids=list(config.stop_token_ids),
                 # The stop tokens alone decide, not also what the model's files call its end.
                 ignore_eos=True,
-                seed=config.seed + row * config.n,
+                seed=prompt.seed,  # vLLM adds j for sample j
                 logprobs=0,
                 detokenize=False,
             )
-            for row in range(len(prompts))
+            for prompt in prompts
         ]
         outputs = self._llm.generate(
-            [{"prompt_token_ids": list(ids)} for ids in prompts],
+            [{"prompt_token_ids": prompt.token_ids} for prompt in prompts],
             params,
             use_tqdm=partial(tqdm, delay=SECONDS_BEFORE_A_BAR, leave=False)
             if show_progress

@@ -1,4 +1,5 @@
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -122,15 +123,41 @@ def test_evaluation_sets_are_split_without_loss_or_duplicate(
     make_data: MakeData, ranks: int
 ) -> None:
     seen: dict[str, list[Any]] = {"a": [], "b": []}
+    seeds: dict[Any, int] = {}
     for rank in range(ranks):
         data = make_data(rank, ranks, stage="validate", eval_sets=("a", "b"))
         for name, prompts in data.eval_prompts().items():
-            seen[name] += [prompt.source for prompt in prompts]
+            # As many on every rank, because the ranks take the same steps together.
+            assert len(prompts) == math.ceil({"a": 5, "b": 3}[name] / ranks)
+            counted = [prompt for prompt in prompts if not prompt.is_padding]
+            seen[name] += [prompt.source for prompt in counted]
+            seeds |= {prompt.source: prompt.seed for prompt in counted}
             # One item a prompt, for its loader to have a length before anything is sampled.
             assert len(data.eval_rollouts[name]) == len(prompts)
         assert data.train_rollouts is None
     assert sorted(seen["a"]) == ["a0", "a1", "a2", "a3", "a4"]
     assert sorted(seen["b"]) == ["b0", "b1", "b2"]
+    # The samples of a prompt are the same on whatever rank, and no two prompts share them.
+    alone = make_data(stage="validate", eval_sets=("a", "b")).eval_prompts()
+    assert seeds == {prompt.source: prompt.seed for some in alone.values() for prompt in some}
+    assert len(set(seeds.values())) == len(seeds) == 8
+
+
+@pytest.mark.parametrize(("ranks", "updates"), [(2, 1), (2, 2), (4, 1)])
+def test_ranks_share_the_prompts_of_each_update_with_the_seeds_of_one(
+    make_data: MakeData, ranks: int, updates: int
+) -> None:
+    sizes = {"prompts_per_epoch": 4, "updates_per_epoch": updates}
+    alone = make_data(**sizes)
+    shares = [make_data(rank, ranks, **sizes) for rank in range(ranks)]
+    for _ in range(3):
+        whole, parts = alone.next_prompts(), [data.next_prompts() for data in shares]
+        size = 4 // updates
+        for update in range(updates):
+            share = slice(update * size // ranks, (update + 1) * size // ranks)
+            mine = [prompt for part in parts for prompt in part[share]]
+            assert mine == whole[update * size : (update + 1) * size]
+    assert len({prompt.seed for prompt in whole}) == 4
 
 
 def test_reward_columns_are_those_that_training_and_evaluation_share(make_data: MakeData) -> None:

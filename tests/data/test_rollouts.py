@@ -160,13 +160,6 @@ def test_filling_again_replaces_everything(make_rollout: MakeRollout) -> None:
     assert (buffer[0].update_tokens, buffer[0].update_sequences) == (2, 1)
 
 
-def test_a_rank_without_evaluation_prompts_has_an_empty_buffer() -> None:
-    """A set of fewer prompts than ranks leaves some ranks none."""
-    buffer = RolloutBuffer(num_updates=0)
-    buffer.fill([])
-    assert len(buffer) == 0
-
-
 def test_an_empty_buffer_names_the_callback() -> None:
     with pytest.raises(RuntimeError, match=r"prl_lightning\.callbacks\.RolloutCallback"):
         RolloutBuffer(1)[0]

@@ -7,9 +7,11 @@ import torch
 
 from prl_lightning.models import LogprobModel, load_causal_lm
 from prl_lightning.samplers import HFSampler, SamplingConfig
+from prl_lightning.types import Prompt
 
-PROMPTS = [[5, 14, 7, 17], [9], [4 + i % 9 for i in range(40)]]
-SAMPLING = SamplingConfig(n=3, temperature=1.0, max_new_tokens=12, stop_token_ids=(1,), seed=11)
+TOKEN_IDS = [[5, 14, 7, 17], [9], [4 + i % 9 for i in range(40)]]
+PROMPTS = [Prompt(ids, "", seed=11 + 100 * row) for row, ids in enumerate(TOKEN_IDS)]
+SAMPLING = SamplingConfig(n=3, temperature=1.0, max_new_tokens=12, stop_token_ids=(1,))
 
 
 def started(folder: str, batch_size: int = 128) -> HFSampler:
