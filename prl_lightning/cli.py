@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from prl_lightning.callbacks import RolloutCallback, RunSummary
 from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
+from prl_lightning.strategies import FSDP2Strategy  # noqa: F401  (known by its name from here on)
 
 # Warnings that say nothing of the user's run, and why.
 BESIDE_THE_POINT = (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,7 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from prl_lightning.adapters import merged
 from prl_lightning.functional import token_logprobs
+from prl_lightning.sharding import named_tensors
 from prl_lightning.types import RolloutBatch
 
 # Fields by which an architecture changes its logits after the output head.
@@ -31,12 +35,14 @@ class LogprobModel(nn.Module):
 
     Args:
         causal_lm: a Hugging Face causal language model.
+        gradient_checkpointing: keep only the input of each block and compute the rest anew in the
+            backward pass.
 
     Raises:
         ValueError: the architecture transforms its logits after the output head.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         config = causal_lm.config.get_text_config()
         for name, neutral in LOGIT_TRANSFORMS.items():
@@ -49,6 +55,16 @@ class LogprobModel(nn.Module):
         if getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
             raise ValueError("model.policy: an output head with a bias is not supported.")
         self.causal_lm = causal_lm
+        if gradient_checkpointing:
+            # Not by Hugging Face's switch, which works in train mode alone: with dropout the
+            # trainer's policy would not be the one that the engine samples from.
+            for block in self.blocks():
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def blocks(self) -> list[nn.Module]:
+        """The decoder layers, or whatever the architecture wants to be kept in one piece."""
+        names = set(self.causal_lm._no_split_modules or ())
+        return [module for module in self.modules() if type(module).__name__ in names]
 
     def forward(self, batch: RolloutBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Score the completions of a batch.
@@ -73,21 +89,33 @@ class LogprobModel(nn.Module):
         zeros = logprobs.new_zeros(mask.shape)
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its Hugging Face name, a tied output head included.
 
-        An engine may keep its own packed copy of a tied head, so it has to be told of it.
-        """
-        yield from self.causal_lm.state_dict().items()
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its Hugging Face name, whole, as an engine or a file wants it.
+
+    Sharded weights are gathered one by one while this is iterated over, by all ranks in the same
+    order. A tied output head comes as well: an engine may keep its own packed copy of it.
+
+    Args:
+        model: a LogprobModel, with an adapter or without, as the strategy has wrapped it.
+
+    Yields:
+        Name and tensor.
+    """
+    for name, tensor in merged(model, named_tensors(model)):
+        yield name.removeprefix("causal_lm."), tensor
 
 
-def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_causal_lm(name_or_path: str) -> PreTrainedModel:
     """Load a causal LM from a Hugging Face id or folder; no remote code is run.
 
-    float32 by default, whatever the file has: at a learning rate of 1e-6 an update of a bfloat16
-    weight is lost in rounding. The Trainer's precision decides what is computed in.
+    In torch's default dtype, whatever the file has. That is float32, unless the Trainer's precision
+    is one such as bf16-true: at a learning rate of 1e-6 most updates of a bfloat16 weight are lost
+    in rounding, while bf16-mixed computes as fast.
     """
-    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
+    return AutoModelForCausalLM.from_pretrained(
+        name_or_path, dtype=torch.get_default_dtype(), trust_remote_code=False
+    )
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

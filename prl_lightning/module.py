@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from prl_lightning.adapters import adapters_off, add_lora
 from prl_lightning.functional import get_divergence, kl_estimate, process_rewards
 from prl_lightning.metrics import MeanAtN, MeanStd, PassAtK
-from prl_lightning.models import LogprobModel, load_causal_lm, load_tokenizer
+from prl_lightning.models import LogprobModel, load_causal_lm, load_tokenizer, named_weights
 from prl_lightning.objective import Objective
+from prl_lightning.sharding import shard, total_norm
 from prl_lightning.steps import StepSplitter
 from prl_lightning.types import RolloutBatch
-
-REFERENCE = "reference."
 
 
 class PRLModule(LightningModule):
@@ -31,6 +31,10 @@ class PRLModule(LightningModule):
         objective: the method; see Objective.
         reference: Hugging Face id or folder of the reference; by default the policy as it starts.
         track_reference: keep a reference, to log the drift from it, where the objective needs none.
+        lora: train a LoRA adapter with these arguments of ``peft.LoraConfig``, such as
+            ``{r: 16, target_modules: all-linear}``. The reference is then the policy with the
+            adapter off, unless another one is named.
+        gradient_checkpointing: compute activations twice instead of keeping them.
         temperature: of sampling and of every log-probability in the loss.
         optimizer: called with the parameters.
         lr_scheduler: called with the optimizer; steps once an update.
@@ -44,6 +48,8 @@ class PRLModule(LightningModule):
         objective: Objective = Objective(),  # noqa: B008  (frozen)
         reference: str | None = None,
         track_reference: bool = False,
+        lora: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
         temperature: float = 1.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -56,18 +62,20 @@ class PRLModule(LightningModule):
         self.policy_name = policy
         self.reference_name = reference or policy
         self.objective = objective
+        self.lora = lora
+        self.gradient_checkpointing = gradient_checkpointing
         self.keeps_reference = objective.needs_reference or track_reference
         self.temperature = temperature
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.pass_at = pass_at
         self.solved_at = solved_at
-        self.policy: LogprobModel | None = None
-        self.reference: LogprobModel | None = None
+        self.policy: torch.nn.Module | None = None
+        self.reference: torch.nn.Module | None = None
         self.process_term = MeanStd()
         self.eval_metrics = torch.nn.ModuleDict()
-        self.register_state_dict_post_hook(_drop_reference)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_expect_no_reference)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
 
     # Loading
 
@@ -76,10 +84,16 @@ class PRLModule(LightningModule):
         if self.policy is not None:
             return
         self.splitter = StepSplitter(self.objective.steps, load_tokenizer(self.policy_name))
-        self.policy = LogprobModel(load_causal_lm(self.policy_name))
-        if self.keeps_reference:
-            self.reference = LogprobModel(load_causal_lm(self.reference_name))
-            self.reference.requires_grad_(False)
+        causal_lm = load_causal_lm(self.policy_name)
+        if self.lora is not None:
+            add_lora(causal_lm, self.lora)
+        policy = LogprobModel(causal_lm, self.gradient_checkpointing)
+        self.policy = shard(policy, policy.blocks(), self.device_mesh, keep_root=True)
+        shares_weights = self.lora is not None and self.reference_name == self.policy_name
+        if self.keeps_reference and not shares_weights:
+            reference = LogprobModel(load_causal_lm(self.reference_name)).requires_grad_(False)
+            blocks = reference.blocks()
+            self.reference = shard(reference, blocks, self.device_mesh, keep_root=False)
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the policy, and a schedule stepped once an update."""
@@ -93,10 +107,10 @@ class PRLModule(LightningModule):
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch."""
-        policy_logprobs, entropy = self._loaded("policy")(batch, self.temperature)
         ref_logprobs = batch.ref_logprobs
         if ref_logprobs is None and self.keeps_reference:
             ref_logprobs = self.score(batch, "reference")
+        policy_logprobs, entropy = self._loaded_policy(batch, self.temperature)
         step_ends = self.splitter(batch.completion_ids, batch.completion_mask)
         loss, stats = self.objective.loss(policy_logprobs, ref_logprobs, batch, step_ends)
 
@@ -130,18 +144,22 @@ class PRLModule(LightningModule):
             model: whose log-probabilities.
             temperature: the module's own by default.
         """
-        with self.trainer.precision_plugin.forward_context():
-            logprobs: Tensor = self._loaded(model)(batch, temperature or self.temperature)[0]
+        scorer = self._loaded_policy
+        is_adapter_off = model == "reference" and self.reference is None
+        if model == "reference" and self.reference is not None:
+            scorer = self.reference
+        adapter = adapters_off(scorer) if is_adapter_off else nullcontext()
+        with self.trainer.precision_plugin.forward_context(), adapter:
+            logprobs: Tensor = scorer(batch, temperature or self.temperature)[0]
         return logprobs
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights under their Hugging Face names, for an engine."""
-        return self._loaded("policy").named_weights()
+        """The policy's weights under their Hugging Face names, for an engine; a collective."""
+        return named_weights(self._loaded_policy)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradient, before any clipping."""
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
-        self._log_train({"grad_norm": get_total_norm(grads)}, weight=1)
+        self._log_train({"grad_norm": total_norm(self._loaded_policy)}, weight=1)
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
         """Log the process term over all tokens of the iteration.
@@ -154,11 +172,11 @@ class PRLModule(LightningModule):
             self._log_train({f"process_term_{k}": v.float() for k, v in moments.items()}, weight=1)
             self.process_term.reset()
 
-    def _loaded(self, model: Literal["policy", "reference"]) -> LogprobModel:
-        loaded = self.policy if model == "policy" else self.reference
-        if loaded is None:
-            raise RuntimeError(f"the {model} is loaded in configure_model, by the Trainer")
-        return loaded
+    @property
+    def _loaded_policy(self) -> torch.nn.Module:
+        if self.policy is None:
+            raise RuntimeError("the policy is loaded in configure_model, by the Trainer")
+        return self.policy
 
     def _log_tokens(self, batch: RolloutBatch, values: dict[str, Tensor]) -> None:
         """Log token means; weighted by tokens, an epoch's mean is that of all its tokens."""
@@ -251,7 +269,7 @@ class PRLModule(LightningModule):
             "rewards": batch.rewards,
             "policy_logprobs": policy_logprobs,
         }
-        if self.reference is not None:
+        if self.keeps_reference:
             ref_logprobs = self.score(batch, "reference")
             out["ref_logprobs"] = ref_logprobs
             out["process_rewards"] = process_rewards(
@@ -273,13 +291,22 @@ def _num_tokens(batch: RolloutBatch) -> int:
     return int(batch.completion_mask.sum())
 
 
-def _drop_reference(module: torch.nn.Module, state: dict[str, Any], *_: Any) -> None:
-    """The reference does not change, so a checkpoint has no need of it."""
-    for name in [name for name in state if name.startswith(REFERENCE)]:
+def _drop_frozen(module: torch.nn.Module, state: dict[str, Any], *_: Any) -> None:
+    """Reference and weights under an adapter do not change: a checkpoint has no need of them."""
+    for name in _frozen(module) & state.keys():
         del state[name]
 
 
-def _expect_no_reference(module: torch.nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = [
-        name for name in incompatible.missing_keys if not name.startswith(REFERENCE)
-    ]
+def _expect_no_frozen(module: torch.nn.Module, incompatible: Any) -> None:
+    frozen = _frozen(module)
+    missing = [name for name in incompatible.missing_keys if name not in frozen]
+    incompatible.missing_keys[:] = missing
+
+
+def _frozen(module: torch.nn.Module) -> set[str]:
+    """Names of parameters that are not trained, without what FSDP1 adds to a name."""
+    return {
+        name.replace("_fsdp_wrapped_module.", "")
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "prl_lightning"
 
 # A part may import the parts below it, never one beside or above it. arithmetic stands beside all.
 LAYERS = [
-    {"types", "functional"},
+    {"types", "functional", "sharding", "strategies"},
+    {"adapters"},
     {"metrics", "steps", "rewards", "samplers", "models", "arithmetic"},
     {"objective", "data"},
     {"module"},

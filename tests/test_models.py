@@ -15,6 +15,7 @@ from prl_lightning.models import (
     load_causal_lm,
     load_tokenizer,
     max_model_tokens,
+    named_weights,
     stop_token_ids,
 )
 from prl_lightning.samplers import HFSampler
@@ -84,7 +85,7 @@ def test_named_weights_are_those_of_the_file_and_an_explicit_head(
     request: pytest.FixtureRequest, model: str
 ) -> None:
     folder = request.getfixturevalue(model)
-    sent = dict(LogprobModel(load_causal_lm(folder)).named_weights())
+    sent = dict(named_weights(LogprobModel(load_causal_lm(folder))))
     saved = AutoModelForCausalLM.from_pretrained(folder)
     parameters = dict(saved.named_parameters(remove_duplicate=False))
     assert set(sent) == set(parameters)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prl_lightning.models import LogprobModel, load_causal_lm
+from prl_lightning.models import LogprobModel, load_causal_lm, named_weights
 from prl_lightning.samplers import HFSampler, SamplingConfig
 from prl_lightning.types import Prompt
 
@@ -17,7 +17,7 @@ SAMPLING = SamplingConfig(n=3, temperature=1.0, max_new_tokens=12, stop_token_id
 def started(folder: str, batch_size: int = 128) -> HFSampler:
     sampler = HFSampler(batch_size)
     sampler.start(folder, max_model_tokens=64)
-    sampler.load_weights(LogprobModel(load_causal_lm(folder)).named_weights())
+    sampler.load_weights(named_weights(LogprobModel(load_causal_lm(folder))))
     return sampler
 
 

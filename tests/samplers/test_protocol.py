@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prl_lightning.data import collate
-from prl_lightning.models import LogprobModel, load_causal_lm
+from prl_lightning.models import LogprobModel, load_causal_lm, named_weights
 from prl_lightning.samplers import HFSampler, Sampler, SamplingConfig, VLLMSampler
 from prl_lightning.types import Completion, Prompt, Rollout
 
@@ -35,7 +35,7 @@ class Engine:
         with torch.no_grad():
             for weight in policy.parameters():
                 weight += change * torch.randn(weight.shape, generator=generator)
-        self.sampler.load_weights(policy.named_weights())
+        self.sampler.load_weights(named_weights(policy))
         return policy
 
     def token_ids(

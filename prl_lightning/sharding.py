@@ -1,0 +1,79 @@
+"""Spread a model over the ranks, and put its weights together again one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import wrap
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+
+def shard(
+    model: nn.Module, blocks: Collection[nn.Module], mesh: DeviceMesh | None, keep_root: bool
+) -> nn.Module:
+    """Shard a model as the Trainer's strategy wants it.
+
+    Called in ``configure_model``: with the mesh of ModelParallelStrategy by FSDP2, inside the
+    context of FSDPStrategy by FSDP1, under any other strategy not at all.
+
+    Args:
+        model: the root; it holds whatever is in no block.
+        blocks: modules of the model that are gathered one after the other.
+        mesh: the strategy's ``device_mesh``, None if it has none.
+        keep_root: keep the root gathered from forward to backward (FSDP2).
+
+    Returns:
+        The model, or what replaces it.
+
+    Raises:
+        ValueError: the mesh asks for tensor parallelism.
+    """
+    if mesh is None:
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if child in blocks:
+                    setattr(parent, name, wrap(child))
+        return wrap(model)
+    if mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            f"trainer.strategy: tensor_parallel_size={mesh['tensor_parallel'].size()}, but models "
+            "are sharded over data-parallel ranks only. Use `strategy: fsdp2`."
+        )
+    for block in blocks:
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"], reshard_after_forward=not keep_root)
+    return model
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; a collective if it is."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers by name, sharded ones as they are, tied ones twice.
+
+    FSDP1 cannot name its shards, so under it all parameters are gathered for the time of the
+    iteration; the other strategies have no such moment.
+    """
+    if not isinstance(model, FullyShardedDataParallel):
+        yield from model.state_dict().items()
+        return
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            yield name.replace("_fsdp_wrapped_module.", ""), parameter
+
+
+def total_norm(model: nn.Module) -> Tensor:
+    """Norm of the gradient over all parameters of all ranks."""
+    norm = full(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    if isinstance(model, FullyShardedDataParallel):  # each rank has only its own part
+        squares = norm.square()
+        torch.distributed.all_reduce(squares)
+        norm = squares.sqrt()
+    return norm
