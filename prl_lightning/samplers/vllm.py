@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -64,20 +65,22 @@ class VLLMSampler(Sampler):
             if torch.cuda.is_available()
             else {"kv_cache_memory_bytes": int(self.cache_gib * 2**30)}
         )
-        self._llm = LLM(
-            model=model,
-            # Random weights until load_weights: an update that fails cannot go unnoticed.
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            max_model_len=max_model_tokens,
-            dtype=self.dtype,
-            enforce_eager=self.enforce_eager,
-            # After temperature and top-p: what was sampled from, comparable with the trainer's.
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-            **memory,
-            **self.engine_args,
-        )
+        with _place_among_ranks() as place:
+            self._llm = LLM(
+                model=model,
+                # Random weights until load_weights: an update that fails cannot go unnoticed.
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                max_model_len=max_model_tokens,
+                dtype=self.dtype,
+                enforce_eager=self.enforce_eager,
+                # After temperature and top-p: what was sampled from, comparable with the trainer's.
+                logprobs_mode="processed_logprobs",
+                disable_log_stats=True,
+                **place,
+                **memory,
+                **self.engine_args,
+            )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See ``Sampler.load_weights``."""
@@ -118,6 +121,40 @@ class VLLMSampler(Sampler):
     def stop(self) -> None:
         """See ``Sampler.stop``."""
         self._llm = None
+
+
+@contextmanager
+def _place_among_ranks() -> Iterator[dict[str, Any]]:
+    """Give each rank of the trainer an engine of its own.
+
+    The engine finds the trainer's process group and joins it instead of opening a port; its place
+    there it reads from the environment, which Lightning's launchers leave in part unset.
+
+    Yields:
+        Arguments for the engine, to be started inside.
+    """
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        yield {}
+        return
+    local_rank = (
+        torch.cuda.current_device()
+        if torch.cuda.is_available()
+        else distributed.get_node_local_rank(int(os.environ.get("SLURM_LOCALID", 0)))
+    )
+    before = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    os.environ["RANK"] = str(distributed.get_rank())
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    os.environ["WORLD_SIZE"] = str(distributed.get_world_size())
+    try:
+        yield {"distributed_executor_backend": "external_launcher"}
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _completion(sample: Any) -> Completion:
