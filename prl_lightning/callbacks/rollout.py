@@ -12,10 +12,19 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from prl_lightning.callbacks.continuation import (
+    SAVED,
+    is_between_epochs,
+    random_state,
+    rewind_update,
+    saved_state,
+    set_random_state,
+    take_own,
+)
 from prl_lightning.callbacks.engine import EngineLink
 from prl_lightning.callbacks.scoring import prepare_update
 from prl_lightning.callbacks.statistics import describe, over_ranks
-from prl_lightning.data import PromptDataModule
+from prl_lightning.data import PromptDataModule, RolloutBuffer
 from prl_lightning.models import max_model_tokens, stop_token_ids
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import RewardFunction, RewardSum
@@ -63,6 +72,9 @@ class RolloutCallback(Callback):
         self.eval_temperature = eval_temperature
         self.eval_top_p = eval_top_p
         self._values: dict[str, float] = {}
+        self._logged: dict[str, float] = {}
+        self._saved: dict[str, Any] = {}
+        self._training_seconds: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything is loaded.
@@ -87,12 +99,36 @@ class RolloutCallback(Callback):
         """Give the engine's memory back."""
         self.engine.stop()
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate the model before the first update, and not again where a run goes on."""
+        if trainer.ckpt_path:
+            trainer.num_sanity_val_steps = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on exactly where the checkpoint stopped."""
+        self._training_since = time.monotonic()
+        saved = take_own(self._saved, trainer)
+        if is_between_epochs(trainer.fit_loop):
+            self.on_train_epoch_start(trainer, pl_module)
+        elif saved and _train_rollouts(trainer).rollouts:
+            self._log(_prl(pl_module), saved["logged"])
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what each rank has for itself: random states, and what the epoch has logged."""
+        rewind_update(checkpoint, trainer.accumulate_grad_batches)
+        checkpoint[SAVED] = saved_state(trainer, self._logged)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep it until everything that starts has started, and drawn random numbers."""
+        self._saved = checkpoint.get(SAVED, {})
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill the training buffer with this iteration's rollouts."""
-        data, module = _data(trainer), _prl(pl_module)
-        buffer = data.train_rollouts
-        if buffer is None:
-            raise RuntimeError("data.setup('fit') comes first")
+        data, module, buffer = _data(trainer), _prl(pl_module), _train_rollouts(trainer)
         config = SamplingConfig(
             n=data.group_size,
             temperature=module.temperature,
@@ -105,7 +141,10 @@ class RolloutCallback(Callback):
         with self._timed("scoring"):
             prepare_update(module, buffer, data.group_size, sum_over_ranks)
         self._values["completion_length_max"] = max(len(r.completion.token_ids) for r in rollouts)
-        self._log(module, describe(rollouts, data.group_size, sum_over_ranks))
+        over_all = describe(rollouts, data.group_size, sum_over_ranks)
+        speed = over_all["tokens"] / self._values["sampling_seconds"]
+        self._log(module, self._values | over_all | {"tokens_per_second": speed})
+        data.advance()
         self._training_since = time.monotonic()
 
     def on_train_batch_end(
@@ -121,7 +160,17 @@ class RolloutCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log how long the updates took, a validation inside the epoch not counted."""
-        pl_module.log("train/seconds", self._training_seconds, sync_dist=True)
+        if self._training_seconds is not None:  # or the epoch had ended before the checkpoint
+            pl_module.log("train/seconds", self._training_seconds, sync_dist=True)
+            self._training_seconds = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the random state aside: training does not depend on when it is evaluated."""
+        self._random_state = random_state()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the random state back."""
+        set_random_state(self._random_state)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill the evaluation buffers: all sets in one engine call."""
@@ -181,12 +230,11 @@ class RolloutCallback(Callback):
         self._values |= {f"reward_failures/{k}": float(v) for k, v in scores.failures.items()}
         self._values["unrewarded"] = float(scores.unrewarded)
 
-    def _log(self, module: PRLModule, over_all: dict[str, float]) -> None:
-        seconds = self._values["sampling_seconds"]
-        over_all = {**over_all, "tokens_per_second": over_all["tokens"] / seconds}
-        for name, value in (self._values | over_all).items():
+    def _log(self, module: PRLModule, values: dict[str, float]) -> None:
+        self._logged = values
+        for name, value in values.items():
             module.log(f"rollout/{name}", value, sync_dist=True, reduce_fx=over_ranks(name))
-        module.log("reward", over_all["reward"], prog_bar=True, logger=False)
+        module.log("reward", values["reward"], prog_bar=True, logger=False)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -212,6 +260,13 @@ def _prl(module: LightningModule) -> PRLModule:
     if not isinstance(module, PRLModule):
         raise TypeError(f"RolloutCallback needs a PRLModule, got {type(module).__name__}")
     return module
+
+
+def _train_rollouts(trainer: Trainer) -> RolloutBuffer:
+    buffer = _data(trainer).train_rollouts
+    if buffer is None:
+        raise RuntimeError("data.setup('fit') comes first")
+    return buffer
 
 
 def _data(trainer: Trainer) -> PromptDataModule:

@@ -1,7 +1,15 @@
 """Prompts in, rollouts out."""
 
+from prl_lightning.data.loader import RolloutLoader
 from prl_lightning.data.prompts import PromptDataModule
 from prl_lightning.data.rollouts import RolloutBuffer, collate
 from prl_lightning.data.sources import PromptFormat, Source
 
-__all__ = ["PromptDataModule", "PromptFormat", "RolloutBuffer", "Source", "collate"]
+__all__ = [
+    "PromptDataModule",
+    "PromptFormat",
+    "RolloutBuffer",
+    "RolloutLoader",
+    "Source",
+    "collate",
+]

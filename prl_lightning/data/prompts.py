@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset
 
+from prl_lightning.data.loader import RolloutLoader
 from prl_lightning.data.rollouts import RolloutBuffer
 from prl_lightning.data.sources import PromptFormat, PromptSet, Source
 from prl_lightning.models import load_tokenizer
-from prl_lightning.types import Prompt, RolloutBatch
+from prl_lightning.types import Prompt
 
 # Which stream of prompts a seed is of.
 TRAIN, EVAL = 0, 1
@@ -202,14 +203,17 @@ class PromptDataModule(LightningDataModule):
         return set.intersection(*columns) if columns else set()
 
     def next_prompts(self) -> list[Prompt]:
-        """This rank's prompts of the next epoch, update by update; moves the stream on."""
-        start = self.prompts_seen
-        self.prompts_seen += self.prompts_per_epoch
+        """This rank's prompts of the next epoch, update by update."""
+        start, end = self.prompts_seen, self.prompts_seen + self.prompts_per_epoch
         share = self.prompts_per_epoch // self.updates_per_epoch // self._ranks
-        blocks = range(start + self._rank * share, self.prompts_seen, share * self._ranks)
+        blocks = range(start + self._rank * share, end, share * self._ranks)
         return [
             self._prompt(position) for block in blocks for position in range(block, block + share)
         ]
+
+    def advance(self) -> None:
+        """Move the stream on, once the rollouts of its next prompts are there to train on."""
+        self.prompts_seen += self.prompts_per_epoch
 
     def _prompt(self, position: int) -> Prompt:
         """The prompt at a position of the endless stream."""
@@ -229,15 +233,15 @@ class PromptDataModule(LightningDataModule):
         """This rank's prompts of each evaluation set."""
         return self._eval_prompts
 
-    def train_dataloader(self) -> DataLoader[RolloutBatch]:
+    def train_dataloader(self) -> RolloutLoader:
         """One item is one micro-batch; read in this process, after the callback has filled it."""
         if self.train_rollouts is None:
             raise RuntimeError("setup('fit') comes first")
-        return DataLoader(self.train_rollouts, batch_size=None)
+        return RolloutLoader(self.train_rollouts, self._rank, self._ranks)
 
-    def val_dataloader(self) -> Sequence[DataLoader[RolloutBatch]]:
+    def val_dataloader(self) -> Sequence[RolloutLoader]:
         """One loader an evaluation set; one item is the group of one prompt."""
-        return [DataLoader(buffer, batch_size=None) for buffer in self.eval_rollouts.values()]
+        return [RolloutLoader(buffer) for buffer in self.eval_rollouts.values()]
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader

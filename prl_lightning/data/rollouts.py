@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
 
 from prl_lightning.types import Rollout, RolloutBatch
 
@@ -98,15 +97,18 @@ def _pad_if_known(rows: Sequence[Tensor | None]) -> Tensor | None:
     return _pad(known) if len(known) == len(rows) else None
 
 
-class RolloutBuffer(Dataset[RolloutBatch]):
-    """An epoch's rollouts as a dataset of micro-batches, filled anew each epoch.
+class RolloutBuffer:
+    """An epoch's rollouts as micro-batches, filled anew each epoch.
 
-    Its length is known before it is filled, which Lightning needs: a dataset without one is read
+    Its length is known before it is filled, which Lightning needs: a loader without one is read
     ahead of ``on_train_epoch_start``, and the first micro-batch would be stale.
 
     Args:
         num_updates: optimizer updates an epoch; for evaluation, prompts.
         micro_batches: micro-batches an update on this rank.
+
+    Attributes:
+        position: micro-batches handed out since it was filled.
     """
 
     def __init__(self, num_updates: int, micro_batches: int = 1) -> None:
@@ -114,6 +116,7 @@ class RolloutBuffer(Dataset[RolloutBatch]):
         self.micro_batches = micro_batches
         self.rollouts: Sequence[Rollout] = []
         self.micro_batch_rollouts: list[list[Rollout]] = []
+        self.position = 0
         self._totals = torch.zeros(num_updates, 2, dtype=torch.long)
 
     def fill(
@@ -130,6 +133,7 @@ class RolloutBuffer(Dataset[RolloutBatch]):
         size = len(rollouts) // self.num_updates
         self.rollouts = rollouts
         self.micro_batch_rollouts = []
+        self.position = 0
         totals = []
         for index in range(self.num_updates):
             update = rollouts[index * size : (index + 1) * size]

@@ -10,6 +10,7 @@ import pytest
 
 from prl_lightning.data import PromptDataModule
 from prl_lightning.data.prompts import EpochSizes
+from prl_lightning.types import Prompt
 
 from .tokenizers import character_tokenizer
 
@@ -56,8 +57,14 @@ def make_data(folder: Path) -> MakeData:
     return make
 
 
+def take(data: PromptDataModule) -> list[Prompt]:
+    prompts = data.next_prompts()
+    data.advance()
+    return prompts
+
+
 def epochs(data: PromptDataModule, count: int) -> list[list[Any]]:
-    return [[prompt.source for prompt in data.next_prompts()] for _ in range(count)]
+    return [[prompt.source for prompt in take(data)] for _ in range(count)]
 
 
 # The stream
@@ -151,7 +158,7 @@ def test_ranks_share_the_prompts_of_each_update_with_the_seeds_of_one(
     alone = make_data(**sizes)
     shares = [make_data(rank, ranks, **sizes) for rank in range(ranks)]
     for _ in range(3):
-        whole, parts = alone.next_prompts(), [data.next_prompts() for data in shares]
+        whole, parts = take(alone), [take(data) for data in shares]
         size = 4 // updates
         for update in range(updates):
             share = slice(update * size // ranks, (update + 1) * size // ranks)
