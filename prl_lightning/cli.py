@@ -10,11 +10,13 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info
 
-from prl_lightning.callbacks import RolloutCallback, RunSummary
+from prl_lightning.callbacks import RolloutCallback, RunSummary, SaveOnSignal
 from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
 from prl_lightning.strategies import FSDP2Strategy  # noqa: F401  (known by its name from here on)
+from prl_lightning.trainer import PRLTrainer, last_checkpoint
 
 # Warnings that say nothing of the user's run, and why.
 BESIDE_THE_POINT = (
@@ -41,8 +43,39 @@ class PRLCLI(LightningCLI):
         has_csv = any(isinstance(logger, CSVLogger) for logger in trainer.loggers)
         if not has_csv and not getattr(trainer, "fast_dev_run", False):
             root = Path(trainer.default_root_dir)
-            trainer.loggers = [CSVLogger(root.parent, name=root.name), *trainer.loggers]
+            # Every row at once: what is kept in memory is lost with a killed process.
+            csv = CSVLogger(root.parent, name=root.name, flush_logs_every_n_steps=1)
+            trainer.loggers = [csv, *trainer.loggers]
         return trainer
+
+    def before_fit(self) -> None:
+        """Look ``--ckpt_path last`` up; a first run has none, so one command serves all."""
+        if not self._found_last():
+            rank_zero_info(f"No checkpoint under {self.trainer.default_root_dir}: a new run.")
+
+    def before_validate(self) -> None:
+        """Look ``--ckpt_path last`` up.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if not self._found_last():
+            raise FileNotFoundError(
+                f"--ckpt_path last: no complete checkpoint under trainer.default_root_dir="
+                f"{self.trainer.default_root_dir}. Name a file, or the folder of the run."
+            )
+
+    before_test = before_validate
+    before_predict = before_validate
+
+    def _found_last(self) -> bool:
+        """Put the path of the newest checkpoint where "last" is asked for; False without one."""
+        options = self.config_init[self.subcommand]
+        if options["ckpt_path"] != "last":
+            return True
+        found = last_checkpoint(self.trainer)
+        options["ckpt_path"] = None if found is None else str(found)
+        return found is not None
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -59,8 +92,9 @@ def main(args: Sequence[str] | None = None) -> None:
         args=None if args is None else list(args),
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
+        trainer_class=PRLTrainer,
         trainer_defaults={
-            "callbacks": [RunSummary()],
+            "callbacks": [RunSummary(), SaveOnSignal()],
             "default_root_dir": "runs/prl",
             "logger": False,
             "log_every_n_steps": 1,

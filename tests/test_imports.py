@@ -19,6 +19,7 @@ LAYERS = [
     {"objective", "data"},
     {"module"},
     {"callbacks"},
+    {"trainer"},
     {"cli"},
     {"__main__"},
 ]

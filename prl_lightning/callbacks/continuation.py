@@ -19,10 +19,9 @@ def random_state() -> dict[str, Any]:
     """Random states of this process as values that a checkpoint may hold."""
     version, words, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
-    has_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if has_cuda else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "python": [version, list(words), gauss],
         "numpy": [str(kind), torch.from_numpy(np.array(keys, dtype=np.int64)), *rest],
     }

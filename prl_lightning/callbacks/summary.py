@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
 
 Curve = tuple[list[int], list[float]]
+
+METRICS = "metrics.csv"
 
 # Panels of the picture: title and the metrics that belong in it.
 PANELS = (
@@ -23,15 +27,48 @@ PANELS = (
 
 
 class RunSummary(Callback):
-    """Print what was reached from what, and draw ``curves.png`` beside ``metrics.csv``."""
+    """Print what was reached from what, and draw ``curves.png`` beside ``metrics.csv``.
+
+    A continued run has a folder of its own, whose curves begin with those of the run before.
+    """
+
+    def __init__(self) -> None:
+        self._metrics_file = ""
+        self._earlier_file = ""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note where the metrics go, for a run that continues this one."""
+        folder = _csv_folder(trainer)
+        self._metrics_file = "" if folder is None else str(folder / METRICS)
+
+    def state_dict(self) -> dict[str, str]:
+        """Where the metrics so far are."""
+        return {"metrics": self._metrics_file}
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Where the metrics so far were."""
+        self._earlier_file = state_dict["metrics"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with the rows that the continued run had up to the checkpoint."""
+        folder = _csv_folder(trainer)
+        if folder is None or not trainer.ckpt_path or not trainer.is_global_zero:
+            return
+        beside = Path(trainer.ckpt_path).parent.parent / METRICS  # wherever it was moved to
+        earlier = beside if beside.is_file() else Path(self._earlier_file)
+        if earlier.is_file():
+            logger = next(logger for logger in trainer.loggers if isinstance(logger, CSVLogger))
+            for step, row in _complete_rows(earlier):
+                if step < trainer.global_step:
+                    logger.log_metrics(row, step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the picture and, as the last thing on the screen, the summary; on one rank."""
         folder = _csv_folder(trainer)
         finished = stage == "fit" and not trainer.interrupted and trainer.is_global_zero
-        if folder is None or not finished or not (folder / "metrics.csv").is_file():
+        if folder is None or not finished or not (folder / METRICS).is_file():
             return
-        curves = read_metrics(folder / "metrics.csv")
+        curves = read_metrics(folder / METRICS)
         draw_curves(curves, folder / "curves.png")
         print(self._text(trainer, folder, curves))
 
@@ -47,7 +84,7 @@ class RunSummary(Callback):
         lines += [
             "",
             f"curves      {folder / 'curves.png'}",
-            f"metrics     {folder / 'metrics.csv'}",
+            f"metrics     {folder / METRICS}",
         ]
         lines += [f"config      {folder / 'config.yaml'}"]
         if checkpoint:
@@ -77,6 +114,16 @@ def _checkpoint(trainer: Trainer) -> str:
     if not isinstance(callback, ModelCheckpoint):
         return ""
     return callback.last_model_path or callback.best_model_path
+
+
+def _complete_rows(file: Path) -> Iterator[tuple[int, dict[str, Tensor | float]]]:
+    """Step and metrics of each row; a kill may have cut the last one."""
+    lines = file.read_text().splitlines(keepends=True)
+    for row in csv.DictReader(line for line in lines if line.endswith("\n")):
+        values: dict[str, Tensor | float] = {
+            name: float(value) for name, value in row.items() if value and name != "step"
+        }
+        yield int(row["step"]), values
 
 
 def read_metrics(file: Path) -> dict[str, Curve]:
