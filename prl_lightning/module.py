@@ -190,7 +190,8 @@ class PRLModule(LightningModule):
             on_step=False,
             on_epoch=True,
             sync_dist=True,
-            batch_size=weight,
+            # Lightning averages the weights over ranks as integers, rounding down.
+            batch_size=weight * self.trainer.world_size,
             **options,
         )
 

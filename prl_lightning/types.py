@@ -10,8 +10,8 @@ sampling time), ``rollout_logprobs`` (what the engine reported) and ``ref_logpro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -79,8 +79,19 @@ class Rollout:
     ref_logprobs: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class RolloutBatch:
+@dataclass_transform(kw_only_default=True)
+class _Fields:
+    """A dataclass to people and type checkers, but not to Lightning.
+
+    Under a precision such as bf16-true it would round every float tensor of a dataclass, and with
+    them advantages and log-probabilities.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        vars(self).update(fields)
+
+
+class RolloutBatch(_Fields):
     """A micro-batch: what ``training_step`` and ``validation_step`` receive.
 
     Attributes:
@@ -118,8 +129,9 @@ class RolloutBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RolloutBatch:
         """Return the batch on ``device`` (the method that Lightning's transfer calls)."""
         moved: dict[str, Any] = {
-            item.name: value.to(device, non_blocking=non_blocking)
-            for item in fields(self)
-            if isinstance(value := getattr(self, item.name), Tensor)
+            name: value.to(device, non_blocking=non_blocking)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in vars(self).items()
         }
-        return replace(self, **moved)
+        return RolloutBatch(**moved)

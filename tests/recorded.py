@@ -1,0 +1,83 @@
+"""Rollouts that do not depend on the policy, and a record of what a run did with them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from prl_lightning.module import PRLModule
+from prl_lightning.samplers import Sampler, SamplingConfig
+from prl_lightning.sharding import full
+from prl_lightning.types import Completion, Prompt
+
+
+class RecordedSampler(Sampler):
+    """Completions of every length up to the limit, a function of the prompt's seed alone."""
+
+    dtype = "float32"
+
+    def start(self, model: str, max_model_tokens: int) -> None:
+        pass
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for _ in weights:  # a strategy that shards gathers them here
+            pass
+
+    def generate(
+        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+    ) -> list[list[Completion]]:
+        return [
+            [_completion(prompt.seed + sample, config.max_new_tokens) for sample in range(config.n)]
+            for prompt in prompts
+        ]
+
+    def stop(self) -> None:
+        pass
+
+
+def _completion(seed: int, limit: int) -> Completion:
+    draw = random.Random(seed)
+    length = draw.randint(1, limit)
+    token_ids = [draw.randrange(3, 18) for _ in range(length)]
+    logprobs = [-draw.uniform(0.5, 4.0) for _ in range(length)]
+    return Completion(token_ids, logprobs, finished=length < limit)
+
+
+class Record(Callback):
+    """Save the gradient of the first update and the trained parameters at the end."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+        self.record: dict[str, Any] = {}
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        if "gradient" not in self.record:
+            self.record["gradient"] = {
+                name: full(parameter.grad).clone()
+                for name, parameter in pl_module.named_parameters()
+                if parameter.grad is not None
+            }
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.record["before"] = _trained(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PRLModule)
+        self.record["after"] = _trained(pl_module)
+        self.record["sent"] = {name: tensor.clone() for name, tensor in pl_module.weights()}
+        self.record["metrics"] = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        if trainer.is_global_zero:
+            torch.save(self.record, self.file)
+
+
+def _trained(module: LightningModule) -> dict[str, Tensor]:
+    """Clones: a later update happens in place."""
+    return {n: full(p).clone() for n, p in module.named_parameters() if p.requires_grad}
