@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -14,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from prl_lightning.callbacks import RolloutCallback, RunSummary, SaveOnSignal
 from prl_lightning.data import PromptDataModule
+from prl_lightning.export import export_checkpoint
 from prl_lightning.module import PRLModule
 from prl_lightning.strategies import FSDP2Strategy  # noqa: F401  (known by its name from here on)
 from prl_lightning.trainer import PRLTrainer, last_checkpoint
@@ -86,10 +89,15 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     for message in BESIDE_THE_POINT:
         warnings.filterwarnings("ignore", message)
+    words = list(sys.argv[1:] if args is None else args)
+    if words[:1] == ["export"]:  # needs no trainer
+        auto_cli(export_checkpoint, args=words[1:], as_positional=False, prog="prl export")
+        return
     PRLCLI(
         PRLModule,
         PromptDataModule,
-        args=None if args is None else list(args),
+        args=None if args is None else words,
+        parser_kwargs={"epilog": "prl export --help: a checkpoint as a Hugging Face folder"},
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
         trainer_class=PRLTrainer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prl_lightning.adapters import merged
+from prl_lightning.adapters import add_lora, merged
 from prl_lightning.functional import token_logprobs
 from prl_lightning.sharding import named_tensors
 from prl_lightning.types import RolloutBatch
@@ -116,6 +117,22 @@ def load_causal_lm(name_or_path: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
         name_or_path, dtype=torch.get_default_dtype(), trust_remote_code=False
     )
+
+
+def load_policy(
+    name_or_path: str, lora: dict[str, Any] | None = None, gradient_checkpointing: bool = False
+) -> LogprobModel:
+    """Load a model to train.
+
+    Args:
+        name_or_path: Hugging Face id or folder.
+        lora: train an adapter with these arguments of ``peft.LoraConfig`` instead of all weights.
+        gradient_checkpointing: see LogprobModel.
+    """
+    causal_lm = load_causal_lm(name_or_path)
+    if lora is not None:
+        add_lora(causal_lm, lora)
+    return LogprobModel(causal_lm, gradient_checkpointing)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from prl_lightning.adapters import adapters_off, add_lora
+from prl_lightning.adapters import adapters_off
 from prl_lightning.functional import get_divergence, kl_estimate, process_rewards
 from prl_lightning.metrics import MeanAtN, MeanStd, PassAtK
-from prl_lightning.models import LogprobModel, load_causal_lm, load_tokenizer, named_weights
+from prl_lightning.models import load_policy, load_tokenizer, named_weights
 from prl_lightning.objective import Objective
 from prl_lightning.sharding import shard, total_norm
 from prl_lightning.steps import StepSplitter
@@ -84,16 +84,17 @@ class PRLModule(LightningModule):
         if self.policy is not None:
             return
         self.splitter = StepSplitter(self.objective.steps, load_tokenizer(self.policy_name))
-        causal_lm = load_causal_lm(self.policy_name)
-        if self.lora is not None:
-            add_lora(causal_lm, self.lora)
-        policy = LogprobModel(causal_lm, self.gradient_checkpointing)
+        policy = load_policy(self.policy_name, self.lora, self.gradient_checkpointing)
         self.policy = shard(policy, policy.blocks(), self.device_mesh, keep_root=True)
         shares_weights = self.lora is not None and self.reference_name == self.policy_name
         if self.keeps_reference and not shares_weights:
-            reference = LogprobModel(load_causal_lm(self.reference_name)).requires_grad_(False)
+            reference = load_policy(self.reference_name).requires_grad_(False)
             blocks = reference.blocks()
             self.reference = shard(reference, blocks, self.device_mesh, keep_root=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name what the weights belong to, for ``prl export``."""
+        checkpoint["policy_origin"] = {"name": self.policy_name, "lora": self.lora}
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the policy, and a schedule stepped once an update."""

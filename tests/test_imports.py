@@ -16,7 +16,7 @@ LAYERS = [
     {"types", "functional", "sharding", "strategies"},
     {"adapters"},
     {"metrics", "steps", "rewards", "samplers", "models", "arithmetic"},
-    {"objective", "data"},
+    {"objective", "data", "export"},
     {"module"},
     {"callbacks"},
     {"trainer"},

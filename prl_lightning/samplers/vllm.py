@@ -66,21 +66,19 @@ class VLLMSampler(Sampler):
             else {"kv_cache_memory_bytes": int(self.cache_gib * 2**30)}
         )
         with _place_among_ranks() as place:
-            self._llm = LLM(
-                model=model,
+            arguments: dict[str, Any] = {
+                "model": model,
                 # Random weights until load_weights: an update that fails cannot go unnoticed.
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                max_model_len=max_model_tokens,
-                dtype=self.dtype,
-                enforce_eager=self.enforce_eager,
+                "load_format": "dummy",
+                "skip_tokenizer_init": True,
+                "max_model_len": max_model_tokens,
+                "dtype": self.dtype,
+                "enforce_eager": self.enforce_eager,
                 # After temperature and top-p: what was sampled from, comparable with the trainer's.
-                logprobs_mode="processed_logprobs",
-                disable_log_stats=True,
-                **place,
-                **memory,
-                **self.engine_args,
-            )
+                "logprobs_mode": "processed_logprobs",
+                "disable_log_stats": True,
+            }
+            self._llm = LLM(**arguments | place | memory | self.engine_args)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See ``Sampler.load_weights``."""

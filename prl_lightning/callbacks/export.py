@@ -1,0 +1,47 @@
+"""HFExport: the trained policy as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from prl_lightning.export import save_policy
+from prl_lightning.module import PRLModule
+
+
+class HFExport(Callback):
+    """Write the policy at the end of training, for ``from_pretrained`` and for engines.
+
+    Under a strategy that shards, weights are gathered one by one and kept by the first rank.
+
+    Args:
+        folder: by default ``huggingface`` in the run's folder.
+        dtype: of the weights in it, such as bfloat16; by default as they were trained.
+    """
+
+    def __init__(self, folder: str | None = None, dtype: str | None = None) -> None:
+        self.folder = folder
+        self.dtype = dtype
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse at once what would fail at the end.
+
+        Raises:
+            FileExistsError: there is something at ``folder``.
+        """
+        if stage == "fit" and self.folder and Path(self.folder).exists():
+            raise FileExistsError(f"HFExport.folder={self.folder} exists: name another folder.")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the folder."""
+        if not isinstance(pl_module, PRLModule):
+            raise TypeError(f"HFExport needs a PRLModule, got {type(pl_module).__name__}")
+        default = Path(trainer.log_dir or trainer.default_root_dir) / "huggingface"
+        folder = Path(self.folder) if self.folder else default
+        keep = trainer.is_global_zero
+        weights = {name: tensor.cpu() for name, tensor in pl_module.weights() if keep}
+        if keep:
+            save_policy(weights, pl_module.policy_name, folder, self.dtype)
+        rank_zero_info(f"The policy is in {folder}")
