@@ -1,4 +1,4 @@
-"""A checkpoint becomes a folder that transformers and vLLM load, with the same log-probabilities."""
+"""A checkpoint becomes a folder that transformers and vLLM load with the same log-probabilities."""
 
 from __future__ import annotations
 

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from torch import Tensor
 
+from prl_lightning.export import export_checkpoint
+from prl_lightning.models import load_causal_lm
 from runs import QUICKSTART, fit, tiny_overrides
 
 TESTS = Path(__file__).parent
@@ -73,14 +76,36 @@ def read(folder: Path) -> Record:
     return record
 
 
+def environment(**variables: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)} | variables
+
+
+def run_all(root: Path, ranks: int, runs: dict[str, list[str]]) -> dict[str, Record]:
+    """Command lines of ``fit`` in the same processes, by the name of their folder."""
+    (root / "runs.json").write_text(
+        json.dumps([["fit", f"--config={QUICKSTART}", *args] for args in runs.values()])
+    )
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    subprocess.run(
+        [sys.executable, "-m", *torchrun, "fit_all.py", str(root / "runs.json")],
+        cwd=TESTS,
+        env=environment(),
+        timeout=300,
+        check=True,
+    )
+    return {name: read(root / name) for name in runs}
+
+
 @pytest.fixture(scope="module")
-def two_ranks(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two_ranks")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tied_model: str, root: Path) -> dict[str, Record]:
     """Every objective under every strategy on two ranks, by "strategy/objective"."""
-    root = tmp_path_factory.mktemp("two_ranks")
-    runs = [
-        [
-            "fit",
-            f"--config={QUICKSTART}",
+    runs = {
+        f"{strategy}/{objective}": [
             *overrides(tied_model, root / strategy / objective, objective),
             f"--trainer.strategy={strategy}",
             "--trainer.devices=2",
@@ -88,17 +113,8 @@ def two_ranks(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> dict
         ]
         for strategy in STRATEGIES
         for objective in RUNS
-    ]
-    (root / "runs.json").write_text(json.dumps(runs))
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "fit_all.py"]
-    subprocess.run(
-        [sys.executable, "-m", *command, str(root / "runs.json")],
-        cwd=TESTS,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
-        timeout=300,
-        check=True,
-    )
-    return {f"{s}/{o}": read(root / s / o) for s in STRATEGIES for o in RUNS}
+    }
+    return run_all(root, 2, runs)
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +179,118 @@ def test_metrics_are_those_of_one_rank(
             rel = 0 if name.startswith(exact) else 1e-4
             assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=0.1 * rel), name
     assert 0 < theirs["val/tiny/mean@4"] < theirs["val/tiny/pass@2"] < 1
+
+
+@pytest.mark.parametrize("objective", ["token_mean", "lora"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_checkpoint_of_two_ranks_becomes_a_hugging_face_folder(
+    root: Path, two_ranks: dict[str, Record], strategy: str, objective: str, tmp_path: Path
+) -> None:
+    checkpoints = root / strategy / objective / "run" / "version_0" / "checkpoints"
+    assert (checkpoints / "last.ckpt").is_dir() == (strategy == "fsdp2")
+    export_checkpoint(str(checkpoints / "last.ckpt"), str(tmp_path / "out"))
+    exported = load_causal_lm(str(tmp_path / "out")).state_dict()
+    sent = two_ranks[f"{strategy}/{objective}"]["sent"]
+    assert exported.keys() == sent.keys()
+    assert all(torch.equal(exported[name], sent[name]) for name in sent)
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_a_sharded_checkpoint_of_two_ranks_goes_on_with_one(
+    tied_model: str, root: Path, tmp_path: Path
+) -> None:
+    file = root / "fsdp2" / "token_mean" / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    four_epochs = ["--trainer.max_epochs=4", "--trainer.devices=1"]
+    resumed = run_all(tmp_path, 1, {
+        "resumed": [
+            *overrides(tied_model, tmp_path / "resumed", "token_mean"),
+            *four_epochs,
+            "--trainer.strategy=fsdp2",
+            f"--ckpt_path={file}",
+        ]
+    })["resumed"]  # fmt: skip
+    fit(*overrides(tied_model, tmp_path / "whole", "token_mean"), *four_epochs)
+    whole = read(tmp_path / "whole")
+    # The momentum is part of it: without it this would be 0.3.
+    assert gap(resumed["after"], whole["after"]) < 1e-5
+    assert gap(resumed["after"], resumed["before"]) > 1e-3
+
+
+def start_two(commands: list[tuple[list[str], dict[str, str]]]) -> None:
+    """Run one process a node or task until all have ended well."""
+    processes = [
+        subprocess.Popen([sys.executable, "-m", *command], cwd=TESTS, env=environment(**variables))
+        for command, variables in commands
+    ]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_torchrun_on_two_nodes(
+    tied_model: str, one_rank: dict[str, Record], tmp_path: Path
+) -> None:
+    args = [
+        *overrides(tied_model, tmp_path, "token_mean"),
+        "--trainer.strategy=ddp",
+        "--trainer.num_nodes=2",
+        "--trainer.devices=1",
+    ]
+    torchrun = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=static"]
+    address = ["--master-addr=127.0.0.1", f"--master-port={find_free_network_port()}"]
+    command = ["-m", "prl_lightning", "fit", f"--config={QUICKSTART}", *args]
+    start_two([
+        (["torch.distributed.run", *torchrun, *address, f"--node-rank={node}", *command], {})
+        for node in range(2)
+    ])  # fmt: skip
+    assert gap(read(tmp_path)["after"], one_rank["token_mean"]["after"]) < 1e-5
+
+
+def test_tasks_of_slurm(tied_model: str, one_rank: dict[str, Record], tmp_path: Path) -> None:
+    args = [
+        *overrides(tied_model, tmp_path, "token_mean"),
+        "--trainer.strategy=fsdp2",
+        "--trainer.devices=2",
+    ]
+    job = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_NODEID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "MASTER_PORT": str(find_free_network_port()),
+    }
+    command = ["prl_lightning", "fit", f"--config={QUICKSTART}", *args]
+    start_two([
+        (command, job | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)})
+        for task in range(2)
+    ])  # fmt: skip
+    assert gap(read(tmp_path)["after"], one_rank["token_mean"]["after"]) < 1e-5
+
+
+def test_each_rank_has_a_vllm_engine_that_follows_the_policy(
+    tied_model: str, tmp_path: Path
+) -> None:
+    vllm = ["--rollout.sampler=VLLMSampler", "--rollout.sampler.cache_gib=0.1"]
+    runs = {
+        name: [
+            *overrides(tied_model, tmp_path / name, objective),
+            *vllm,
+            "--rollout.max_engine_gap=null",
+            f"--rollout.sampler.dtype={dtype}",
+            f"--trainer.strategy={name}",
+            "--trainer.devices=2",
+        ]
+        for name, objective, dtype in (
+            ("ddp", "token_mean", "float32"),
+            ("fsdp2", "lora", "bfloat16"),
+        )
+    }
+    records = run_all(tmp_path, 2, runs)
+    assert records["ddp"]["metrics"]["rollout/engine_gap_max"] < 1e-4
+    assert 1e-4 < records["fsdp2"]["metrics"]["rollout/engine_gap"] < 0.05
+    for record in records.values():
+        assert gap(record["after"], record["before"]) > 1e-3
