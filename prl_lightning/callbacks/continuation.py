@@ -10,8 +10,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from prl_lightning.data.loader import gather
-
 SAVED = "prl_lightning"
 
 
@@ -42,36 +40,23 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
 
 
-def saved_state(trainer: Trainer, logged: dict[str, float]) -> dict[str, Any]:
-    """What every rank has for itself; all ranks call this.
+def take_own(ranks: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
+    """Set this rank's random state and return what it has saved; {} where there is none.
 
     Args:
-        trainer: knows the ranks.
-        logged: of the epoch that is under way.
-    """
-    own = {"random": random_state(), "logged": logged}
-    return {"ranks": gather(own, trainer.global_rank, trainer.world_size)}
-
-
-def take_own(saved: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
-    """Set this rank's random state and return the rest of its share; {} where there is none.
-
-    Args:
-        saved: as ``saved_state`` has returned it, or {}.
+        ranks: what each rank has saved, none for a new run.
         trainer: knows the rank.
     """
-    ranks = saved.get("ranks", [])
-    if not ranks:
-        return {}
-    if len(ranks) != trainer.world_size:
+    if len(ranks) == trainer.world_size:
+        own = ranks[trainer.global_rank]
+        set_random_state(own["random"])
+        return own
+    if ranks:
         rank_zero_info(
             f"The checkpoint is of {len(ranks)} ranks and the run has {trainer.world_size}: it "
             "goes on with the same prompts and samples, but other random states."
         )
-        return {}
-    own: dict[str, Any] = ranks[trainer.global_rank]
-    set_random_state(own["random"])
-    return own
+    return {}
 
 
 def is_between_epochs(loop: Any) -> bool:
@@ -87,21 +72,29 @@ def is_between_epochs(loop: Any) -> bool:
     return bool(loop.restarted_mid_epoch and saved_at_its_end and not loop.done)
 
 
-def rewind_update(checkpoint: dict[str, Any], micro_batches: int) -> None:
-    """Have an update that is under way begin again: its gradient is not in a checkpoint.
+def settle_progress(checkpoint: dict[str, Any], micro_batches: int) -> None:
+    """Have the counts say where a run can go on: at the beginning of an update or of an epoch.
+
+    The gradient of a half-made update is not kept, so it begins again. Of an epoch that is over or
+    still being sampled nothing is left to do or done; without this, Lightning counts the former
+    twice and skips the latter where ``max_steps`` is set.
 
     Args:
         checkpoint: Lightning's, changed in place.
         micro_batches: an update.
     """
     loop = checkpoint["loops"]["fit_loop"]
-    progress = loop["epoch_loop.batch_progress"]
-    begun = progress["current"]["ready"] % micro_batches
-    if not begun or progress["is_last_batch"]:
-        return
-    # Lightning counts the update before once more where it goes on from the end of a batch.
-    if progress["total"]["completed"] < progress["total"]["processed"]:
-        loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
-    for counts in (progress["total"], progress["current"]):
-        for name in counts:
-            counts[name] -= begun
+    epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    now = epochs["current"]
+    begun = batches["current"]["ready"] % micro_batches
+    if now["ready"] > now["started"] or now["started"] == now["processed"]:
+        for counts in (epochs["total"], now):
+            counts["ready"], counts["completed"] = counts["started"], counts["processed"]
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
+    elif begun and not batches["is_last_batch"]:
+        # Lightning counts the update before once more where it goes on from the end of a batch.
+        if batches["total"]["completed"] < batches["total"]["processed"]:
+            loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+        for counts in (batches["total"], batches["current"]):
+            counts.update({name: count - begun for name, count in counts.items()})

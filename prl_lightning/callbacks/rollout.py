@@ -16,15 +16,15 @@ from prl_lightning.callbacks.continuation import (
     SAVED,
     is_between_epochs,
     random_state,
-    rewind_update,
-    saved_state,
     set_random_state,
+    settle_progress,
     take_own,
 )
 from prl_lightning.callbacks.engine import EngineLink
 from prl_lightning.callbacks.scoring import prepare_update
 from prl_lightning.callbacks.statistics import describe, over_ranks
 from prl_lightning.data import PromptDataModule, RolloutBuffer
+from prl_lightning.data.loader import gather
 from prl_lightning.models import max_model_tokens, stop_token_ids
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import RewardFunction, RewardSum
@@ -73,7 +73,8 @@ class RolloutCallback(Callback):
         self.eval_top_p = eval_top_p
         self._values: dict[str, float] = {}
         self._logged: dict[str, float] = {}
-        self._saved: dict[str, Any] = {}
+        self._saved: list[dict[str, Any]] = []
+        self._put_aside: dict[str, Any] | None = None
         self._training_seconds: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -117,14 +118,15 @@ class RolloutCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add what each rank has for itself: random states, and what the epoch has logged."""
-        rewind_update(checkpoint, trainer.accumulate_grad_batches)
-        checkpoint[SAVED] = saved_state(trainer, self._logged)
+        settle_progress(checkpoint, trainer.accumulate_grad_batches)
+        own = {"random": self._put_aside or random_state(), "logged": self._logged}
+        checkpoint[SAVED] = gather(own, trainer.global_rank, trainer.world_size)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep it until everything that starts has started, and drawn random numbers."""
-        self._saved = checkpoint.get(SAVED, {})
+        self._saved = checkpoint.get(SAVED, [])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill the training buffer with this iteration's rollouts."""
@@ -166,11 +168,13 @@ class RolloutCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the random state aside: training does not depend on when it is evaluated."""
-        self._random_state = random_state()
+        self._put_aside = random_state()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the random state back."""
-        set_random_state(self._random_state)
+        if self._put_aside is not None:
+            set_random_state(self._put_aside)
+            self._put_aside = None
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill the evaluation buffers: all sets in one engine call."""

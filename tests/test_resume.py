@@ -1,0 +1,246 @@
+"""A run that was killed and continued ends with the parameters of one left alone, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+
+from interruptions import (
+    Command,
+    SaveAt,
+    Settings,
+    callback,
+    differing,
+    finish,
+    noisy_digits,
+)
+from prl_lightning.callbacks import RolloutCallback, RunSummary
+from prl_lightning.callbacks.summary import read_metrics
+from prl_lightning.data import PromptDataModule
+from prl_lightning.module import PRLModule
+from prl_lightning.objective import Objective
+from prl_lightning.samplers import HFSampler
+from prl_lightning.trainer import PRLTrainer
+from runs import write_prompts
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A tiny model on several threads waits for them more than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# In one process: every moment at which a checkpoint can be saved
+
+
+def train(
+    model: str,
+    folder: Path,
+    *callbacks: Callback,
+    checkpoint: str | None = None,
+    seed: int = 1,
+    accumulate: int = 2,
+    **options: Any,
+) -> Path:
+    """Three epochs of two updates of two micro-batches each; the path of the last checkpoint."""
+    seed_everything(seed, verbose=False)
+    module = PRLModule(
+        model,
+        Objective(beta=0.1),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=6),
+        pass_at=(2,),
+    )
+    data = PromptDataModule(
+        model,
+        train=str(write_prompts(folder / "train.jsonl")),
+        eval={"held": str(write_prompts(folder / "held.jsonl", count=3, seed=1))},
+        prompts_per_epoch=4,
+        group_size=4,
+        updates_per_epoch=2,
+        eval_group_size=2,
+        max_prompt_tokens=16,
+    )
+    rollout = RolloutCallback([noisy_digits], HFSampler(), max_new_tokens=8)
+    trainer = PRLTrainer(
+        accelerator="cpu",
+        accumulate_grad_batches=accumulate,
+        callbacks=[*callbacks, rollout, RunSummary()],
+        logger=CSVLogger(folder, name="run", flush_logs_every_n_steps=1),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        num_sanity_val_steps=-1,
+        **({"max_epochs": 3} | options),
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    end = folder / "end.ckpt"
+    trainer.save_checkpoint(end)
+    return end
+
+
+def load(path: Path) -> Settings:
+    return torch.load(path, weights_only=True)
+
+
+EPOCHS: Settings = {"max_epochs": 3}
+STEPS: Settings = {"max_epochs": -1, "max_steps": 6}
+
+
+@pytest.mark.parametrize(
+    ("hook", "call", "options"),
+    [
+        ("on_train_batch_end", 1, EPOCHS),  # between two updates of an epoch
+        ("on_train_batch_end", 5, STEPS),
+        ("on_train_batch_end", 4, EPOCHS),  # within an update, the first of its epoch
+        ("on_train_batch_end", 2, STEPS),  # within an update
+        ("on_train_batch_end", 3, EPOCHS),  # the last batch of an epoch
+        ("on_train_batch_end", 7, STEPS),
+        ("on_validation_end", 0, EPOCHS),
+        ("on_validation_end", 1, {"max_epochs": 3, "val_check_interval": 3}),  # within an update
+        ("on_train_epoch_end", 1, EPOCHS),
+        ("on_train_epoch_end", 0, {"max_epochs": 3, "max_steps": 6}),
+        ("on_train_epoch_start", 1, EPOCHS),  # while an epoch is being sampled
+        ("on_train_epoch_start", 1, STEPS),
+    ],
+)
+def test_a_run_goes_on_exactly_from_any_moment(
+    hook: str, call: int, options: Settings, tied_model: str, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved.ckpt"
+    whole = load(train(tied_model, tmp_path, SaveAt(hook, call, str(saved)), **options))
+    resumed = load(train(tied_model, tmp_path, checkpoint=str(saved), seed=99, **options))
+    assert whole["global_step"] == 6
+    assert differing(resumed, whole) == []
+
+
+def test_saving_and_evaluating_do_not_change_the_run(tied_model: str, tmp_path: Path) -> None:
+    often = SaveAt("on_train_batch_end", 1, str(tmp_path / "saved.ckpt"))
+    one = load(train(tied_model, tmp_path, often, check_val_every_n_epoch=1))
+    other = load(train(tied_model, tmp_path, check_val_every_n_epoch=3))
+    assert differing(one, other) == []
+
+
+def test_a_checkpoint_within_an_epoch_has_its_rollouts_and_one_between_epochs_none(
+    tied_model: str, tmp_path: Path
+) -> None:
+    def loader_state(call: int) -> Settings:
+        saved = tmp_path / f"{call}.ckpt"
+        train(tied_model, tmp_path, SaveAt("on_train_batch_end", call, str(saved)), max_epochs=1)
+        return load(saved)["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
+
+    within, between = loader_state(1), loader_state(3)
+    assert within["position"] == 2
+    assert len(within["shares"][0]["texts"]) == 16
+    assert between == {"position": 4, "updates": 2, "micro_batches": 2}
+
+
+def test_an_epoch_under_way_is_not_cut_otherwise(tied_model: str, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.ckpt"
+    train(tied_model, tmp_path, SaveAt("on_train_batch_end", 1, str(saved)), max_epochs=1)
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches=4.*with 2\. Set it back"):
+        train(tied_model, tmp_path, checkpoint=str(saved), accumulate=4)
+
+
+def test_curves_of_a_continued_run_are_those_of_one_left_alone(
+    tied_model: str, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved.ckpt"
+    train(tied_model, tmp_path, SaveAt("on_train_batch_end", 5, str(saved)))
+    folder = tmp_path / "run"
+    with (folder / "version_0" / "metrics.csv").open("a") as file:
+        file.write("0.1")  # a row that a kill has cut
+    (folder / "version_0" / "checkpoints").mkdir()
+    moved = saved.rename(folder / "version_0" / "checkpoints" / "saved.ckpt")
+    for version, checkpoint in ((1, moved), (2, moved.rename(saved))):
+        train(tied_model, tmp_path, checkpoint=str(checkpoint))
+        whole, resumed = (
+            read_metrics(folder / f"version_{v}" / "metrics.csv") for v in (0, version)
+        )
+        for name in ("rollout/reward", "rollout/tokens", "val/held/mean@2", "train/seconds"):
+            assert resumed[name][0] == whole[name][0]  # steps
+            if name != "train/seconds":
+                assert resumed[name][1] == whole[name][1]
+        # The base model's evaluation is not repeated with the weights of the checkpoint.
+        assert whole["val/held/mean@2"][0] == [0, 1, 3, 5]
+
+
+# Killed processes
+
+
+def killed_and_resumed(command: Command, kill: Settings | float) -> str:
+    """Kill at a moment or after so many seconds, continue with ``last``; what was printed."""
+    if isinstance(kill, float):
+        process = command.start()
+        time.sleep(kill)
+        os.killpg(process.pid, signal.SIGKILL)
+        code, output = finish(process)
+    else:
+        code, output = command.run(callbacks=(kill,))
+    assert code == -signal.SIGKILL, output
+    code, output = command.run("--ckpt_path=last")
+    assert code == 0, output
+    return output
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kill"),
+    [
+        (1, callback("KillWhileSaving", call=2)),
+        (2, callback("KillAt", hook="on_train_batch_start", call=6)),
+    ],
+    ids=["one process, half a checkpoint written", "two ranks, within an epoch"],
+)
+def test_a_killed_run_ends_with_the_parameters_of_one_left_alone(
+    ranks: int, kill: Settings, tied_model: str, tmp_path: Path
+) -> None:
+    alone = Command(tied_model, tmp_path / "alone", ranks)
+    undisturbed = alone.start()
+    killed = Command(tied_model, tmp_path / "killed", ranks)
+    output = killed_and_resumed(killed, kill)
+    assert finish(undisturbed)[0] == 0
+    assert "last.ckpt" in output
+    assert alone.last()["global_step"] == 6
+    assert differing(killed.last(), alone.last()) == []
+
+
+MOMENTS = [
+    *(callback("KillAt", hook="on_train_batch_start", call=call) for call in (1, 2, 3, 4, 6, 10)),
+    *(callback("KillAt", hook="on_train_epoch_start", call=call) for call in (1, 2)),
+    callback("KillAt", hook="on_validation_batch_start", call=1),
+    callback("KillAt", hook="on_train_end", call=0),
+    *(callback("KillWhileSaving", call=call) for call in (0, 1, 3)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_many_kills(ranks: int, tied_model: str, tmp_path: Path) -> None:
+    alone = Command(tied_model, tmp_path / "alone", ranks)
+    start = time.monotonic()
+    assert alone.run()[0] == 0
+    seconds = time.monotonic() - start
+    draw = random.Random(ranks)
+    kills = [*MOMENTS, *(draw.uniform(0.3 * seconds, 0.9 * seconds) for _ in range(6))]
+    unequal = []
+    for number, kill in enumerate(kills):
+        killed = Command(tied_model, tmp_path / f"killed-{number}", ranks)
+        killed_and_resumed(killed, kill)
+        if differing(killed.last(), alone.last()):
+            unequal.append(kill)
+    print(f"{ranks} ranks: {len(kills)} kills, {len(kills) - len(unequal)} equal")
+    assert unequal == []
