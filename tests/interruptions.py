@@ -78,7 +78,7 @@ class KillAt(At):
 class SignalAt(At):
     """A signal for the first process of the command alone."""
 
-    def __init__(self, hook: str, call: int, signum: int = signal.SIGTERM) -> None:
+    def __init__(self, hook: str, call: int, signum: int = int(signal.SIGTERM)) -> None:
         super().__init__(hook, call)
         self.signum = signum
 

@@ -1,0 +1,203 @@
+"""A checkpoint is whole or not there, and the newest whole one is found."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch.utils.data import DataLoader
+
+import prl_lightning.trainer
+from prl_lightning.trainer import PRLTrainer, last_checkpoint
+
+
+class Model(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return (self.weight - 1) ** 2
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fitted(folder: Path, **options: Any) -> PRLTrainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "default_root_dir": folder,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = PRLTrainer(**(settings | options))
+    trainer.fit(Model(), DataLoader([1.0, 2.0]))
+    return trainer
+
+
+def write_folder(checkpoint: dict[str, Any], path: Path, **_: Any) -> None:
+    """As strategies that shard do, with the parts of so many ranks."""
+    path.mkdir(parents=True, exist_ok=True)
+    for rank in range(checkpoint.get("ranks", 2)):
+        (path / f"__{rank}_0.distcp").write_bytes(b"part")
+    (path / ".metadata").write_bytes(b"metadata")
+    torch.save({"step": checkpoint["global_step"]}, path / "meta.pt")
+
+
+@pytest.fixture(params=["file", "folder"])
+def trainer(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> PRLTrainer:
+    trainer = fitted(tmp_path)
+    if request.param == "folder":
+        monkeypatch.setattr(trainer.strategy, "save_checkpoint", write_folder)
+    return trainer
+
+
+def step_of(path: Path) -> int:
+    if path.is_dir():
+        return int(torch.load(path / "meta.pt", weights_only=True)["step"])
+    return int(torch.load(path, weights_only=True)["global_step"])
+
+
+def set_step(trainer: PRLTrainer, step: int) -> None:
+    progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
+    progress.optimizer.step.total.completed = step
+
+
+def full_disk(trainer: PRLTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    save: Callable[..., None] = trainer.strategy.save_checkpoint
+
+    def half(checkpoint: dict[str, Any], path: Path, **options: Any) -> None:
+        save(checkpoint, path, **options)
+        if path.is_dir():
+            (path / ".metadata").unlink()
+        else:
+            os.truncate(path, path.stat().st_size // 2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainer.strategy, "save_checkpoint", half)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    trainer: PRLTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run" / "last.ckpt"
+    trainer.save_checkpoint(path)
+    full_disk(trainer, monkeypatch)
+    set_step(trainer, 7)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_checkpoint(path)
+    assert step_of(path) == 2
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_new_checkpoint_replaces_the_old_and_what_a_kill_has_left(
+    trainer: PRLTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run" / "last.ckpt"
+    trainer.save_checkpoint(path)
+    left = path.with_name(".part-last.ckpt")
+    if path.is_dir():
+        left.mkdir()
+        (left / "__5_0.distcp").write_bytes(b"of a run with more ranks")
+    else:
+        left.write_bytes(b"half")
+    set_step(trainer, 7)
+    trainer.save_checkpoint(path)
+    assert step_of(path) == 7
+    assert list(path.parent.iterdir()) == [path]
+    if path.is_dir():
+        assert not (path / "__5_0.distcp").exists()
+
+
+def test_a_file_replaces_a_folder_and_a_folder_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, path = fitted(tmp_path), tmp_path / "run" / "last.ckpt"
+    to_file = trainer.strategy.save_checkpoint
+    for step, save in ((3, to_file), (4, write_folder), (5, to_file)):
+        monkeypatch.setattr(trainer.strategy, "save_checkpoint", save)
+        set_step(trainer, step)
+        trainer.save_checkpoint(path)
+        assert step_of(path) == step
+        assert list(path.parent.iterdir()) == [path]
+
+
+def test_at_every_moment_of_a_save_there_is_a_whole_checkpoint(
+    trainer: PRLTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kill would leave, before and after each rename and removal."""
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    seen: list[int] = []
+
+    def look() -> None:
+        found = last_checkpoint(trainer)
+        seen.append(-1 if found is None else step_of(found))
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            look()
+            result = function(*args)
+            look()
+            return result
+
+        return call
+
+    trainer.save_checkpoint(path)
+    set_step(trainer, 7)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, watched(getattr(Path, name)))
+    monkeypatch.setattr(prl_lightning.trainer, "_remove", watched(prl_lightning.trainer._remove))
+    trainer.save_checkpoint(path)
+    # Folders are told apart by their time: while both are there, either will do.
+    assert set(seen) == {2, 7}
+    assert seen == sorted(seen)
+
+
+def test_saving_in_the_background_is_refused(tmp_path: Path) -> None:
+    trainer = fitted(tmp_path, plugins=[AsyncCheckpointIO()])
+    with pytest.raises(ValueError, match=r"trainer\.plugins.*AsyncCheckpointIO.*Leave it out"):
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_the_newest_whole_one_of_all_runs_is_last(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    trainer = fitted(
+        tmp_path,
+        enable_checkpointing=True,
+        callbacks=[ModelCheckpoint(own, save_last=True, save_top_k=0)],
+    )
+    (own / "last.ckpt").unlink()
+    assert last_checkpoint(trainer) is None
+    paths = [
+        tmp_path / "version_0" / "checkpoints" / "last.ckpt",
+        tmp_path / "version_10" / "checkpoints" / "last-v1.ckpt",
+        tmp_path / "checkpoints" / "last.ckpt",
+        own / "last.ckpt",
+    ]
+    for time, path in enumerate(paths):
+        trainer.save_checkpoint(path)
+        os.utime(path, (time, time))
+        assert last_checkpoint(trainer) == path
+    for name in ("epoch=9.ckpt", ".part-last.ckpt"):
+        (own / name).write_bytes((own / "last.ckpt").read_bytes())
+    assert last_checkpoint(trainer) == paths[-1]
+    os.truncate(paths[-1], paths[-1].stat().st_size // 2)
+    assert last_checkpoint(trainer) == paths[-2]
+    folder = tmp_path / "version_11" / "checkpoints" / "last.ckpt"
+    write_folder({"global_step": 3}, folder)
+    assert last_checkpoint(trainer) == folder
+    (folder / "meta.pt").unlink()
+    assert last_checkpoint(trainer) == paths[-2]
