@@ -1,4 +1,4 @@
-"""Several command lines, one after the other: `torchrun fit_all.py runs.json` pays its start once."""
+"""Several command lines in one process: `torchrun fit_all.py runs.json` pays its start once."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,12 @@ class RecordedSampler(Sampler):
         pass
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        for _ in weights:  # a strategy that shards gathers them here
-            pass
+        """A strategy that shards gathers them here, one at a time."""
+        previous: weakref.ref[Tensor] | None = None
+        for _, tensor in weights:
+            assert previous is None or previous() is None, "two whole weights are alive"
+            previous = weakref.ref(tensor)
+            del tensor
 
     def generate(
         self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
@@ -68,11 +73,11 @@ class Record(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.record["before"] = _trained(pl_module)
+        self.record["sent_before"] = _sent(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, PRLModule)
         self.record["after"] = _trained(pl_module)
-        self.record["sent"] = {name: tensor.clone() for name, tensor in pl_module.weights()}
+        self.record["sent"] = _sent(pl_module)
         self.record["metrics"] = {k: float(v) for k, v in trainer.callback_metrics.items()}
         if trainer.is_global_zero:
             torch.save(self.record, self.file)
@@ -81,3 +86,8 @@ class Record(Callback):
 def _trained(module: LightningModule) -> dict[str, Tensor]:
     """Clones: a later update happens in place."""
     return {n: full(p).clone() for n, p in module.named_parameters() if p.requires_grad}
+
+
+def _sent(module: LightningModule) -> dict[str, Tensor]:
+    assert isinstance(module, PRLModule)
+    return {name: tensor.clone() for name, tensor in module.weights()}

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
-from torch import Tensor
 
 from prl_lightning.export import export_checkpoint
 from prl_lightning.models import load_causal_lm
-from runs import QUICKSTART, fit, tiny_overrides
-
-TESTS = Path(__file__).parent
-Record = dict[str, Any]
+from ranks import Record, gap, read, recorded_run, run_all, start_two
+from runs import QUICKSTART, fit
 
 # What differs from the quickstart in each comparison; the split into micro-batches changes as well.
 OBJECTIVES = {
@@ -53,47 +45,7 @@ SPLITS = {"ddp": 4, "fsdp2": 2}
 
 
 def overrides(model: str, folder: Path, objective: str) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    return [
-        *tiny_overrides(model, folder, sampler="recorded.RecordedSampler"),
-        "--model.objective.beta=0.5",
-        # Linear in the gradient: Adam would blow rounding up where an entry of it is almost zero.
-        "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 0.5, momentum: 0.9}}",
-        "--rollout.max_engine_gap=1000",
-        "--trainer.max_epochs=3",
-        "--trainer.check_val_every_n_epoch=3",
-        "--trainer.limit_val_batches=1.0",
-        "--trainer.num_sanity_val_steps=0",
-        "--trainer.accelerator=cpu",
-        "--trainer.callbacks+=recorded.Record",
-        f"--trainer.callbacks.file={folder / 'record.pt'}",
-        *RUNS[objective],
-    ]
-
-
-def read(folder: Path) -> Record:
-    record: Record = torch.load(folder / "record.pt")
-    return record
-
-
-def environment(**variables: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)} | variables
-
-
-def run_all(root: Path, ranks: int, runs: dict[str, list[str]]) -> dict[str, Record]:
-    """Command lines of ``fit`` in the same processes, by the name of their folder."""
-    (root / "runs.json").write_text(
-        json.dumps([["fit", f"--config={QUICKSTART}", *args] for args in runs.values()])
-    )
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    subprocess.run(
-        [sys.executable, "-m", *torchrun, "fit_all.py", str(root / "runs.json")],
-        cwd=TESTS,
-        env=environment(),
-        timeout=300,
-        check=True,
-    )
-    return {name: read(root / name) for name in runs}
+    return [*recorded_run(model, folder), "--trainer.accelerator=cpu", *RUNS[objective]]
 
 
 @pytest.fixture(scope="module")
@@ -123,17 +75,6 @@ def one_rank(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
     for objective in RUNS:
         fit(*overrides(tied_model, root / objective, objective), "--trainer.devices=1")
     return {objective: read(root / objective) for objective in RUNS}
-
-
-def gap(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Largest difference of two entries, relative to the largest entry of their tensor."""
-    assert ours.keys() == theirs.keys()
-    return max(
-        ((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()).item()
-        for name in theirs
-        # Half of an adapter is zero at first, and so is the gradient of the other half.
-        if theirs[name].any() or ours[name].any()
-    )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -214,19 +155,6 @@ def test_a_sharded_checkpoint_of_two_ranks_goes_on_with_one(
     # The momentum is part of it: without it this would be 0.3.
     assert gap(resumed["after"], whole["after"]) < 1e-5
     assert gap(resumed["after"], resumed["before"]) > 1e-3
-
-
-def start_two(commands: list[tuple[list[str], dict[str, str]]]) -> None:
-    """Run one process a node or task until all have ended well."""
-    processes = [
-        subprocess.Popen([sys.executable, "-m", *command], cwd=TESTS, env=environment(**variables))
-        for command, variables in commands
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def test_torchrun_on_two_nodes(

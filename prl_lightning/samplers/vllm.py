@@ -137,6 +137,10 @@ def _place_among_ranks() -> Iterator[dict[str, Any]]:
     if not distributed.is_initialized():
         yield {}
         return
+    from vllm.distributed import parallel_state
+
+    # At the end of an engine vLLM takes down every process group, the trainer's as well.
+    parallel_state.destroy_distributed_environment = lambda: None
     local_rank = (
         torch.cuda.current_device()
         if torch.cuda.is_available()
