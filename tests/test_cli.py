@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from prl_lightning.cli import main
-from runs import fit, metrics_of, tiny_overrides
+from runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
 
 @pytest.mark.parametrize("model", ["tied_model", "untied_model"])
@@ -61,8 +61,45 @@ def test_resumed_run_sees_the_prompts_it_would_have_seen(tied_model: str, tmp_pa
     checkpoint = tmp_path / "run" / "version_1" / "checkpoints" / "last.ckpt"
     fit(*overrides, "--trainer.max_epochs=4", "--ckpt_path", str(checkpoint))
     whole, resumed = metrics_of(tmp_path), metrics_of(tmp_path, version=2)
+    # Its curves begin with those of the run that it continues.
     for name in ("rollout/reward", "train/loss", "train/grad_norm", "train/kl_ref"):
-        assert resumed[name] == whole[name][2:]
+        assert resumed[name] == whole[name]
+
+
+def test_one_command_serves_the_first_run_and_those_that_continue(
+    tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = tiny_overrides(tied_model, tmp_path)
+    command = [*overrides, "--trainer.callbacks.init_args.every_n_epochs=1", "--ckpt_path=last"]
+    fit(*command, "--trainer.max_epochs=1")
+    fit(*command, "--trainer.max_epochs=2")
+    fit(*command, "--trainer.max_epochs=3")
+    fit(*overrides, "--trainer.max_epochs=3")
+    resumed, whole = metrics_of(tmp_path, version=2), metrics_of(tmp_path, version=3)
+    assert resumed["rollout/reward"] == whole["rollout/reward"]
+    # The base model is evaluated once, and the summary compares with it.
+    values = resumed["val/tiny/mean@4"]
+    assert values == whole["val/tiny/mean@4"]
+    assert capsys.readouterr().out.count(f"mean@4: {values[0]:.2f} -> {values[-1]:.2f}") >= 2
+    config = yaml.safe_load((tmp_path / "run" / "version_2" / "config.yaml").read_text())
+    assert config["ckpt_path"] == "last"
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_last_is_an_error_where_there_is_none_to_evaluate(
+    command: str, tied_model: str, tmp_path: Path
+) -> None:
+    overrides = tiny_overrides(tied_model, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"--ckpt_path last.*default_root_dir=.*run"):
+        main([command, "--config", str(QUICKSTART), *overrides, "--ckpt_path=last"])
+
+
+def test_validate_the_last_checkpoint(tied_model: str, tmp_path: Path) -> None:
+    overrides = tiny_overrides(tied_model, tmp_path)
+    fit(*overrides)
+    main(["validate", "--config", str(QUICKSTART), *overrides, "--ckpt_path=last"])
+    after, before = metrics_of(tmp_path, version=1), metrics_of(tmp_path)
+    assert after["val/tiny/mean@4"] == before["val/tiny/mean@4"][-1:]
 
 
 def test_users_own_data_and_model_are_three_lines(tied_model: str, tmp_path: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from prl_lightning.callbacks.continuation import (
     SAVED,
@@ -21,15 +19,21 @@ from prl_lightning.callbacks.continuation import (
     take_own,
 )
 from prl_lightning.callbacks.engine import EngineLink
+from prl_lightning.callbacks.parts import (
+    prl_module,
+    prompt_data,
+    shows_progress,
+    sum_over_ranks,
+    train_rollouts,
+)
 from prl_lightning.callbacks.scoring import prepare_update
 from prl_lightning.callbacks.statistics import describe, over_ranks
-from prl_lightning.data import PromptDataModule, RolloutBuffer
 from prl_lightning.data.loader import gather
 from prl_lightning.models import max_model_tokens, stop_token_ids
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import RewardFunction, RewardSum
 from prl_lightning.samplers import Sampler, SamplingConfig, VLLMSampler
-from prl_lightning.types import Prompt, Rollout, RolloutBatch
+from prl_lightning.types import Prompt, Rollout
 
 
 class RolloutCallback(Callback):
@@ -83,7 +87,7 @@ class RolloutCallback(Callback):
         Raises:
             ValueError: a reward's column is missing, or prompt and completion exceed the model.
         """
-        data, module = _data(trainer), _prl(pl_module)
+        data, module = prompt_data(trainer), prl_module(pl_module)
         self.rewards.check_columns(data.reward_columns)
         self._max_tokens = data.max_prompt_tokens + self.max_new_tokens
         limit = max_model_tokens(module.policy_name)
@@ -95,6 +99,7 @@ class RolloutCallback(Callback):
             )
         self._stop_token_ids = stop_token_ids(module.policy_name, data.tokenizer)
         self.engine.forget_weights()
+        self._saved = []
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the engine's memory back."""
@@ -111,8 +116,8 @@ class RolloutCallback(Callback):
         saved = take_own(self._saved, trainer)
         if is_between_epochs(trainer.fit_loop):
             self.on_train_epoch_start(trainer, pl_module)
-        elif saved and _train_rollouts(trainer).rollouts:
-            self._log(_prl(pl_module), saved["logged"])
+        elif saved and train_rollouts(trainer).rollouts:
+            self._log(prl_module(pl_module), saved["logged"])
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -130,7 +135,7 @@ class RolloutCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill the training buffer with this iteration's rollouts."""
-        data, module, buffer = _data(trainer), _prl(pl_module), _train_rollouts(trainer)
+        data, module, buffer = prompt_data(trainer), prl_module(pl_module), train_rollouts(trainer)
         config = SamplingConfig(
             n=data.group_size,
             temperature=module.temperature,
@@ -138,24 +143,19 @@ class RolloutCallback(Callback):
             stop_token_ids=self._stop_token_ids,
         )
         rollouts = self._rollouts(trainer, module, data.next_prompts(), config)
-        sum_over_ranks = partial(_sum_over_ranks, trainer)
-        buffer.fill(rollouts, sum_over_ranks)
+        add_up = partial(sum_over_ranks, trainer)
+        buffer.fill(rollouts, add_up)
         with self._timed("scoring"):
-            prepare_update(module, buffer, data.group_size, sum_over_ranks)
+            prepare_update(module, buffer, data.group_size, add_up)
         self._values["completion_length_max"] = max(len(r.completion.token_ids) for r in rollouts)
-        over_all = describe(rollouts, data.group_size, sum_over_ranks)
+        over_all = describe(rollouts, data.group_size, add_up)
         speed = over_all["tokens"] / self._values["sampling_seconds"]
         self._log(module, self._values | over_all | {"tokens_per_second": speed})
         data.advance()
         self._training_since = time.monotonic()
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: RolloutBatch,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the time."""
         self._training_seconds = time.monotonic() - self._training_since
@@ -178,7 +178,7 @@ class RolloutCallback(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill the evaluation buffers: all sets in one engine call."""
-        data = _data(trainer)
+        data = prompt_data(trainer)
         sets = data.eval_prompts()
         prompts = [prompt for some in sets.values() for prompt in some]
         if not sets:
@@ -190,7 +190,7 @@ class RolloutCallback(Callback):
             max_new_tokens=self.max_new_tokens,
             stop_token_ids=self._stop_token_ids,
         )
-        rollouts = iter(self._rollouts(trainer, _prl(pl_module), prompts, config))
+        rollouts = iter(self._rollouts(trainer, prl_module(pl_module), prompts, config))
         for name, some in sets.items():
             group = [next(rollouts) for _ in range(len(some) * data.eval_group_size)]
             data.eval_rollouts[name].fill(group)
@@ -206,9 +206,9 @@ class RolloutCallback(Callback):
         with self._timed("sampling"):
             self.engine.update(trainer, module, self._max_tokens)
             groups = self.engine.sampler.generate(
-                prompts, config, show_progress=_shows_progress(trainer)
+                prompts, config, show_progress=shows_progress(trainer)
             )
-        decode = _data(trainer).tokenizer.decode
+        decode = prompt_data(trainer).tokenizer.decode
         rollouts = [
             Rollout(prompt, completion, decode(completion.token_ids, skip_special_tokens=True))
             for prompt, group in zip(prompts, groups, strict=True)
@@ -245,38 +245,3 @@ class RolloutCallback(Callback):
         start = time.monotonic()
         yield
         self._values[f"{what}_seconds"] = time.monotonic() - start
-
-
-def _shows_progress(trainer: Trainer) -> bool:
-    """Where the Trainer shows a bar, on one rank, to a person and not into a file."""
-    has_bar = trainer.progress_bar_callback is not None
-    return has_bar and trainer.is_global_zero and sys.stderr.isatty()
-
-
-def _sum_over_ranks(trainer: Trainer, totals: Tensor) -> Tensor:
-    if trainer.world_size == 1:
-        return totals
-    summed = trainer.strategy.reduce(totals.to(trainer.strategy.root_device), reduce_op="sum")
-    return cast(Tensor, summed).cpu()
-
-
-def _prl(module: LightningModule) -> PRLModule:
-    if not isinstance(module, PRLModule):
-        raise TypeError(f"RolloutCallback needs a PRLModule, got {type(module).__name__}")
-    return module
-
-
-def _train_rollouts(trainer: Trainer) -> RolloutBuffer:
-    buffer = _data(trainer).train_rollouts
-    if buffer is None:
-        raise RuntimeError("data.setup('fit') comes first")
-    return buffer
-
-
-def _data(trainer: Trainer) -> PromptDataModule:
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, PromptDataModule):
-        raise TypeError(
-            "RolloutCallback needs a PromptDataModule: trainer.fit(module, datamodule=...)"
-        )
-    return data

@@ -1,0 +1,51 @@
+"""What a callback reaches through the Trainer."""
+
+from __future__ import annotations
+
+import sys
+from typing import cast
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from prl_lightning.data import PromptDataModule, RolloutBuffer
+from prl_lightning.module import PRLModule
+
+
+def shows_progress(trainer: Trainer) -> bool:
+    """Where the Trainer shows a bar, on one rank, to a person and not into a file."""
+    has_bar = trainer.progress_bar_callback is not None
+    return has_bar and trainer.is_global_zero and sys.stderr.isatty()
+
+
+def sum_over_ranks(trainer: Trainer, totals: Tensor) -> Tensor:
+    """Totals of all ranks, on every rank."""
+    if trainer.world_size == 1:
+        return totals
+    summed = trainer.strategy.reduce(totals.to(trainer.strategy.root_device), reduce_op="sum")
+    return cast(Tensor, summed).cpu()
+
+
+def prl_module(module: LightningModule) -> PRLModule:
+    """The module, or an error that says what is needed."""
+    if not isinstance(module, PRLModule):
+        raise TypeError(f"RolloutCallback needs a PRLModule, got {type(module).__name__}")
+    return module
+
+
+def train_rollouts(trainer: Trainer) -> RolloutBuffer:
+    """The training buffer, there once the data is set up."""
+    buffer = prompt_data(trainer).train_rollouts
+    if buffer is None:
+        raise RuntimeError("data.setup('fit') comes first")
+    return buffer
+
+
+def prompt_data(trainer: Trainer) -> PromptDataModule:
+    """The data, or an error that says what is needed."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, PromptDataModule):
+        raise TypeError(
+            "RolloutCallback needs a PromptDataModule: trainer.fit(module, datamodule=...)"
+        )
+    return data
