@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import prl_lightning.trainer
 from runs import QUICKSTART, tiny_overrides
@@ -121,9 +122,10 @@ class Command:
         model: folder of the policy.
         folder: of this command's data and runs.
         ranks: processes.
+        strategy: of Lightning, for several ranks.
     """
 
-    def __init__(self, model: str, folder: Path, ranks: int = 1) -> None:
+    def __init__(self, model: str, folder: Path, ranks: int = 1, strategy: str = "ddp") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.options = [
@@ -134,7 +136,7 @@ class Command:
             "--trainer.check_val_every_n_epoch=2",
             "--trainer.accelerator=cpu",
             f"--trainer.devices={ranks}",
-            *(["--trainer.strategy=ddp"] if ranks > 1 else []),
+            *([f"--trainer.strategy={strategy}"] if ranks > 1 else []),
         ]
 
     def start(
@@ -159,7 +161,14 @@ class Command:
     def last(self) -> Settings:
         """The newest checkpoint of all runs."""
         found = (self.folder / "run").glob("version_*/checkpoints/last.ckpt")
-        return torch.load(max(found, key=lambda path: path.stat().st_mtime_ns), weights_only=True)
+        newest = max(found, key=lambda path: path.stat().st_mtime_ns)
+        if newest.is_file():
+            return torch.load(newest, weights_only=True)
+        whole = self.folder / "whole.ckpt"
+        dcp_to_torch_save(newest, whole)
+        state = torch.load(whole, weights_only=True)
+        moments = {"optimizer_states": [state.pop("optimizer_0")]}
+        return torch.load(newest / "meta.pt", weights_only=True) | state | moments
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:

@@ -199,19 +199,29 @@ def killed_and_resumed(command: Command, kill: Settings | float) -> str:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "kill"),
+    ("ranks", "strategy", "kill"),
     [
-        (1, callback("KillWhileSaving", call=2)),
-        (2, callback("KillAt", hook="on_train_batch_start", call=6)),
+        (1, "ddp", callback("KillWhileSaving", call=2)),
+        (2, "ddp", callback("KillAt", hook="on_train_batch_start", call=6)),
+        pytest.param(
+            2,
+            "fsdp2",
+            callback("KillAt", hook="on_train_batch_start", call=6),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["one process, half a checkpoint written", "two ranks, within an epoch"],
+    ids=[
+        "one process, half a checkpoint written",
+        "two ranks, within an epoch",
+        "checkpoints that are folders",
+    ],
 )
 def test_a_killed_run_ends_with_the_parameters_of_one_left_alone(
-    ranks: int, kill: Settings, tied_model: str, tmp_path: Path
+    ranks: int, strategy: str, kill: Settings, tied_model: str, tmp_path: Path
 ) -> None:
-    alone = Command(tied_model, tmp_path / "alone", ranks)
+    alone = Command(tied_model, tmp_path / "alone", ranks, strategy)
     undisturbed = alone.start()
-    killed = Command(tied_model, tmp_path / "killed", ranks)
+    killed = Command(tied_model, tmp_path / "killed", ranks, strategy)
     output = killed_and_resumed(killed, kill)
     assert finish(undisturbed)[0] == 0
     assert "last.ckpt" in output
