@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from prl_lightning.adapters import adapters_off
 from prl_lightning.functional import get_divergence, kl_estimate, process_rewards
@@ -228,21 +228,21 @@ class PRLModule(LightningModule):
                 "prompt. Raise eval_group_size or leave those k out."
             )
         self.eval_metrics = torch.nn.ModuleDict(
-            {name.replace(".", "_"): self._metrics_of_a_set(samples) for name in data.eval_rollouts}
+            {name.replace(".", "_"): self._of_a_set(name, samples) for name in data.eval_rollouts}
         )
 
-    def _metrics_of_a_set(self, samples: int) -> torch.nn.ModuleDict:
-        metrics: dict[str, torch.nn.Module] = {f"mean@{samples}": MeanAtN()}
-        return torch.nn.ModuleDict(metrics | {f"pass@{k}": PassAtK(k) for k in self.pass_at})
+    def _of_a_set(self, name: str, samples: int) -> MetricCollection:
+        metrics: dict[str, Metric | MetricCollection] = {f"mean@{samples}": MeanAtN()}
+        metrics |= {f"pass@{k}": PassAtK(k) for k in self.pass_at}
+        # Not in groups: two metrics of equal states so far are not one metric.
+        return MetricCollection(metrics, prefix=f"{name}/", compute_groups=False)
 
     def validation_step(self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count the correct completions of one prompt's group."""
         if batch.is_padding:
             return
-        name = list(self.eval_metrics)[dataloader_idx]
         correct = (batch.rewards >= self.solved_at).sum()[None]
-        for metric in _metrics(self.eval_metrics[name]).values():
-            metric.update(correct, len(batch.rewards))
+        self._collections[dataloader_idx].update(correct, len(batch.rewards))
 
     test_step = validation_step
 
@@ -254,12 +254,15 @@ class PRLModule(LightningModule):
         """Log mean@n and pass@k of every set."""
         self._log_eval("test")
 
+    @property
+    def _collections(self) -> list[MetricCollection]:
+        return [cast(MetricCollection, metrics) for metrics in self.eval_metrics.values()]
+
     def _log_eval(self, stage: str) -> None:
         values: dict[str, Tensor] = {}
-        for name, metrics in self.eval_metrics.items():
-            for key, metric in _metrics(metrics).items():
-                values[f"{stage}/{name}/{key}"] = metric.compute().float()
-                metric.reset()
+        for metrics in self._collections:
+            values |= {f"{stage}/{name}": v.float() for name, v in metrics.compute().items()}
+            metrics.reset()
         if self.trainer.sanity_checking:
             # Lightning drops these values; here the sanity check is the base model's evaluation.
             for logger in self.trainer.loggers:
@@ -294,12 +297,6 @@ class PRLModule(LightningModule):
                 self.objective.beta,
             )
         return None if batch.is_padding else out
-
-
-def _metrics(of_a_set: torch.nn.Module) -> dict[str, Metric]:
-    return {
-        name: module for name, module in of_a_set.named_children() if isinstance(module, Metric)
-    }
 
 
 def _num_tokens(batch: RolloutBatch) -> int:
