@@ -13,6 +13,7 @@ from prl_lightning.data import collate
 from prl_lightning.models import (
     LogprobModel,
     load_causal_lm,
+    load_policy,
     load_tokenizer,
     max_model_tokens,
     named_weights,
@@ -218,3 +219,26 @@ def test_code_of_a_tokenizer_is_not_run(
     )
     assert not asked
     assert not trace.exists()
+
+
+def test_checkpointed_blocks_run_again_in_the_backward_pass_and_change_nothing(
+    tied_model: str, make_rollout: MakeRollout
+) -> None:
+    batch = batch_of(make_rollout, [([5, 14, 7], [4, 9, 1]), ([6], [15, 3])])
+    gradients, calls = {}, {}
+    for checkpointing in (False, True):
+        policy = load_policy(tied_model, gradient_checkpointing=checkpointing)
+        assert not any(module.training for module in policy.causal_lm.modules())
+        attention = [block.self_attn for block in policy.blocks()]
+        assert len(attention) == 2
+        count = [0]
+        for layer in attention:
+            layer.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        logprobs, _ = policy(batch, 1.0)
+        forward = count[0]
+        logprobs.sum().backward()
+        calls[checkpointing] = (forward, count[0] - forward)
+        gradients[checkpointing] = {n: p.grad for n, p in policy.named_parameters()}
+    assert calls == {False: (2, 0), True: (2, 2)}
+    for name, gradient in gradients[False].items():
+        torch.testing.assert_close(gradients[True][name], gradient)
