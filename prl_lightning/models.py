@@ -38,12 +38,18 @@ class LogprobModel(nn.Module):
         causal_lm: a Hugging Face causal language model.
         gradient_checkpointing: keep only the input of each block and compute the rest anew in the
             backward pass.
+        compile: compile each block, once for all shapes.
 
     Raises:
         ValueError: the architecture transforms its logits after the output head.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
         super().__init__()
         config = causal_lm.config.get_text_config()
         for name, neutral in LOGIT_TRANSFORMS.items():
@@ -61,6 +67,9 @@ class LogprobModel(nn.Module):
             # trainer's policy would not be the one that the engine samples from.
             for block in self.blocks():
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if compile:
+            for block in self.blocks():
+                block.compile(dynamic=True)
 
     def blocks(self) -> list[nn.Module]:
         """The decoder layers, or whatever the architecture wants to be kept in one piece."""
@@ -120,7 +129,10 @@ def load_causal_lm(name_or_path: str) -> PreTrainedModel:
 
 
 def load_policy(
-    name_or_path: str, lora: dict[str, Any] | None = None, gradient_checkpointing: bool = False
+    name_or_path: str,
+    lora: dict[str, Any] | None = None,
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
 ) -> LogprobModel:
     """Load a model to train.
 
@@ -128,11 +140,12 @@ def load_policy(
         name_or_path: Hugging Face id or folder.
         lora: train an adapter with these arguments of ``peft.LoraConfig`` instead of all weights.
         gradient_checkpointing: see LogprobModel.
+        compile: see LogprobModel.
     """
     causal_lm = load_causal_lm(name_or_path)
     if lora is not None:
         add_lora(causal_lm, lora)
-    return LogprobModel(causal_lm, gradient_checkpointing)
+    return LogprobModel(causal_lm, gradient_checkpointing, compile)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

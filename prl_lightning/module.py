@@ -36,6 +36,7 @@ class PRLModule(LightningModule):
             ``{r: 16, target_modules: all-linear}``. The reference is then the policy with the
             adapter off, unless another one is named.
         gradient_checkpointing: compute activations twice instead of keeping them.
+        compile: compile the blocks of policy and reference (torch.compile), which pays in long runs.
         temperature: of sampling and of every log-probability in the loss.
         optimizer: called with the parameters.
         lr_scheduler: called with the optimizer; steps once an update.
@@ -51,6 +52,7 @@ class PRLModule(LightningModule):
         track_reference: bool = False,
         lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         temperature: float = 1.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -65,6 +67,7 @@ class PRLModule(LightningModule):
         self.objective = objective
         self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_blocks = compile
         self.keeps_reference = objective.needs_reference or track_reference
         self.temperature = temperature
         self.optimizer = optimizer
@@ -85,11 +88,14 @@ class PRLModule(LightningModule):
         if self.policy is not None:
             return
         self.splitter = StepSplitter(self.objective.steps, load_tokenizer(self.policy_name))
-        policy = load_policy(self.policy_name, self.lora, self.gradient_checkpointing)
+        policy = load_policy(
+            self.policy_name, self.lora, self.gradient_checkpointing, self.compile_blocks
+        )
         self.policy = shard(policy, policy.blocks(), self.device_mesh, keep_root=True)
         shares_weights = self.lora is not None and self.reference_name == self.policy_name
         if self.keeps_reference and not shares_weights:
-            reference = load_policy(self.reference_name).requires_grad_(False)
+            reference = load_policy(self.reference_name, compile=self.compile_blocks)
+            reference.requires_grad_(False)
             blocks = reference.blocks()
             self.reference = shard(reference, blocks, self.device_mesh, keep_root=False)
 

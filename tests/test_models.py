@@ -242,3 +242,29 @@ def test_checkpointed_blocks_run_again_in_the_backward_pass_and_change_nothing(
     assert calls == {False: (2, 0), True: (2, 2)}
     for name, gradient in gradients[False].items():
         torch.testing.assert_close(gradients[True][name], gradient)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_for_all_shapes_from_one_compilation(
+    tied_model: str, make_rollout: MakeRollout
+) -> None:
+    """On two cores a compilation takes half a minute."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = load_policy(tied_model), load_policy(tied_model, compile=True)
+    for rows, length in ((2, 3), (3, 5), (5, 9), (4, 17)):
+        prompts = [([5, 14, 7], [4 + (row + i) % 9 for i in range(length)]) for row in range(rows)]
+        batch = batch_of(make_rollout, prompts)
+        ours, theirs = compiled(batch, 1.0)[0], plain(batch, 1.0)[0]
+        torch.testing.assert_close(ours, theirs)
+        ours.sum().backward()
+        theirs.sum().backward()
+    for (name, our), their in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(our.grad, their.grad, msg=name)
+    # One graph serves both blocks and every shape.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert names_of(compiled) == names_of(plain)
+
+
+def names_of(model: LogprobModel) -> list[str]:
+    return [name for name, _ in named_weights(model)]

@@ -1,0 +1,211 @@
+"""An iteration through Trainer.fit: sampling, scoring and one update. Prints one JSON line last.
+
+    python benchmarks/bench_step.py --hidden 512 --layers 8 --heads 8 --prompts 8 \
+        --max-new-tokens 128 --lengths lognormal
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from work import Work, add_arguments, make, matmul_peak, reward, work_of
+
+from prl_lightning.callbacks import RolloutCallback
+from prl_lightning.data import PromptDataModule
+from prl_lightning.module import PRLModule
+from prl_lightning.objective import Objective
+from prl_lightning.samplers import HFSampler, Sampler, SamplingConfig, VLLMSampler
+from prl_lightning.samplers.vllm import _completion
+from prl_lightning.types import Completion, Prompt
+
+WARM_UP = 1
+
+
+class VLLMOfLengths(VLLMSampler):
+    """One request a completion, because a request has one limit; the prompt's cache is shared."""
+
+    def __init__(self, work: Work, compiled: bool) -> None:
+        super().__init__(cache_gib=0.5, enforce_eager=not compiled)
+        self.work = work
+        self.epoch = 0
+
+    def generate(
+        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+    ) -> list[list[Completion]]:
+        from vllm import SamplingParams
+
+        lengths = self.work.completion_lengths(self.epoch)
+        self.epoch += 1
+        rows = [(p, n) for p, group in zip(prompts, lengths, strict=True) for n in group]
+        params = [
+            SamplingParams(max_tokens=n, seed=i, ignore_eos=True, logprobs=0, detokenize=False)
+            for i, (_, n) in enumerate(rows)
+        ]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": prompt.token_ids} for prompt, _ in rows], params, use_tqdm=False
+        )
+        drawn = iter(_completion(output.outputs[0]) for output in outputs)
+        return [[next(drawn) for _ in group] for group in lengths]
+
+
+class HFOfLengths(HFSampler):
+    """Rows are generated to the longest of their batch and then cut."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self.work = work
+        self.epoch = 0
+
+    def generate(
+        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+    ) -> list[list[Completion]]:
+        lengths = self.work.completion_lengths(self.epoch)
+        self.epoch += 1
+        never = replace(config, stop_token_ids=(self.work.vocab,))
+        groups = super().generate(prompts, never, show_progress)
+        return [
+            [Completion(c.token_ids[:n], c.logprobs[:n], False) for c, n in zip(*pair, strict=True)]
+            for pair in zip(groups, lengths, strict=True)
+        ]
+
+
+class Stopwatch(Callback):
+    """Seconds of every iteration, and of the parts of its update."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.parts: dict[str, list[float]] = defaultdict(list)
+        self._part = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = time.perf_counter()
+        score = pl_module.score
+
+        def timed_score(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            logprobs = score(*args, **kwargs)
+            self._add("reference", start)
+            self._part += time.perf_counter() - start  # not also part of the forward pass
+            return logprobs
+
+        pl_module.score = timed_score  # type: ignore[method-assign]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for values in self.parts.values():
+            values.append(0.0)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._part = time.perf_counter()
+
+    def on_before_backward(self, *_: Any) -> None:
+        self._add("forward", self._part)
+        self._part = time.perf_counter()
+
+    def on_after_backward(self, *_: Any) -> None:
+        self._add("backward", self._part)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self._start)
+        self._start = now
+
+    def _add(self, part: str, start: float) -> None:
+        values = self.parts[part] or [0.0]
+        values[-1] += time.perf_counter() - start
+        self.parts[part] = values
+
+
+def run(work: Work, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    epochs = WARM_UP + args.iterations
+    make(work, folder, epochs)
+    sampler: Sampler = (
+        HFOfLengths(work) if args.sampler == "hf" else VLLMOfLengths(work, args.compile_engine)
+    )
+    rollout = RolloutCallback([reward], sampler, max_new_tokens=work.max_new_tokens)
+    model = str(folder / "model")
+    module = PRLModule(model, Objective(beta=0.01), compile=args.compile)
+    data = PromptDataModule(
+        model,
+        str(folder / "prompts.jsonl"),
+        prompts_per_epoch=work.prompts,
+        group_size=work.group,
+        max_prompt_tokens=work.prompt_tokens,
+    )
+    watch, logged = Stopwatch(), Logged()
+    trainer = Trainer(
+        max_epochs=epochs,
+        accumulate_grad_batches=args.micro_batches,
+        callbacks=[rollout, watch, logged],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        accelerator="auto",
+        devices=1,
+    )
+    trainer.fit(module, datamodule=data)
+    return summary(work, watch, logged.values, matmul_peak())
+
+
+class Logged(Callback):
+    """What the rollout callback has logged of each iteration."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = defaultdict(list)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name in ("rollout/sampling_seconds", "rollout/tokens", "train/seconds"):
+            if name in trainer.callback_metrics:
+                self.values[name].append(float(trainer.callback_metrics[name]))
+
+
+def summary(
+    work: Work, watch: Stopwatch, logged: dict[str, list[float]], peak: float
+) -> dict[str, Any]:
+    seconds = watch.seconds[WARM_UP:]
+    parts = {name: statistics.median(values[WARM_UP:]) for name, values in watch.parts.items()}
+    update = [sum(parts) for parts in zip(*watch.parts.values(), strict=True)][WARM_UP:]
+    flops = [work.update_flops(epoch) for epoch in range(WARM_UP, WARM_UP + len(update))]
+    tokens = [sum(map(sum, work.completion_lengths(WARM_UP + i))) for i in range(len(seconds))]
+    parts["sampling"] = statistics.median(logged["rollout/sampling_seconds"][WARM_UP:])
+    return {
+        "seconds": statistics.median(seconds),
+        "parts": parts,
+        "tokens_per_second": statistics.median(n / s for n, s in zip(tokens, seconds, strict=True)),
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_fraction": statistics.median(
+            n / s / peak for n, s in zip(flops, update, strict=True)
+        ),
+        "matmul_gflops": peak / 1e9,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--sampler", default="vllm", choices=("vllm", "hf"))
+    parser.add_argument("--iterations", default=6, type=int)
+    parser.add_argument("--micro-batches", default=4, type=int, help="an update")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of the models")
+    parser.add_argument("--compile-engine", action="store_true", help="compile vLLM's model")
+    args = parser.parse_args()
+    work = work_of(args)
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(work, args, Path(folder))
+    print(json.dumps({"work": vars(work), "options": vars(args), **result}))
+
+
+if __name__ == "__main__":
+    main()

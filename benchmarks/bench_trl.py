@@ -1,0 +1,182 @@
+"""The same work with TRL's GRPOTrainer, in turn with ours, and the ratios. Needs the extra bench.
+
+    python benchmarks/bench_trl.py --hidden 512 --layers 8 --heads 8 --prompts 8 \
+        --max-new-tokens 128 --lengths lognormal --out benchmarks/results/trl_21m_lognormal.json
+
+TRL generates with transformers, as it does on a machine without a GPU. "default" trains on the
+whole batch at once, "tuned" in micro-batches of 16 with a static cache; gradient checkpointing is
+off in both. Both sides keep a reference and do one update an iteration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, TrainerCallback
+from work import EOS, Work, add_arguments, make, reward, work_of
+
+WARM_UP = 1
+FOLDER = Path(__file__).parent
+
+
+class GivenLengths(LogitsProcessor):
+    """Every row ends where it is told to, and not before."""
+
+    def __init__(self, lengths: Tensor, prompt_width: int) -> None:
+        self.lengths = lengths
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn = input_ids.shape[1] - self.prompt_width
+        ends = self.lengths - 1 == drawn
+        scores[:, EOS] = torch.where(ends, scores[:, EOS], -torch.inf)
+        others = scores[ends]
+        others[:, [token for token in range(scores.shape[1]) if token != EOS]] = -torch.inf
+        scores[ends] = others
+        return scores
+
+
+class StepTimes(TrainerCallback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if not self.seconds:
+            self._start = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self._start)
+        self._start = now
+
+
+def run_trl(work: Work, iterations: int, tuned: bool, folder: Path) -> dict[str, Any]:
+    from datasets import load_dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    steps = WARM_UP + iterations
+    make(work, folder, steps)
+    batch = work.prompts * work.group
+    micro_batch = min(16, batch) if tuned else batch
+    config = GRPOConfig(
+        output_dir=str(folder / "out"),
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=batch // micro_batch,
+        num_generations=work.group,
+        max_completion_length=work.max_new_tokens,
+        max_steps=steps,
+        beta=0.01,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        cache_implementation="static" if tuned else None,
+    )
+    times = StepTimes()
+    trainer = GRPOTrainer(
+        str(folder / "model"),
+        reward_funcs=reward,
+        args=config,
+        train_dataset=load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train"),
+        callbacks=[times],
+    )
+    _force_lengths(trainer.model, work)
+    trainer.train()
+    return {
+        "seconds": times.seconds[WARM_UP:],
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def _force_lengths(model: Any, work: Work) -> None:
+    generate, epoch = model.generate, [0]
+
+    def generate_of_lengths(input_ids: Tensor, **kwargs: Any) -> Any:
+        lengths = torch.tensor(sum(work.completion_lengths(epoch[0]), []))
+        epoch[0] += 1
+        processor = GivenLengths(lengths, input_ids.shape[1])
+        return generate(input_ids, **kwargs, logits_processor=[processor])
+
+    model.generate = generate_of_lengths
+
+
+def in_turn(args: argparse.Namespace, sizes: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """One process each, round by round, so that a drift of the machine meets all of them."""
+    iterations = ["--iterations", str(args.iterations)]
+    compiled = ["--compile"] if args.compile else []
+    commands = {
+        "ours": ["bench_step.py", *sizes, *iterations, *compiled],
+        "trl default": ["bench_trl.py", *sizes, *iterations, "--only", "default"],
+        "trl tuned": ["bench_trl.py", *sizes, *iterations, "--only", "tuned"],
+    }
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    for round_ in range(args.rounds):
+        for name, command in commands.items():
+            done = subprocess.run(
+                [sys.executable, *command], cwd=FOLDER, check=True, capture_output=True, text=True
+            )
+            result = json.loads(done.stdout.strip().splitlines()[-1])
+            results[name].append(result)
+            print(f"round {round_ + 1}, {name}: {result['seconds']}", file=sys.stderr, flush=True)
+    return results
+
+
+def compare(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    def seconds(name: str) -> float:
+        values = [result["seconds"] for result in results[name]]
+        return statistics.median([s for v in values for s in (v if isinstance(v, list) else [v])])
+
+    def memory(name: str) -> float:
+        return statistics.median([result["peak_rss_mib"] for result in results[name]])
+
+    peers = [name for name in results if name != "ours"]
+    return {
+        "seconds": {name: seconds(name) for name in results},
+        "peak_rss_mib": {name: memory(name) for name in results},
+        "ratio_of_seconds": {name: seconds("ours") / seconds(name) for name in peers},
+        "ratio_of_memory": {name: memory("ours") / memory(name) for name in peers},
+        "ours": results["ours"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--iterations", default=3, type=int, help="of each process")
+    parser.add_argument("--rounds", default=2, type=int)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of ours")
+    parser.add_argument("--only", choices=("default", "tuned"), help="TRL alone")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    work = work_of(args)
+    if args.only:
+        with tempfile.TemporaryDirectory() as folder:
+            result = run_trl(work, args.iterations, args.only == "tuned", Path(folder))
+        print(json.dumps(result))
+        return
+    sizes = [w for k, v in vars(work).items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    result = {"machine": machine, "work": vars(work), **compare(in_turn(args, sizes))}
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The work that is compared: a model made from its sizes, prompts, and lengths that all must draw.
+
+Completions do not end by themselves: how long each is, is given, so that everybody generates and
+trains on the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+PAD, EOS = 0, 1
+# The share of the limit that a completion of lognormal length has on the mean, and its spread.
+MEAN_SHARE, SIGMA = 0.35, 0.8
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sizes of the model and of an iteration.
+
+    Attributes:
+        prompt_tokens: of every prompt.
+        lengths: "fixed" (all at the limit) or "lognormal".
+    """
+
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 4
+    vocab: int = 64
+    group: int = 8
+    prompts: int = 16
+    prompt_tokens: int = 16
+    max_new_tokens: int = 64
+    lengths: str = "fixed"
+
+    @property
+    def intermediate(self) -> int:
+        return 2 * self.hidden
+
+    def completion_lengths(self, epoch: int) -> list[list[int]]:
+        """Tokens of every completion of an iteration, by prompt."""
+        draw = random.Random(epoch)
+        limit = self.max_new_tokens
+        if self.lengths == "fixed":
+            return [[limit] * self.group for _ in range(self.prompts)]
+        mu = math.log(MEAN_SHARE * limit) - SIGMA**2 / 2
+        return [
+            [min(limit, max(1, round(draw.lognormvariate(mu, SIGMA)))) for _ in range(self.group)]
+            for _ in range(self.prompts)
+        ]
+
+    def update_flops(self, epoch: int) -> float:
+        """Multiply-adds, twice, of reference, forward and backward pass, without padding."""
+        h, layer = self.hidden, 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
+        total = 0.0
+        for length in (n for group in self.completion_lengths(epoch) for n in group):
+            tokens = self.prompt_tokens + length
+            attention = tokens**2 * h  # scores and values, the causal half of 2 * tokens^2 * h
+            total += 2 * self.layers * (tokens * layer + attention) + 2 * length * h * self.vocab
+        return 4 * total  # reference and forward once, backward twice
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sizes, as options."""
+    for name, default in vars(Work()).items():
+        option = f"--{name.replace('_', '-')}"
+        if name == "lengths":
+            parser.add_argument(option, default=default, choices=("fixed", "lognormal"))
+        else:
+            parser.add_argument(option, default=default, type=int)
+
+
+def work_of(args: argparse.Namespace) -> Work:
+    return Work(**{name: getattr(args, name) for name in vars(Work())})
+
+
+def make(work: Work, folder: Path, epochs: int) -> None:
+    """Write ``model`` and ``prompts.jsonl`` into a folder."""
+    words = ["<pad>", "<eos>"] + [f"w{i}" for i in range(2, work.vocab)]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, words[0]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
+    )
+    config = Qwen2Config(
+        vocab_size=work.vocab,
+        hidden_size=work.hidden,
+        intermediate_size=work.intermediate,
+        num_hidden_layers=work.layers,
+        num_attention_heads=work.heads,
+        num_key_value_heads=work.heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    draw = random.Random(0)
+    with (folder / "prompts.jsonl").open("w") as file:
+        for _ in range(work.prompts * epochs):
+            text = " ".join(f"w{draw.randrange(2, work.vocab)}" for _ in range(work.prompt_tokens))
+            file.write(json.dumps({"prompt": text}) + "\n")
+
+
+def matmul_peak(seconds: float = 2.0, size: int = 1024) -> float:
+    """FLOP/s of the best float32 matrix product of this machine, now."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def reward(completions: list[str], **columns: object) -> list[float]:
+    """Cheap, and different within a group."""
+    return [float(zlib.crc32(text.encode()) % 5 == 0) for text in completions]
