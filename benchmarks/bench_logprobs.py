@@ -49,7 +49,8 @@ def inputs(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     hidden = torch.randn(args.tokens, args.hidden, device=device, dtype=dtype, requires_grad=True)
-    weight = torch.randn(args.vocab, args.hidden, device=device, dtype=dtype) / args.hidden**0.5
+    weight = torch.randn(args.vocab, args.hidden, device=device, dtype=dtype)
+    weight.div_(args.hidden**0.5)  # in place: the peak of a copy would hide what is measured
     targets = torch.randint(args.vocab, (args.tokens,), device=device)
     return hidden, weight.requires_grad_(), targets
 

@@ -85,18 +85,19 @@ class Stopwatch(Callback):
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self.parts: dict[str, list[float]] = defaultdict(list)
+        self.parts: dict[str, list[float]] = {"reference": [], "forward": [], "backward": []}
         self._part = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = time.perf_counter()
         score = pl_module.score
 
-        def timed_score(*args: Any, **kwargs: Any) -> Any:
+        def timed_score(batch: Any, model: str, *args: Any) -> Any:
             start = time.perf_counter()
-            logprobs = score(*args, **kwargs)
-            self._add("reference", start)
-            self._part += time.perf_counter() - start  # not also part of the forward pass
+            logprobs = score(batch, model, *args)
+            if model == "reference":
+                self._add("reference", start)
+                self._part += time.perf_counter() - start  # not also part of the forward pass
             return logprobs
 
         pl_module.score = timed_score  # type: ignore[method-assign]
@@ -121,9 +122,7 @@ class Stopwatch(Callback):
         self._start = now
 
     def _add(self, part: str, start: float) -> None:
-        values = self.parts[part] or [0.0]
-        values[-1] += time.perf_counter() - start
-        self.parts[part] = values
+        self.parts[part][-1] += time.perf_counter() - start
 
 
 def run(work: Work, args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -10,16 +10,18 @@ import argparse
 import json
 import math
 import random
+import string
 import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 PAD, EOS = 0, 1
+LETTERS = string.ascii_letters + string.digits
 # The share of the limit that a completion of lognormal length has on the mean, and its spread.
 MEAN_SHARE, SIGMA = 0.35, 0.8
 
@@ -86,9 +88,11 @@ def work_of(args: argparse.Namespace) -> Work:
 
 def make(work: Work, folder: Path, epochs: int) -> None:
     """Write ``model`` and ``prompts.jsonl`` into a folder."""
-    words = ["<pad>", "<eos>"] + [f"w{i}" for i in range(2, work.vocab)]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, words[0]))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # Bytes without merges, which is what transformers takes for a tokenizer of this architecture.
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *LETTERS])}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
     )
@@ -111,7 +115,7 @@ def make(work: Work, folder: Path, epochs: int) -> None:
     draw = random.Random(0)
     with (folder / "prompts.jsonl").open("w") as file:
         for _ in range(work.prompts * epochs):
-            text = " ".join(f"w{draw.randrange(2, work.vocab)}" for _ in range(work.prompt_tokens))
+            text = "".join(draw.choices(LETTERS, k=work.prompt_tokens))
             file.write(json.dumps({"prompt": text}) + "\n")
 
 

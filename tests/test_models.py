@@ -260,7 +260,9 @@ def test_compiled_blocks_give_the_same_for_all_shapes_from_one_compilation(
         ours.sum().backward()
         theirs.sum().backward()
     for (name, our), their in zip(compiled.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(our.grad, their.grad, msg=name)
+        torch.testing.assert_close(
+            our.grad, their.grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: n + m
+        )
     # One graph serves both blocks and every shape.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
     assert names_of(compiled) == names_of(plain)
