@@ -36,7 +36,7 @@ class PRLModule(LightningModule):
             ``{r: 16, target_modules: all-linear}``. The reference is then the policy with the
             adapter off, unless another one is named.
         gradient_checkpointing: compute activations twice instead of keeping them.
-        compile: compile the blocks of policy and reference (torch.compile), which pays in long runs.
+        compile: compile the blocks of policy and reference, by torch.compile.
         temperature: of sampling and of every log-probability in the loss.
         optimizer: called with the parameters.
         lr_scheduler: called with the optimizer; steps once an update.
