@@ -12,7 +12,6 @@ import resource
 import statistics
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,16 +36,14 @@ class VLLMOfLengths(VLLMSampler):
 
     def __init__(self, work: Work, compiled: bool) -> None:
         super().__init__(cache_gib=0.5, enforce_eager=not compiled)
-        self.work = work
-        self.epoch = 0
+        self.lengths = work.lengths_of_epochs()
 
     def generate(
         self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
     ) -> list[list[Completion]]:
         from vllm import SamplingParams
 
-        lengths = self.work.completion_lengths(self.epoch)
-        self.epoch += 1
+        lengths = next(self.lengths)
         rows = [(p, n) for p, group in zip(prompts, lengths, strict=True) for n in group]
         params = [
             SamplingParams(max_tokens=n, seed=i, ignore_eos=True, logprobs=0, detokenize=False)
@@ -64,15 +61,14 @@ class HFOfLengths(HFSampler):
 
     def __init__(self, work: Work) -> None:
         super().__init__()
-        self.work = work
-        self.epoch = 0
+        self.no_token = work.vocab
+        self.lengths = work.lengths_of_epochs()
 
     def generate(
         self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
     ) -> list[list[Completion]]:
-        lengths = self.work.completion_lengths(self.epoch)
-        self.epoch += 1
-        never = replace(config, stop_token_ids=(self.work.vocab,))
+        lengths = next(self.lengths)
+        never = replace(config, stop_token_ids=(self.no_token,))
         groups = super().generate(prompts, never, show_progress)
         return [
             [Completion(c.token_ids[:n], c.logprobs[:n], False) for c, n in zip(*pair, strict=True)]
@@ -81,10 +77,11 @@ class HFOfLengths(HFSampler):
 
 
 class Stopwatch(Callback):
-    """Seconds of every iteration, and of the parts of its update."""
+    """Seconds of every iteration, of its sampling, and of the parts of its update."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.sampling: list[float] = []
         self.parts: dict[str, list[float]] = {"reference": [], "forward": [], "backward": []}
         self._part = 0.0
 
@@ -118,6 +115,7 @@ class Stopwatch(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         now = time.perf_counter()
+        self.sampling.append(float(trainer.callback_metrics["rollout/sampling_seconds"]))
         self.seconds.append(now - self._start)
         self._start = now
 
@@ -141,11 +139,11 @@ def run(work: Work, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         group_size=work.group,
         max_prompt_tokens=work.prompt_tokens,
     )
-    watch, logged = Stopwatch(), Logged()
+    watch = Stopwatch()
     trainer = Trainer(
         max_epochs=epochs,
         accumulate_grad_batches=args.micro_batches,
-        callbacks=[rollout, watch, logged],
+        callbacks=[rollout, watch],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -155,31 +153,18 @@ def run(work: Work, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         devices=1,
     )
     trainer.fit(module, datamodule=data)
-    return summary(work, watch, logged.values, matmul_peak())
+    return summary(work, watch, matmul_peak())
 
 
-class Logged(Callback):
-    """What the rollout callback has logged of each iteration."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = defaultdict(list)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for name in ("rollout/sampling_seconds", "rollout/tokens", "train/seconds"):
-            if name in trainer.callback_metrics:
-                self.values[name].append(float(trainer.callback_metrics[name]))
-
-
-def summary(
-    work: Work, watch: Stopwatch, logged: dict[str, list[float]], peak: float
-) -> dict[str, Any]:
+def summary(work: Work, watch: Stopwatch, peak: float) -> dict[str, Any]:
     seconds = watch.seconds[WARM_UP:]
     parts = {name: statistics.median(values[WARM_UP:]) for name, values in watch.parts.items()}
     update = [sum(parts) for parts in zip(*watch.parts.values(), strict=True)][WARM_UP:]
     flops = [work.update_flops(epoch) for epoch in range(WARM_UP, WARM_UP + len(update))]
     tokens = [sum(map(sum, work.completion_lengths(WARM_UP + i))) for i in range(len(seconds))]
-    parts["sampling"] = statistics.median(logged["rollout/sampling_seconds"][WARM_UP:])
+    parts["sampling"] = statistics.median(watch.sampling[WARM_UP:])
     return {
+        "iterations": seconds,
         "seconds": statistics.median(seconds),
         "parts": parts,
         "tokens_per_second": statistics.median(n / s for n, s in zip(tokens, seconds, strict=True)),

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TrainerCallback
-from work import EOS, Work, add_arguments, make, reward, work_of
+from work import Work, add_arguments, make, reward, work_of
 
 WARM_UP = 1
 FOLDER = Path(__file__).parent
@@ -35,18 +35,16 @@ FOLDER = Path(__file__).parent
 class GivenLengths(LogitsProcessor):
     """Every row ends where it is told to, and not before."""
 
-    def __init__(self, lengths: Tensor, prompt_width: int) -> None:
+    def __init__(self, lengths: Tensor, prompt_width: int, eos: int) -> None:
         self.lengths = lengths
+        self.eos = eos
         self.prompt_width = prompt_width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         drawn = input_ids.shape[1] - self.prompt_width
         ends = self.lengths - 1 == drawn
-        scores[:, EOS] = torch.where(ends, scores[:, EOS], -torch.inf)
-        others = scores[ends]
-        others[:, [token for token in range(scores.shape[1]) if token != EOS]] = -torch.inf
-        scores[ends] = others
-        return scores
+        is_eos = torch.arange(scores.shape[1]) == self.eos
+        return scores.masked_fill(ends[:, None] != is_eos, -torch.inf)
 
 
 class StepTimes(TrainerCallback):
@@ -98,18 +96,17 @@ def run_trl(work: Work, iterations: int, tuned: bool, folder: Path) -> dict[str,
     _force_lengths(trainer.model, work)
     trainer.train()
     return {
-        "seconds": times.seconds[WARM_UP:],
+        "iterations": times.seconds[WARM_UP:],
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
 def _force_lengths(model: Any, work: Work) -> None:
-    generate, epoch = model.generate, [0]
+    generate, epochs = model.generate, work.lengths_of_epochs()
 
     def generate_of_lengths(input_ids: Tensor, **kwargs: Any) -> Any:
-        lengths = torch.tensor(sum(work.completion_lengths(epoch[0]), []))
-        epoch[0] += 1
-        processor = GivenLengths(lengths, input_ids.shape[1])
+        lengths = torch.tensor(next(epochs)).flatten()
+        processor = GivenLengths(lengths, input_ids.shape[1], model.config.eos_token_id)
         return generate(input_ids, **kwargs, logits_processor=[processor])
 
     model.generate = generate_of_lengths
@@ -132,14 +129,15 @@ def in_turn(args: argparse.Namespace, sizes: list[str]) -> dict[str, list[dict[s
             )
             result = json.loads(done.stdout.strip().splitlines()[-1])
             results[name].append(result)
-            print(f"round {round_ + 1}, {name}: {result['seconds']}", file=sys.stderr, flush=True)
+            print(
+                f"round {round_ + 1}, {name}: {result['iterations']}", file=sys.stderr, flush=True
+            )
     return results
 
 
 def compare(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     def seconds(name: str) -> float:
-        values = [result["seconds"] for result in results[name]]
-        return statistics.median([s for v in values for s in (v if isinstance(v, list) else [v])])
+        return statistics.median([s for result in results[name] for s in result["iterations"]])
 
     def memory(name: str) -> float:
         return statistics.median([result["peak_rss_mib"] for result in results[name]])

@@ -13,15 +13,16 @@ import random
 import string
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-PAD, EOS = 0, 1
-LETTERS = string.ascii_letters + string.digits
+from prl_lightning.arithmetic.tokenizer import make_tokenizer
+
 # The share of the limit that a completion of lognormal length has on the mean, and its spread.
 MEAN_SHARE, SIGMA = 0.35, 0.8
 
@@ -61,6 +62,10 @@ class Work:
             for _ in range(self.prompts)
         ]
 
+    def lengths_of_epochs(self) -> Iterator[list[list[int]]]:
+        """``completion_lengths`` of one iteration after the other."""
+        return map(self.completion_lengths, count())
+
     def update_flops(self, epoch: int) -> float:
         """Multiply-adds, twice, of reference, forward and backward pass, without padding."""
         h, layer = self.hidden, 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
@@ -88,14 +93,7 @@ def work_of(args: argparse.Namespace) -> Work:
 
 def make(work: Work, folder: Path, epochs: int) -> None:
     """Write ``model`` and ``prompts.jsonl`` into a folder."""
-    # Bytes without merges, which is what transformers takes for a tokenizer of this architecture.
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *LETTERS])}
-    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
-    )
+    tokenizer = make_tokenizer()  # its tokens are the first ones of the model's
     config = Qwen2Config(
         vocab_size=work.vocab,
         hidden_size=work.hidden,
@@ -106,8 +104,8 @@ def make(work: Work, folder: Path, epochs: int) -> None:
         max_position_embeddings=4096,
         tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
@@ -115,7 +113,7 @@ def make(work: Work, folder: Path, epochs: int) -> None:
     draw = random.Random(0)
     with (folder / "prompts.jsonl").open("w") as file:
         for _ in range(work.prompts * epochs):
-            text = "".join(draw.choices(LETTERS, k=work.prompt_tokens))
+            text = "".join(draw.choices(string.digits, k=work.prompt_tokens))
             file.write(json.dumps({"prompt": text}) + "\n")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prl_lightning.sharding import full
+from prl_lightning.sharding import full, plain_name
 
 ADAPTER = "default"
 # What the engine could not be given as plain weights.
@@ -98,7 +98,7 @@ def _adapted_layers(model: nn.Module) -> dict[str, Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {
-        name.replace("_fsdp_wrapped_module.", ""): layer
+        plain_name(name): layer
         for name, layer in model.named_modules()
         if isinstance(layer, BaseTunerLayer)
     }

@@ -31,6 +31,7 @@ def export_checkpoint(ckpt_path: str, out: str, dtype: str | None = None) -> Non
         FileExistsError: there is something at ``out``.
         ValueError: the checkpoint was not written by this package.
     """
+    refuse_existing(Path(out), "out")
     path = Path(ckpt_path)
     if not path.exists():
         raise FileNotFoundError(f"ckpt_path={ckpt_path}: there is no such checkpoint.")
@@ -53,6 +54,20 @@ def export_checkpoint(ckpt_path: str, out: str, dtype: str | None = None) -> Non
     print(f"{out}: the policy of {ckpt_path}")
 
 
+def refuse_existing(folder: Path, field: str) -> None:
+    """Nothing is written over.
+
+    Args:
+        folder: to be made.
+        field: where it was named, for the message.
+
+    Raises:
+        FileExistsError: there is something.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{field}={folder} exists: name another folder, or remove it.")
+
+
 def save_policy(
     weights: dict[str, Tensor], name_or_path: str, folder: Path, dtype: str | None = None
 ) -> None:
@@ -69,13 +84,12 @@ def save_policy(
     Raises:
         FileExistsError: there is something at ``folder``.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: name another folder, or remove it.")
+    refuse_existing(folder, "folder")
+    target = getattr(torch, dtype) if dtype else next(iter(weights.values())).dtype
     config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    config.dtype = dtype or str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    config.dtype = target
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    target = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
     model.load_state_dict({k: _as(v, target) for k, v in weights.items()}, assign=True)
     model.tie_weights()
     part = folder.with_name(f".{folder.name}.part")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -19,7 +19,7 @@ from prl_lightning.functional import get_divergence, kl_estimate, process_reward
 from prl_lightning.metrics import MeanAtN, MeanStd, PassAtK
 from prl_lightning.models import load_policy, load_tokenizer, named_weights
 from prl_lightning.objective import Objective
-from prl_lightning.sharding import shard, total_norm
+from prl_lightning.sharding import plain_name, shard, total_norm
 from prl_lightning.steps import StepSplitter
 from prl_lightning.types import RolloutBatch
 
@@ -153,11 +153,12 @@ class PRLModule(LightningModule):
             temperature: the module's own by default.
         """
         scorer = self._loaded_policy
-        is_adapter_off = model == "reference" and self.reference is None
+        weights: AbstractContextManager[None] = nullcontext()
         if model == "reference" and self.reference is not None:
             scorer = self.reference
-        adapter = adapters_off(scorer) if is_adapter_off else nullcontext()
-        with self.trainer.precision_plugin.forward_context(), adapter:
+        elif model == "reference":
+            weights = adapters_off(scorer)
+        with self.trainer.precision_plugin.forward_context(), weights:
             logprobs: Tensor = scorer(batch, temperature or self.temperature)[0]
         return logprobs
 
@@ -322,9 +323,9 @@ def _expect_no_frozen(module: torch.nn.Module, incompatible: Any) -> None:
 
 
 def _frozen(module: torch.nn.Module) -> set[str]:
-    """Names of parameters that are not trained, without what FSDP1 adds to a name."""
+    """Names of parameters that are not trained."""
     return {
-        name.replace("_fsdp_wrapped_module.", "")
+        plain_name(name)
         for name, parameter in module.named_parameters(remove_duplicate=False)
         if not parameter.requires_grad
     }

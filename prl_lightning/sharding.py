@@ -55,6 +55,11 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+def plain_name(name: str) -> str:
+    """A module's or a parameter's name without what FSDP1 adds to it."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers by name, sharded ones as they are, tied ones twice.
 
@@ -66,7 +71,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         return
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            yield name.replace("_fsdp_wrapped_module.", ""), parameter
+            yield plain_name(name), parameter
 
 
 def total_norm(model: nn.Module) -> Tensor:

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import prl_lightning.trainer
+from ranks import environment
 from runs import QUICKSTART, tiny_overrides
 from sample_rewards import even_digits
 
@@ -147,7 +148,7 @@ class Command:
         python = [sys.executable, "-m", "prl_lightning", "fit", "--config", str(QUICKSTART)]
         return subprocess.Popen(
             [*python, "--config", str(config), *self.options, *args],
-            env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | env,
+            env=environment(**env),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -7,8 +7,8 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from prl_lightning.export import save_policy
-from prl_lightning.module import PRLModule
+from prl_lightning.callbacks.parts import prl_module
+from prl_lightning.export import refuse_existing, save_policy
 
 
 class HFExport(Callback):
@@ -31,17 +31,16 @@ class HFExport(Callback):
         Raises:
             FileExistsError: there is something at ``folder``.
         """
-        if stage == "fit" and self.folder and Path(self.folder).exists():
-            raise FileExistsError(f"HFExport.folder={self.folder} exists: name another folder.")
+        if stage == "fit" and self.folder:
+            refuse_existing(Path(self.folder), "HFExport.folder")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder."""
-        if not isinstance(pl_module, PRLModule):
-            raise TypeError(f"HFExport needs a PRLModule, got {type(pl_module).__name__}")
+        module = prl_module(pl_module)
         default = Path(trainer.log_dir or trainer.default_root_dir) / "huggingface"
         folder = Path(self.folder) if self.folder else default
         keep = trainer.is_global_zero
-        weights = {name: tensor.cpu() for name, tensor in pl_module.weights() if keep}
+        weights = {name: tensor.cpu() for name, tensor in module.weights() if keep}
         if keep:
-            save_policy(weights, pl_module.policy_name, folder, self.dtype)
+            save_policy(weights, module.policy_name, folder, self.dtype)
         rank_zero_info(f"The policy is in {folder}")

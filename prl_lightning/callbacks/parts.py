@@ -29,7 +29,7 @@ def sum_over_ranks(trainer: Trainer, totals: Tensor) -> Tensor:
 def prl_module(module: LightningModule) -> PRLModule:
     """The module, or an error that says what is needed."""
     if not isinstance(module, PRLModule):
-        raise TypeError(f"RolloutCallback needs a PRLModule, got {type(module).__name__}")
+        raise TypeError(f"the callbacks need a PRLModule, got {type(module).__name__}")
     return module
 
 
