@@ -20,6 +20,7 @@ from transformers import (
 
 from prl_lightning.adapters import add_lora, merged
 from prl_lightning.functional import token_logprobs
+from prl_lightning.packing import Packing, pack_attention
 from prl_lightning.sharding import named_tensors
 from prl_lightning.types import RolloutBatch
 
@@ -30,9 +31,11 @@ LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits
 class LogprobModel(nn.Module):
     """A causal LM whose forward returns log-probabilities instead of logits.
 
-    The output head is applied to completion tokens alone and in chunks, so logits of the size
-    (tokens, V) never exist. It is a module of its own so that a strategy can shard it as the root
-    of its parameters: everything it needs is gathered by calling it.
+    Rows are packed, so that neither padding nor a group's prompt again is computed, unless the
+    architecture mixes tokens by other means than attention. The output head is applied to
+    completion tokens alone and in chunks, so logits of the size (tokens, V) never exist. It is a
+    module of its own so that a strategy can shard it as the root of its parameters: everything it
+    needs is gathered by calling it.
 
     Args:
         causal_lm: a Hugging Face causal language model.
@@ -62,6 +65,7 @@ class LogprobModel(nn.Module):
         if getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
             raise ValueError("model.policy: an output head with a bias is not supported.")
         self.causal_lm = causal_lm
+        self.is_packed = pack_attention(causal_lm)
         if gradient_checkpointing:
             # Not by Hugging Face's switch, which works in train mode alone: with dropout the
             # trainer's policy would not be the one that the engine samples from.
@@ -87,17 +91,29 @@ class LogprobModel(nn.Module):
             Log-probabilities of the completion tokens and entropies of the distributions they
             were drawn from, both (B, T), float32, zero outside the mask.
         """
-        hidden = self.causal_lm.base_model(
-            input_ids=batch.input_ids, use_cache=False
-        ).last_hidden_state
         mask = batch.completion_mask
-        row, token = mask.nonzero(as_tuple=True)
-        # The hidden state one position earlier predicts a token.
-        hidden = hidden[row, batch.prompt_lengths[row] + token - 1]
+        hidden = self._packed(batch) if self.is_packed else self._padded(batch)
         head = self.causal_lm.get_output_embeddings().weight
         logprobs, entropy = token_logprobs(hidden, head, batch.completion_ids[mask], temperature)
         zeros = logprobs.new_zeros(mask.shape)
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+
+    def _packed(self, batch: RolloutBatch) -> Tensor:
+        """Hidden states that predict the completion tokens, (completion tokens, H)."""
+        packing = Packing(batch)
+        output = self.causal_lm.base_model(
+            input_ids=packing.input_ids,
+            position_ids=packing.position_ids,
+            use_cache=False,
+            packing=packing,
+        )
+        return output.last_hidden_state[0, packing.predictors]
+
+    def _padded(self, batch: RolloutBatch) -> Tensor:
+        output = self.causal_lm.base_model(input_ids=batch.input_ids, use_cache=False)
+        row, token = batch.completion_mask.nonzero(as_tuple=True)
+        # The hidden state one position earlier predicts a token.
+        return output.last_hidden_state[row, batch.prompt_lengths[row] + token - 1]
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

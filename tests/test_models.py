@@ -263,8 +263,8 @@ def test_compiled_blocks_give_the_same_for_all_shapes_from_one_compilation(
         torch.testing.assert_close(
             our.grad, their.grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: n + m
         )
-    # One graph serves both blocks and every shape.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    # The parts of a block around attention, and one graph of each for both blocks and every shape.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
     assert names_of(compiled) == names_of(plain)
 
 

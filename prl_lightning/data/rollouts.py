@@ -11,35 +11,35 @@ from torch.nn.utils.rnn import pad_sequence
 from prl_lightning.types import Rollout, RolloutBatch
 
 
-def split_by_tokens(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Spread rows over exactly ``parts`` micro-batches of balanced padded size.
+def split_by_tokens(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]]:
+    """Cut an update into exactly ``parts`` micro-batches of balanced size.
 
-    Rows of like length go together, and the largest padded size (rows times longest) is the
-    smallest that neighbours in length allow, because it is what decides memory.
+    The order stays, so that a group stays together and its prompt is computed once. The tokens of
+    the largest micro-batch are the fewest that the order allows, because they decide memory.
 
     Args:
-        lengths: tokens of each row.
-        parts: how many micro-batches, at most ``len(lengths)``.
+        rollouts: groups one after the other.
+        parts: how many micro-batches, at most ``len(rollouts)``.
 
     Returns:
-        Row indices of each micro-batch, none of them empty.
-
-    Example:
-        >>> split_by_tokens([2, 9, 2, 10, 2], 2)
-        [[3, 1], [0, 2, 4]]
+        The rollouts of each micro-batch, none of them empty.
     """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
-    def cut(limit: int) -> list[list[int]]:
-        chunks: list[list[int]] = []
-        for row in order:
-            if chunks and (len(chunks[-1]) + 1) * lengths[chunks[-1][0]] <= limit:
-                chunks[-1].append(row)
-            else:
-                chunks.append([row])
+    def cut(limit: int) -> list[list[Rollout]]:
+        chunks: list[list[Rollout]] = []
+        size = limit
+        for index, rollout in enumerate(rollouts):
+            prompt, own = len(rollout.prompt.token_ids), len(rollout.completion.token_ids)
+            is_new = index == 0 or rollouts[index - 1].prompt is not rollout.prompt
+            size += own + prompt * is_new
+            if not chunks or size > limit:
+                chunks.append([])
+                size = prompt + own
+            chunks[-1].append(rollout)
         return chunks
 
-    low, high = 0, len(lengths) * max(lengths)
+    low = max(len(r.prompt.token_ids) + len(r.completion.token_ids) for r in rollouts)
+    high = low * len(rollouts)
     while low < high:
         middle = (low + high) // 2
         if len(cut(middle)) <= parts:
@@ -137,12 +137,8 @@ class RolloutBuffer:
         totals = []
         for index in range(self.num_updates):
             update = rollouts[index * size : (index + 1) * size]
-            lengths = [len(r.prompt.token_ids) + len(r.completion.token_ids) for r in update]
             totals.append([sum(len(r.completion.token_ids) for r in update), size])
-            self.micro_batch_rollouts += [
-                [update[row] for row in part]
-                for part in split_by_tokens(lengths, self.micro_batches)
-            ]
+            self.micro_batch_rollouts += split_by_tokens(update, self.micro_batches)
         self._totals = sum_over_ranks(torch.tensor(totals))
 
     def __len__(self) -> int:

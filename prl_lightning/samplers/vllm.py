@@ -63,7 +63,8 @@ class VLLMSampler(Sampler):
         memory: dict[str, Any] = (
             {"gpu_memory_utilization": self.gpu_memory_utilization}
             if torch.cuda.is_available()
-            else {"kv_cache_memory_bytes": int(self.cache_gib * 2**30)}
+            # Small blocks, so that a short prompt fills one that its group can share.
+            else {"kv_cache_memory_bytes": int(self.cache_gib * 2**30), "block_size": 32}
         )
         with _place_among_ranks() as place:
             arguments: dict[str, Any] = {

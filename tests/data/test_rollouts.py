@@ -17,42 +17,52 @@ MakeRollout = Callable[[list[int], list[int]], Rollout]
 
 
 @st.composite
-def rows_and_parts(draw: st.DrawFn, max_rows: int) -> tuple[list[int], int]:
-    lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=max_rows))
-    return lengths, draw(st.integers(1, len(lengths)))
+def rollouts_and_parts(draw: st.DrawFn, max_rows: int) -> tuple[list[Rollout], int]:
+    groups = draw(
+        st.lists(
+            st.tuples(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=4)),
+            min_size=1,
+            max_size=max_rows,
+        )
+    )
+    rollouts = []
+    for prompt_length, lengths in groups:
+        prompt = Prompt([5] * prompt_length, "")
+        rollouts += [Rollout(prompt, Completion([3] * n, [0.0] * n, True), "") for n in lengths]
+    rollouts = rollouts[:max_rows]
+    return rollouts, draw(st.integers(1, len(rollouts)))
 
 
-def padded_size(lengths: list[int], chunk: list[int]) -> int:
-    return len(chunk) * max(lengths[row] for row in chunk)
+def packed_tokens(rollouts: list[Rollout]) -> int:
+    prompts = {id(r.prompt): len(r.prompt.token_ids) for r in rollouts}
+    return sum(prompts.values()) + sum(len(r.completion.token_ids) for r in rollouts)
 
 
 @settings(deadline=None)
-@given(rows_and_parts(max_rows=40))
-def test_rows_are_partitioned_into_exactly_so_many_parts(case: tuple[list[int], int]) -> None:
-    lengths, parts = case
-    chunks = split_by_tokens(lengths, parts)
+@given(rollouts_and_parts(max_rows=40))
+def test_rows_are_partitioned_into_exactly_so_many_parts(case: tuple[list[Rollout], int]) -> None:
+    rollouts, parts = case
+    chunks = split_by_tokens(rollouts, parts)
     assert len(chunks) == parts
     assert all(chunks)
-    assert sorted(row for chunk in chunks for row in chunk) == list(range(len(lengths)))
+    assert [id(r) for chunk in chunks for r in chunk] == [id(r) for r in rollouts]
 
 
 @settings(deadline=None)
-@given(rows_and_parts(max_rows=8))
-def test_the_largest_padded_size_is_the_least_that_neighbours_allow(
-    case: tuple[list[int], int],
+@given(rollouts_and_parts(max_rows=8))
+def test_the_largest_part_has_the_fewest_tokens_that_the_order_allows(
+    case: tuple[list[Rollout], int],
 ) -> None:
-    lengths, parts = case
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    rollouts, parts = case
     best = min(
         max(
-            padded_size(lengths, order[start:end])
-            for start, end in zip((0, *cuts), (*cuts, len(order)), strict=True)
+            packed_tokens(rollouts[start:end])
+            for start, end in zip((0, *cuts), (*cuts, len(rollouts)), strict=True)
         )
         for count in range(parts)
-        for cuts in combinations(range(1, len(order)), count)
+        for cuts in combinations(range(1, len(rollouts)), count)
     )
-    chunks = split_by_tokens(lengths, parts)
-    assert max(padded_size(lengths, chunk) for chunk in chunks) == best
+    assert max(map(packed_tokens, split_by_tokens(rollouts, parts))) == best
 
 
 # collate
