@@ -98,7 +98,8 @@ def pack_attention(causal_lm: PreTrainedModel) -> bool:
     return can
 
 
-@torch.compiler.disable  # the pieces differ with every batch: a compiled block goes on around it
+# The pieces differ with every batch: a compiled block goes on around it.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -124,7 +125,9 @@ def packed_attention(
     Returns:
         (1, N, heads, head size), and no attention weights.
     """
-    pieces = zip(*(x.split(packing.sizes, dim=2) for x in (query, key, value)), strict=True)
+    pieces = zip(
+        *(torch.split(x, packing.sizes, dim=2) for x in (query, key, value)), strict=True
+    )
     prompt: Sequence[Tensor] = ()
     outputs = []
     for piece, is_prompt in zip(pieces, packing.opens, strict=True):
