@@ -189,7 +189,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--sampler", default="vllm", choices=("vllm", "hf"))
     parser.add_argument("--iterations", default=6, type=int)
-    parser.add_argument("--micro-batches", default=4, type=int, help="an update")
+    parser.add_argument("--micro-batches", default=8, type=int, help="an update")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of the models")
     parser.add_argument("--compile-engine", action="store_true", help="compile vLLM's model")
     args = parser.parse_args()

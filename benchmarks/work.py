@@ -67,13 +67,16 @@ class Work:
         return map(self.completion_lengths, count())
 
     def update_flops(self, epoch: int) -> float:
-        """Multiply-adds, twice, of reference, forward and backward pass, without padding."""
+        """Multiply-adds, twice, of reference, forward and backward pass.
+
+        Without padding, a group's prompt once, and no last token, which predicts nothing.
+        """
         h, layer = self.hidden, 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
-        total = 0.0
-        for length in (n for group in self.completion_lengths(epoch) for n in group):
-            tokens = self.prompt_tokens + length
-            attention = tokens**2 * h  # scores and values, the causal half of 2 * tokens^2 * h
-            total += 2 * self.layers * (tokens * layer + attention) + 2 * length * h * self.vocab
+        lengths = [n for group in self.completion_lengths(epoch) for n in group]
+        tokens = self.prompts * self.prompt_tokens + sum(n - 1 for n in lengths)
+        # Scores and values, the causal half of 2 * tokens^2 * h for each row.
+        attention = sum((self.prompt_tokens + n - 1) ** 2 * h for n in lengths)
+        total = 2 * self.layers * (tokens * layer + attention) + 2 * sum(lengths) * h * self.vocab
         return 4 * total  # reference and forward once, backward twice
 
 

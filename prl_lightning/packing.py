@@ -125,9 +125,7 @@ def packed_attention(
     Returns:
         (1, N, heads, head size), and no attention weights.
     """
-    pieces = zip(
-        *(torch.split(x, packing.sizes, dim=2) for x in (query, key, value)), strict=True
-    )
+    pieces = zip(*(torch.split(x, packing.sizes, dim=2) for x in (query, key, value)), strict=True)
     prompt: Sequence[Tensor] = ()
     outputs = []
     for piece, is_prompt in zip(pieces, packing.opens, strict=True):
