@@ -152,6 +152,14 @@ def compare(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
+def machine() -> str:
+    """Its class, for people who compare."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}, torch {torch.__version__}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
@@ -168,8 +176,7 @@ def main() -> None:
         print(json.dumps(result))
         return
     sizes = [w for k, v in vars(work).items() for w in (f"--{k.replace('_', '-')}", str(v))]
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
-    result = {"machine": machine, "work": vars(work), **compare(in_turn(args, sizes))}
+    result = {"machine": machine(), "work": vars(work), **compare(in_turn(args, sizes))}
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=2) + "\n")
