@@ -12,12 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TrainerCallback
-from work import Work, add_arguments, make, reward, work_of
+from turns import in_turn, machine
+from work import Work, add_arguments, make, reward, sizes_of, work_of
 
 WARM_UP = 1
-FOLDER = Path(__file__).parent
 
 
 class GivenLengths(LogitsProcessor):
@@ -112,27 +108,13 @@ def _force_lengths(model: Any, work: Work) -> None:
     model.generate = generate_of_lengths
 
 
-def in_turn(args: argparse.Namespace, sizes: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """One process each, round by round, so that a drift of the machine meets all of them."""
-    iterations = ["--iterations", str(args.iterations)]
-    compiled = ["--compile"] if args.compile else []
-    commands = {
-        "ours": ["bench_step.py", *sizes, *iterations, *compiled],
-        "trl default": ["bench_trl.py", *sizes, *iterations, "--only", "default"],
-        "trl tuned": ["bench_trl.py", *sizes, *iterations, "--only", "tuned"],
+def commands_of(args: argparse.Namespace, work: Work) -> dict[str, list[str]]:
+    sizes = [*sizes_of(work), "--iterations", str(args.iterations)]
+    return {
+        "ours": ["bench_step.py", *sizes, *(["--compile"] if args.compile else [])],
+        "trl default": ["bench_trl.py", *sizes, "--only", "default"],
+        "trl tuned": ["bench_trl.py", *sizes, "--only", "tuned"],
     }
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
-    for round_ in range(args.rounds):
-        for name, command in commands.items():
-            done = subprocess.run(
-                [sys.executable, *command], cwd=FOLDER, check=True, capture_output=True, text=True
-            )
-            result = json.loads(done.stdout.strip().splitlines()[-1])
-            results[name].append(result)
-            print(
-                f"round {round_ + 1}, {name}: {result['iterations']}", file=sys.stderr, flush=True
-            )
-    return results
 
 
 def compare(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -152,14 +134,6 @@ def compare(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
-def machine() -> str:
-    """Its class, for people who compare."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return (
-        f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}, torch {torch.__version__}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
@@ -175,8 +149,8 @@ def main() -> None:
             result = run_trl(work, args.iterations, args.only == "tuned", Path(folder))
         print(json.dumps(result))
         return
-    sizes = [w for k, v in vars(work).items() for w in (f"--{k.replace('_', '-')}", str(v))]
-    result = {"machine": machine(), "work": vars(work), **compare(in_turn(args, sizes))}
+    results = in_turn(commands_of(args, work), args.rounds)
+    result = {"machine": machine(), "work": vars(work), **compare(results)}
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -94,6 +94,15 @@ def work_of(args: argparse.Namespace) -> Work:
     return Work(**{name: getattr(args, name) for name in vars(Work())})
 
 
+def sizes_of(work: Work) -> list[str]:
+    """The options that say this work."""
+    return [
+        word
+        for name, value in vars(work).items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
 def make(work: Work, folder: Path, epochs: int) -> None:
     """Write ``model`` and ``prompts.jsonl`` into a folder."""
     tokenizer = make_tokenizer()  # its tokens are the first ones of the model's

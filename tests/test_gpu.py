@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from prl_lightning.models import load_policy, named_weights
+from prl_lightning.samplers import SamplingConfig, VLLMSampler
+from prl_lightning.types import Prompt
 from ranks import gap, recorded_run, run_all
 
 pytestmark = [
@@ -62,3 +65,17 @@ def test_half_precision_trains_and_the_engine_follows(
     record = run_all(tmp_path, 1, {"run": run})["run"]
     assert record["metrics"]["rollout/engine_gap"] < 0.05
     assert gap(record["sent"], record["sent_before"]) > 1e-3
+
+
+def test_a_sleeping_engine_gives_its_memory_back_and_goes_on_the_same(tied_model: str) -> None:
+    pytest.importorskip("vllm")
+    prompts = [Prompt([5, 14, 7], "", seed=1)]
+    config = SamplingConfig(n=2, temperature=1.0, max_new_tokens=8, stop_token_ids=(1,))
+    sampler = VLLMSampler(sleeps=True, gpu_memory_utilization=0.3)
+    sampler.start(tied_model, 32)
+    free_awake = torch.cuda.mem_get_info()[0]
+    sampler.load_weights(named_weights(load_policy(tied_model)))
+    first = sampler.generate(prompts, config)
+    given_back = torch.cuda.mem_get_info()[0] - free_awake
+    assert given_back > 0.2 * torch.cuda.mem_get_info()[1]
+    assert sampler.generate(prompts, config) == first

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from prl_lightning.callbacks.parts import shows_progress
 from prl_lightning.data import collate
 from prl_lightning.module import PRLModule
-from prl_lightning.samplers import Sampler
-from prl_lightning.types import Rollout
+from prl_lightning.samplers import Sampler, SamplingConfig
+from prl_lightning.types import Completion, Prompt, Rollout
 
 # Mean absolute difference of token log-probabilities that precision alone explains: float32 agrees
 # to 1e-5 in practice, half precision to a few hundredths.
 EXPLAINED_GAP = {True: 1e-3, False: 0.1}
 CHECKED_COMPLETIONS = 4  # enough tokens to see it, and a small share of a scoring pass
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Completions, and how they came about.
+
+    Attributes:
+        groups: completions of each prompt.
+        step: ``trainer.global_step`` of the weights that drew them.
+        seconds: the engine took.
+    """
+
+    groups: list[list[Completion]]
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """What is being drawn while the trainer trains."""
+
+    prompts: list[Prompt]
+    config: SamplingConfig
+    drawn: Future[Drawn]
 
 
 class EngineLink:
@@ -30,6 +59,49 @@ class EngineLink:
         self._is_started = False
         self._has_weights_of: int | None = None
         self._gap: dict[str, float] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._ahead: _Ahead | None = None
+
+    def sample(
+        self,
+        trainer: Trainer,
+        module: PRLModule,
+        prompts: list[Prompt],
+        config: SamplingConfig,
+        max_model_tokens: int,
+    ) -> Drawn:
+        """Draw with the policy as it is, or take what was drawn ahead for the same prompts."""
+        if self._ahead is not None:
+            if (self._ahead.prompts, self._ahead.config) == (prompts, config):
+                drawn = self._ahead.drawn
+                self._ahead = None
+                return drawn.result()
+            wait([self._ahead.drawn])  # the engine does one thing at a time
+        self.update(trainer, module, max_model_tokens)
+        return self._draw(prompts, config, trainer.global_step, shows_progress(trainer))
+
+    def draw_ahead(
+        self,
+        trainer: Trainer,
+        module: PRLModule,
+        prompts: list[Prompt],
+        config: SamplingConfig,
+        max_model_tokens: int,
+    ) -> None:
+        """Begin to draw with the policy as it is, and return at once.
+
+        The sampler must be able to work while the trainer does; see ``Sampler.is_concurrent``.
+        """
+        self.update(trainer, module, max_model_tokens)
+        drawn = self._thread.submit(self._draw, prompts, config, trainer.global_step, False)
+        self._ahead = _Ahead(prompts, config, drawn)
+
+    def _draw(
+        self, prompts: list[Prompt], config: SamplingConfig, step: int, show_progress: bool
+    ) -> Drawn:
+        start = time.monotonic()
+        groups = self.sampler.generate(prompts, config, show_progress)
+        return Drawn(groups, step, time.monotonic() - start)
 
     def update(self, trainer: Trainer, module: PRLModule, max_model_tokens: int) -> None:
         """Start the engine if need be and give it the weights, unless it has them."""
@@ -51,6 +123,7 @@ class EngineLink:
         if self._is_started:
             self.sampler.stop()
             self._is_started = False
+        self._ahead = None
         self.forget_weights()
 
     def check(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from prl_lightning.callbacks.continuation import (
@@ -18,11 +19,10 @@ from prl_lightning.callbacks.continuation import (
     settle_progress,
     take_own,
 )
-from prl_lightning.callbacks.engine import EngineLink
+from prl_lightning.callbacks.engine import Drawn, EngineLink
 from prl_lightning.callbacks.parts import (
     prl_module,
     prompt_data,
-    shows_progress,
     sum_over_ranks,
     train_rollouts,
 )
@@ -48,9 +48,12 @@ class RolloutCallback(Callback):
         eval_top_p: of the evaluation samples.
         max_engine_gap: the run stops where engine and trainer disagree by more than this on the
             mean token log-probability; by default, by more than their precision explains.
+        overlap: draw the next iteration's completions while this one trains. They are then from
+            the policy before this iteration's updates, which the importance ratio corrects.
 
     Raises:
-        ValueError: a limit, a temperature or a top-p that nothing can be sampled with.
+        ValueError: a limit, a temperature or a top-p that nothing can be sampled with, or overlap
+            with a sampler of this process.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class RolloutCallback(Callback):
         eval_temperature: float = 1.0,
         eval_top_p: float = 1.0,
         max_engine_gap: float | None = None,
+        overlap: bool = False,
     ) -> None:
         for name, value, fits in (
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
@@ -70,7 +74,15 @@ class RolloutCallback(Callback):
         ):
             if not fits:
                 raise ValueError(f"rollout.{name}={value}: must be above 0 (top-p: at most 1).")
-        self.engine = EngineLink(VLLMSampler() if sampler is None else sampler, max_engine_gap)
+        sampler = VLLMSampler() if sampler is None else sampler
+        if overlap and not sampler.is_concurrent:
+            raise ValueError(
+                f"rollout.overlap=true, but {type(sampler).__name__} samples in the trainer's "
+                "process. Wrap it: rollout.sampler: {class_path: "
+                "prl_lightning.samplers.ProcessSampler, init_args: {sampler: ...}}."
+            )
+        self.engine = EngineLink(sampler, max_engine_gap)
+        self.overlap = overlap
         self.rewards = RewardSum(rewards, reward_weights)
         self.max_new_tokens = max_new_tokens
         self.eval_temperature = eval_temperature
@@ -103,6 +115,12 @@ class RolloutCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the engine's memory back."""
+        self.engine.stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """End the engine too, where it is a process of its own."""
         self.engine.stop()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -152,6 +170,8 @@ class RolloutCallback(Callback):
         speed = over_all["tokens"] / self._values["sampling_seconds"]
         self._log(module, self._values | over_all | {"tokens_per_second": speed})
         data.advance()
+        if self.overlap and not _is_last_epoch(trainer):
+            self.engine.draw_ahead(trainer, module, data.next_prompts(), config, self._max_tokens)
         self._training_since = time.monotonic()
 
     def on_train_batch_end(
@@ -204,21 +224,30 @@ class RolloutCallback(Callback):
         """Sampled and rewarded, groups contiguous and in the order of the prompts."""
         self._values = {}
         with self._timed("sampling"):
-            self.engine.update(trainer, module, self._max_tokens)
-            groups = self.engine.sampler.generate(
-                prompts, config, show_progress=shows_progress(trainer)
-            )
+            drawn = self.engine.sample(trainer, module, prompts, config, self._max_tokens)
         decode = prompt_data(trainer).tokenizer.decode
         rollouts = [
             Rollout(prompt, completion, decode(completion.token_ids, skip_special_tokens=True))
-            for prompt, group in zip(prompts, groups, strict=True)
+            for prompt, group in zip(prompts, drawn.groups, strict=True)
             for completion in group
         ]
-        if config.top_p == 1.0:
+        self._note_age(trainer, rollouts, drawn)
+        if config.top_p == 1.0 and drawn.step == trainer.global_step:
             self._values |= self.engine.check(trainer, module, rollouts, config.temperature)
         with self._timed("reward"):
             self._reward(rollouts)
         return rollouts
+
+    def _note_age(self, trainer: Trainer, rollouts: list[Rollout], drawn: Drawn) -> None:
+        """An older policy's completions keep its log-probabilities, for the importance ratio."""
+        if not self.overlap:
+            return
+        self._values["waiting_seconds"] = self._values["sampling_seconds"]
+        self._values["sampling_seconds"] = drawn.seconds
+        self._values["staleness"] = float(trainer.global_step - drawn.step)
+        if drawn.step != trainer.global_step:
+            for rollout in rollouts:
+                rollout.old_logprobs = torch.tensor(rollout.completion.logprobs)
 
     def _reward(self, rollouts: list[Rollout]) -> None:
         names = set.intersection(*(set(rollout.prompt.columns) for rollout in rollouts))
@@ -245,3 +274,11 @@ class RolloutCallback(Callback):
         start = time.monotonic()
         yield
         self._values[f"{what}_seconds"] = time.monotonic() - start
+
+
+def _is_last_epoch(trainer: Trainer) -> bool:
+    """Whether the Trainer's limits leave no epoch after this one, as far as is known now."""
+    epochs, updates = trainer.max_epochs, trainer.max_steps
+    ends = trainer.global_step + trainer.num_training_batches // trainer.accumulate_grad_batches
+    by_epochs = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
+    return by_epochs or 0 <= updates <= ends

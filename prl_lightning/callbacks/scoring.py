@@ -50,10 +50,16 @@ def prepare_update(
 
 
 def _score(module: PRLModule, buffer: RolloutBuffer) -> None:
-    """Note the log-probabilities of the policy that sampled and, if there is one, the reference."""
+    """Note the log-probabilities of the policy that sampled and, if there is one, the reference.
+
+    An older policy cannot be asked any more; what its engine reported is there already.
+    """
     for index, rollouts in enumerate(buffer.micro_batch_rollouts):
         batch = buffer[index].to(module.device)
-        old_logprobs = module.score(batch, "policy").cpu()
+        old_logprobs = batch.old_logprobs
+        if old_logprobs is None:
+            old_logprobs = module.score(batch, "policy")
+        old_logprobs = old_logprobs.cpu()
         ref_logprobs = module.score(batch, "reference").cpu() if module.keeps_reference else None
         for row, rollout in enumerate(rollouts):
             length = len(rollout.completion.token_ids)

@@ -2,6 +2,7 @@
 
 from prl_lightning.samplers.base import Sampler, SamplingConfig
 from prl_lightning.samplers.hf import HFSampler
+from prl_lightning.samplers.process import ProcessSampler
 from prl_lightning.samplers.vllm import VLLMSampler
 
-__all__ = ["HFSampler", "Sampler", "SamplingConfig", "VLLMSampler"]
+__all__ = ["HFSampler", "ProcessSampler", "Sampler", "SamplingConfig", "VLLMSampler"]

@@ -39,9 +39,11 @@ class Sampler(ABC):
 
     Attributes:
         dtype: the precision it computes in, such as "float32".
+        is_concurrent: whether ``generate`` may run in a thread while the trainer trains.
     """
 
     dtype: str
+    is_concurrent = False
 
     @abstractmethod
     def start(self, model: str, max_model_tokens: int) -> None:

@@ -23,6 +23,7 @@ class VLLMSampler(Sampler):
         dtype: the engine's precision; equal to the trainer's gives the smallest engine gap.
         gpu_memory_utilization: share of a GPU's memory the engine may take (weights and cache).
         cache_gib: memory of the key-value cache on a machine without a GPU.
+        sleeps: give the GPU memory back after each sampling; the weights wait in main memory.
         enforce_eager: False compiles the engine's model: faster, but slow to start.
         engine_args: anything else ``vllm.LLM`` accepts, by its name there.
 
@@ -35,6 +36,7 @@ class VLLMSampler(Sampler):
         dtype: str = "float32",
         gpu_memory_utilization: float = 0.4,
         cache_gib: float = 1.0,
+        sleeps: bool = False,
         enforce_eager: bool = True,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
@@ -47,12 +49,18 @@ class VLLMSampler(Sampler):
         self.dtype = dtype
         self.gpu_memory_utilization = gpu_memory_utilization
         self.cache_gib = cache_gib
+        self.sleeps = sleeps
         self.enforce_eager = enforce_eager
         self.engine_args = engine_args or {}
         self._llm: Any = None
+        self._is_asleep = False
 
     def start(self, model: str, max_model_tokens: int) -> None:
-        """See ``Sampler.start``."""
+        """See ``Sampler.start``.
+
+        Raises:
+            ValueError: it is to sleep on a machine without a GPU.
+        """
         # In this process: weights are handed over by reference and no port is opened.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -60,6 +68,11 @@ class VLLMSampler(Sampler):
         import torch
         from vllm import LLM
 
+        if self.sleeps and not torch.cuda.is_available():
+            raise ValueError(
+                "VLLMSampler.sleeps=true gives a GPU's memory back, and there is no GPU. Leave it "
+                "out; cache_gib is what the engine takes here."
+            )
         memory: dict[str, Any] = (
             {"gpu_memory_utilization": self.gpu_memory_utilization}
             if torch.cuda.is_available()
@@ -78,11 +91,13 @@ class VLLMSampler(Sampler):
                 # After temperature and top-p: what was sampled from, comparable with the trainer's.
                 "logprobs_mode": "processed_logprobs",
                 "disable_log_stats": True,
+                "enable_sleep_mode": self.sleeps,
             }
             self._llm = LLM(**arguments | place | memory | self.engine_args)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See ``Sampler.load_weights``."""
+        self._wake()
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         # Cached keys and values belong to the old weights.
         self._llm.reset_prefix_cache()
@@ -108,6 +123,7 @@ class VLLMSampler(Sampler):
             )
             for prompt in prompts
         ]
+        self._wake()
         outputs = self._llm.generate(
             [{"prompt_token_ids": prompt.token_ids} for prompt in prompts],
             params,
@@ -115,11 +131,20 @@ class VLLMSampler(Sampler):
             if show_progress
             else False,
         )
+        if self.sleeps:
+            self._llm.sleep(level=1)
+            self._is_asleep = True
         return [[_completion(sample) for sample in output.outputs] for output in outputs]
 
     def stop(self) -> None:
         """See ``Sampler.stop``."""
         self._llm = None
+        self._is_asleep = False
+
+    def _wake(self) -> None:
+        if self._is_asleep:
+            self._llm.wake_up()
+            self._is_asleep = False
 
 
 @contextmanager

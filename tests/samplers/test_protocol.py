@@ -1,4 +1,4 @@
-"""One test of the sampler protocol over both engines, with tied and with untied embeddings."""
+"""One test of the sampler protocol over all engines, with tied and with untied embeddings."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from prl_lightning.data import collate
 from prl_lightning.models import LogprobModel, load_causal_lm, named_weights
-from prl_lightning.samplers import HFSampler, Sampler, SamplingConfig, VLLMSampler
+from prl_lightning.samplers import HFSampler, ProcessSampler, Sampler, SamplingConfig, VLLMSampler
 from prl_lightning.types import Completion, Prompt, Rollout
 
 LONG = 200  # above the engines' cache blocks, so that a stale prefix would be reused
@@ -48,11 +48,13 @@ class Engine:
 
 @pytest.fixture(
     scope="module",
-    params=["hf-tied", "hf-untied", "vllm-tied", "vllm-untied"],
+    params=["hf-tied", "hf-untied", "vllm-tied", "vllm-untied", "process-tied"],
 )
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     kind, tie = request.param.split("-")
     sampler: Sampler = HFSampler(batch_size=8) if kind == "hf" else VLLMSampler(cache_gib=0.1)
+    if kind == "process":
+        sampler = ProcessSampler(sampler)
     started = Engine(sampler, request.getfixturevalue(f"{tie}_model"))
     yield started
     sampler.stop()

@@ -1,0 +1,121 @@
+"""An engine in a process of its own, so that it can sample while the trainer trains."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, parent_process
+from threading import Thread
+from typing import Any
+
+from torch import Tensor, distributed, multiprocessing
+
+from prl_lightning.samplers.base import Sampler, SamplingConfig
+from prl_lightning.samplers.vllm import VLLMSampler
+from prl_lightning.types import Completion, Prompt
+
+
+class ProcessSampler(Sampler):
+    """Run another sampler in a process of its own, with GPUs of its own.
+
+    Weights are handed over in shared memory and everything else through a pipe; no port is opened.
+    The process ends with ``stop``, and by itself when the trainer's process has ended, however that
+    happened.
+
+    Args:
+        sampler: the engine; vLLM by default.
+        gpus: one for each of the trainer's processes on a machine, by its local rank; the engine
+            sees this one alone. By default it sees those the trainer sees.
+    """
+
+    is_concurrent = True
+
+    def __init__(self, sampler: Sampler | None = None, gpus: Sequence[int] = ()) -> None:
+        self.sampler = VLLMSampler() if sampler is None else sampler
+        self.dtype = self.sampler.dtype
+        self.gpus = gpus
+        self._pool: ProcessPoolExecutor | None = None
+
+    def start(self, model: str, max_model_tokens: int) -> None:
+        """See ``Sampler.start``.
+
+        Raises:
+            ValueError: there are fewer ``gpus`` than processes on this machine.
+        """
+        environment = {}
+        if self.gpus:
+            rank = distributed.get_node_local_rank(0) if distributed.is_initialized() else 0
+            if rank >= len(self.gpus):
+                raise ValueError(
+                    f"ProcessSampler.gpus={list(self.gpus)} has none for local rank {rank}. Name "
+                    "one GPU for each of the trainer's processes on a machine."
+                )
+            environment["CUDA_VISIBLE_DEVICES"] = str(self.gpus[rank])
+        self._pool = ProcessPoolExecutor(
+            max_workers=1,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_begin,
+            initargs=(self.sampler, environment),
+        )
+        self._process_id = self._in_process(os.getpid)
+        self._in_process(_call, "start", model, max_model_tokens)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See ``Sampler.load_weights``."""
+        # Copies, because what is sent moves to shared memory: the policy's own must not.
+        sent = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in weights]
+        self._in_process(_call, "load_weights", sent)
+
+    def generate(
+        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+    ) -> list[list[Completion]]:
+        """See ``Sampler.generate``."""
+        groups: list[list[Completion]] = self._in_process(
+            _call, "generate", prompts, config, show_progress
+        )
+        return groups
+
+    def stop(self) -> None:
+        """See ``Sampler.stop``; what is being drawn is dropped."""
+        if self._pool is not None:
+            os.kill(self._process_id, signal.SIGKILL)
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def _in_process(self, function: Any, *args: Any) -> Any:
+        if self._pool is None:
+            raise RuntimeError("the sampler is not started: call start() first")
+        try:
+            return self._pool.submit(function, *args).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"the process of {type(self.sampler).__name__} has ended while it was needed. Its "
+                "last words are above; without any it was killed, mostly for memory."
+            ) from error
+
+
+# In the other process
+
+_sampler: Sampler
+
+
+def _begin(sampler: Sampler, environment: dict[str, str]) -> None:
+    global _sampler
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
+    _sampler = sampler
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _call(method: str, *args: Any) -> Any:
+    return getattr(_sampler, method)(*args)
