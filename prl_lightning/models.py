@@ -20,6 +20,7 @@ from transformers import (
 
 from prl_lightning.adapters import add_lora, merged
 from prl_lightning.functional import token_logprobs
+from prl_lightning.onednn import use_onednn
 from prl_lightning.packing import Packing, pack_attention
 from prl_lightning.sharding import named_tensors
 from prl_lightning.types import RolloutBatch
@@ -74,6 +75,8 @@ class LogprobModel(nn.Module):
         if compile:
             for block in self.blocks():
                 block.compile(dynamic=True)
+        else:
+            use_onednn(causal_lm)
 
     def blocks(self) -> list[nn.Module]:
         """The decoder layers, or whatever the architecture wants to be kept in one piece."""

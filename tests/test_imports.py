@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "prl_lightning"
 # A part may import the parts below it, never one beside or above it. arithmetic stands beside all.
 LAYERS = [
     {"types", "functional", "sharding", "strategies"},
-    {"adapters", "packing"},
+    {"adapters", "onednn", "packing"},
     {"metrics", "steps", "rewards", "samplers", "models", "arithmetic"},
     {"objective", "data", "export"},
     {"module"},
