@@ -25,6 +25,18 @@ def test_fit_with_the_vllm_engine(
     assert max(metrics["train/grad_norm"]) > 0
 
 
+def test_fit_that_samples_ahead_in_another_process(tied_model: str, tmp_path: Path) -> None:
+    fit(
+        *tiny_overrides(tied_model, tmp_path, "ProcessSampler"),
+        "--rollout.sampler.sampler=HFSampler",
+        "--rollout.overlap=true",
+        "--trainer.max_epochs=3",
+    )
+    metrics = metrics_of(tmp_path)
+    assert metrics["rollout/staleness"] == [0, 1, 1]
+    assert len(metrics["rollout/waiting_seconds"]) == 3
+
+
 def test_run_folder_has_metrics_config_curves_and_checkpoint(
     tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

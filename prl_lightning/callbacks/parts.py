@@ -26,6 +26,14 @@ def sum_over_ranks(trainer: Trainer, totals: Tensor) -> Tensor:
     return cast(Tensor, summed).cpu()
 
 
+def is_last_epoch(trainer: Trainer) -> bool:
+    """Whether the Trainer's limits leave no epoch after this one, as known at its start."""
+    epochs, updates = trainer.max_epochs, trainer.max_steps
+    ends = trainer.global_step + trainer.num_training_batches // trainer.accumulate_grad_batches
+    by_epochs = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
+    return by_epochs or 0 <= updates <= ends
+
+
 def prl_module(module: LightningModule) -> PRLModule:
     """The module, or an error that says what is needed."""
     if not isinstance(module, PRLModule):

@@ -21,6 +21,7 @@ from prl_lightning.callbacks.continuation import (
 )
 from prl_lightning.callbacks.engine import Drawn, EngineLink
 from prl_lightning.callbacks.parts import (
+    is_last_epoch,
     prl_module,
     prompt_data,
     sum_over_ranks,
@@ -49,7 +50,9 @@ class RolloutCallback(Callback):
         max_engine_gap: the run stops where engine and trainer disagree by more than this on the
             mean token log-probability; by default, by more than their precision explains.
         overlap: draw the next iteration's completions while this one trains. They are then from
-            the policy before this iteration's updates, which the importance ratio corrects.
+            the policy before this iteration's updates, which the importance ratio corrects. The
+            engine gap is measured in the first iteration and in evaluations alone, where engine
+            and trainer have the same weights.
 
     Raises:
         ValueError: a limit, a temperature or a top-p that nothing can be sampled with, or overlap
@@ -170,7 +173,7 @@ class RolloutCallback(Callback):
         speed = over_all["tokens"] / self._values["sampling_seconds"]
         self._log(module, self._values | over_all | {"tokens_per_second": speed})
         data.advance()
-        if self.overlap and not _is_last_epoch(trainer):
+        if self.overlap and not is_last_epoch(trainer):
             self.engine.draw_ahead(trainer, module, data.next_prompts(), config, self._max_tokens)
         self._training_since = time.monotonic()
 
@@ -274,11 +277,3 @@ class RolloutCallback(Callback):
         start = time.monotonic()
         yield
         self._values[f"{what}_seconds"] = time.monotonic() - start
-
-
-def _is_last_epoch(trainer: Trainer) -> bool:
-    """Whether the Trainer's limits leave no epoch after this one, as far as is known now."""
-    epochs, updates = trainer.max_epochs, trainer.max_steps
-    ends = trainer.global_step + trainer.num_training_batches // trainer.accumulate_grad_batches
-    by_epochs = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
-    return by_epochs or 0 <= updates <= ends

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ class Telling(Sampler):
     ) -> list[list[Completion]]:
         if config.max_new_tokens == 0:
             raise KeyError("no room")
+        if config.max_new_tokens > 1:
+            time.sleep(600)
         gpu = int(os.environ.get("CUDA_VISIBLE_DEVICES", "-1"))
         return [[Completion([os.getpid(), gpu, int(self.total)], [], True)]]
 
@@ -96,6 +99,19 @@ def test_stop_ends_the_process_and_start_begins_another(sampler: ProcessSampler)
         sampler.generate(PROMPTS, CONFIG)
     sampler.start("model", 8)
     assert tokens(sampler)[0] != first
+
+
+def test_stop_does_not_wait_for_what_is_being_drawn(sampler: ProcessSampler) -> None:
+    long = SamplingConfig(n=1, temperature=1.0, max_new_tokens=2, stop_token_ids=(1,))
+    process = tokens(sampler)[0]
+    with ThreadPoolExecutor(1) as thread:
+        drawing = thread.submit(sampler.generate, PROMPTS, long)
+        time.sleep(0.5)
+        start = time.monotonic()
+        sampler.stop()
+        assert time.monotonic() - start < 30
+        assert isinstance(drawing.exception(timeout=30), RuntimeError)
+    assert wait_for_the_end_of(process)
 
 
 def test_too_few_gpus_for_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

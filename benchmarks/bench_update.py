@@ -1,0 +1,108 @@
+"""What packed rows and oneDNN's linear layers each save of scoring and training.
+
+    python benchmarks/bench_update.py --out benchmarks/results/update.json
+
+Reference, forward and backward pass of two groups of 8, with the 21M model, in turn in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from turns import machine
+from work import Work, make
+
+from prl_lightning.data import collate
+from prl_lightning.models import LogprobModel, load_policy
+from prl_lightning.types import Completion, Prompt, Rollout, RolloutBatch
+
+BASE = Work(hidden=512, layers=8, heads=8, prompts=2, max_new_tokens=128)
+WORKS = {
+    "prompt 16, completions 128": BASE,
+    "prompt 16, completions lognormal": replace(BASE, lengths="lognormal"),
+    "prompt 128, completions 128": replace(BASE, prompt_tokens=128),
+    "prompt 128, completions 512": replace(BASE, prompt_tokens=128, max_new_tokens=512),
+}
+VARIANTS = {
+    "padded": (False, False),
+    "padded, oneDNN": (False, True),
+    "packed": (True, False),
+    "packed, oneDNN": (True, True),
+}
+
+
+def batch_of(work: Work) -> RolloutBatch:
+    """Random tokens, without the first few, which are special."""
+    draw = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(4, work.vocab, (count,), generator=draw).tolist()
+
+    rollouts = []
+    for lengths in work.completion_lengths(0):
+        prompt = Prompt(tokens(work.prompt_tokens), "")
+        rollouts += [Rollout(prompt, Completion(tokens(n), [0.0] * n, True), "") for n in lengths]
+    return collate(rollouts, 1, 1)
+
+
+def variant(model: str, packed: bool, onednn: bool) -> LogprobModel:
+    policy = load_policy(model)
+    if not packed:
+        policy.causal_lm.set_attn_implementation("sdpa")
+        policy.is_packed = False
+    if not onednn:
+        for layer in policy.modules():
+            if type(layer) is nn.Linear:
+                del layer.forward  # back to the class's own
+    return policy
+
+
+def seconds(policy: LogprobModel, batch: RolloutBatch) -> float:
+    start = time.perf_counter()
+    with torch.no_grad():
+        policy(batch, 1.0)
+    policy(batch, 1.0)[0].sum().backward()
+    return time.perf_counter() - start
+
+
+def measure(work: Work, rounds: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        make(work, Path(folder), 1)
+        policies = {
+            name: variant(f"{folder}/model", *settings) for name, settings in VARIANTS.items()
+        }
+    batch = batch_of(work)
+    times: dict[str, list[float]] = {name: [] for name in policies}
+    for _ in range(1 + rounds):
+        for name, policy in policies.items():
+            times[name].append(seconds(policy, batch))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", default=7, type=int)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    measured = {name: measure(work, args.rounds) for name, work in WORKS.items()}
+    ratios = {
+        name: {variant: round(value / times["padded"], 3) for variant, value in times.items()}
+        for name, times in measured.items()
+    }
+    result = {"machine": machine(), "seconds": measured, "ratio_to_padded": ratios}
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
