@@ -29,7 +29,6 @@ WORKS = {
     "prompt 16, completions 128": BASE,
     "prompt 16, completions lognormal": replace(BASE, lengths="lognormal"),
     "prompt 128, completions 128": replace(BASE, prompt_tokens=128),
-    "prompt 128, completions 512": replace(BASE, prompt_tokens=128, max_new_tokens=512),
 }
 VARIANTS = {
     "padded": (False, False),
