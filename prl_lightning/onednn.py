@@ -1,8 +1,8 @@
 """Linear layers in float32 on a CPU by oneDNN, where torch takes MKL.
 
-MKL keeps to slower instructions on AMD's processors: there oneDNN's products of a forward pass and
-of the gradient of its input take two thirds of the time. The product for the gradient of the weight
-stays with MKL, which is the faster one there.
+On AMD's processors oneDNN is the faster one for the products of a forward pass and of the gradient
+of its input (``benchmarks/bench_update.py`` has what that leaves of an update). The product for the
+gradient of the weight stays with MKL, which is faster there.
 """
 
 from __future__ import annotations
