@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import connection, parent_process
 from threading import Thread
 from typing import Any
@@ -81,7 +82,8 @@ class ProcessSampler(Sampler):
     def stop(self) -> None:
         """See ``Sampler.stop``; what is being drawn is dropped."""
         if self._pool is not None:
-            os.kill(self._process_id, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(self._process_id, signal.SIGKILL)
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
