@@ -9,9 +9,6 @@ variant in a process of its own. Times are taken in turn in one process.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -21,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from report import publish
 from torch import Tensor
 
 from prl_lightning.functional import token_logprobs
@@ -111,16 +109,13 @@ def main() -> None:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     ours, full = VARIANTS
     result = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
         "sizes": {name: getattr(args, name) for name in ("tokens", "hidden", "vocab")},
         "extra_mib": memory,
         "seconds": median,
         "ratio_of_memory": memory[ours] / memory[full],
         "ratio_of_seconds": median[ours] / median[full],
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    publish(result, args.out)
 
 
 if __name__ == "__main__":

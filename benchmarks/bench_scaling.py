@@ -8,12 +8,12 @@ One process each, in turn; the sizes are those of 1x.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from turns import in_turn, machine
+from report import publish
+from turns import in_turn
 from work import add_arguments, sizes_of, work_of
 
 
@@ -43,16 +43,12 @@ def main() -> None:
         for name, runs in results.items()
     }
     result = {
-        "machine": machine(),
         "work": vars(base),
         "seconds": seconds,
         "ratio_of_seconds": {name: value / seconds["1x"] for name, value in seconds.items()},
         "tokens_per_second": tokens,
     }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    publish(result, args.out)
 
 
 if __name__ == "__main__":

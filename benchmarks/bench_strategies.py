@@ -9,14 +9,14 @@ that one rank has for itself, so the ratio shows what sharing costs and not what
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from report import publish
 
 from prl_lightning.callbacks.summary import read_metrics
 
@@ -65,10 +65,7 @@ def main() -> None:
     alone = results["auto"]["seconds an iteration (median)"]
     for result in results.values():
         result["ratio to one rank"] = result["seconds an iteration (median)"] / alone
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
-    print(args.out.read_text())
+    publish({"results": results}, args.out)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import publish
 from torch import Tensor
 from transformers import LogitsProcessor, TrainerCallback
-from turns import in_turn, machine
+from turns import in_turn
 from work import Work, add_arguments, make, reward, sizes_of, work_of
 
 WARM_UP = 1
@@ -150,11 +151,8 @@ def main() -> None:
         print(json.dumps(result))
         return
     results = in_turn(commands_of(args, work), args.rounds)
-    result = {"machine": machine(), "work": vars(work), **compare(results)}
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    result = {"work": vars(work), **compare(results)}
+    publish(result, args.out)
 
 
 if __name__ == "__main__":

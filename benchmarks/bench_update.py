@@ -8,7 +8,6 @@ Reference, forward and backward pass of two groups of 8, with the 21M model, in 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -16,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from report import publish
 from torch import nn
-from turns import machine
 from work import Work, make
 
 from prl_lightning.data import collate
@@ -96,11 +95,8 @@ def main() -> None:
         name: {variant: round(value / times["padded"], 3) for variant, value in times.items()}
         for name, times in measured.items()
     }
-    result = {"machine": machine(), "seconds": measured, "ratio_to_padded": ratios}
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    result = {"seconds": measured, "ratio_to_padded": ratios}
+    publish(result, args.out)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 FOLDER = Path(__file__).parent
 
@@ -37,11 +33,3 @@ def in_turn(commands: dict[str, list[str]], rounds: int) -> dict[str, list[dict[
             seconds = [round(s, 2) for s in result["iterations"]]
             print(f"round {round_ + 1}, {name}: {seconds}", file=sys.stderr, flush=True)
     return results
-
-
-def machine() -> str:
-    """Its class, for people who compare."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return (
-        f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}, torch {torch.__version__}"
-    )

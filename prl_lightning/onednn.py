@@ -16,10 +16,12 @@ from torch.autograd.function import once_differentiable
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Let the linear layers of a model compute by oneDNN wherever it applies.
+    """Let the linear layers of a model compute by oneDNN, if torch has it, wherever it applies.
 
-    That is decided at each call, because a strategy moves a model after it is made.
+    Where is decided at each call, because a strategy moves a model after it is made.
     """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return
     for layer in model.modules():
         if type(layer) is nn.Linear:
             layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
@@ -30,7 +32,6 @@ def _forward(layer: nn.Linear, rows: Tensor) -> Tensor:
         rows.device.type == "cpu"
         and rows.dtype == layer.weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
     if not applies:
         return nn.Linear.forward(layer, rows)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
+from own_logits import by_the_models_own_logits
 from prl_lightning.arithmetic import make_tokenizer
 from prl_lightning.data import collate
 from prl_lightning.models import (
@@ -28,16 +28,6 @@ ROWS = [([5, 14, 7, 17], [4, 9, 1]), ([9], [3, 3, 8, 12, 1]), ([6, 13, 8, 15, 3,
 
 def batch_of(make_rollout: MakeRollout, rows: list[tuple[list[int], list[int]]]) -> RolloutBatch:
     return collate([make_rollout(*row) for row in rows], update_tokens=1, update_sequences=1)
-
-
-def by_the_models_own_logits(
-    model: torch.nn.Module, prompt: list[int], completion: list[int], temperature: float
-) -> tuple[Tensor, Tensor]:
-    """One row alone, no padding: log-probabilities and entropies of its completion."""
-    logits = model(torch.tensor([prompt + completion])).logits[0] / temperature
-    distribution = logits[len(prompt) - 1 : -1].log_softmax(-1)
-    logprobs = torch.stack([distribution[t, token] for t, token in enumerate(completion)])
-    return logprobs, -(distribution.exp() * distribution).sum(-1)
 
 
 @pytest.mark.parametrize("model", ["tied_model", "untied_model"])

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from own_logits import by_the_models_own_logits
 from prl_lightning.data import collate
 from prl_lightning.models import LogprobModel
 from prl_lightning.packing import Packing
@@ -45,14 +46,8 @@ def model_of(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(deepcopy(config)).eval()
 
 
-def by_the_models_own_logits(model: PreTrainedModel) -> Tensor:
-    """Each row alone, without padding, without packing."""
-    rows = []
-    for prompt, completion in ROWS:
-        logits = model(torch.tensor([prompt + completion]), use_cache=False).logits[0]
-        distribution = logits[len(prompt) - 1 : -1].log_softmax(-1)
-        rows.append(distribution.gather(1, torch.tensor(completion)[:, None])[:, 0])
-    return torch.cat(rows)
+def each_alone(model: PreTrainedModel) -> Tensor:
+    return torch.cat([by_the_models_own_logits(model, *row)[0] for row in ROWS])
 
 
 def test_a_packing_by_hand(make_rollout: MakeRollout) -> None:
@@ -81,7 +76,7 @@ def test_packed_rows_score_as_each_row_alone(batch: RolloutBatch, config: PreTra
     """Values, and the gradient of every parameter; with a window shorter than the rows as well."""
     alone, ours = model_of(config), LogprobModel(model_of(config))
     assert ours.is_packed
-    expected, mask = by_the_models_own_logits(alone), batch.completion_mask
+    expected, mask = each_alone(alone), batch.completion_mask
     logprobs = ours(batch, 1.0)[0][mask]
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
     weights = torch.randn(len(expected), generator=torch.Generator().manual_seed(1))
@@ -132,4 +127,4 @@ def test_architectures_with_other_mixers_are_scored_in_padded_rows(
     alone, ours = model_of(config), LogprobModel(model_of(config))
     assert not ours.is_packed
     logprobs = ours(batch, 1.0)[0][batch.completion_mask]
-    torch.testing.assert_close(logprobs, by_the_models_own_logits(alone), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logprobs, each_alone(alone), atol=1e-4, rtol=1e-4)

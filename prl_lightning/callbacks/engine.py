@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from prl_lightning.callbacks.parts import shows_progress
 from prl_lightning.data import collate
 from prl_lightning.module import PRLModule
 from prl_lightning.samplers import Sampler, SamplingConfig
@@ -62,49 +61,40 @@ class EngineLink:
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._ahead: _Ahead | None = None
 
-    def sample(
-        self,
-        trainer: Trainer,
-        module: PRLModule,
-        prompts: list[Prompt],
-        config: SamplingConfig,
-        max_model_tokens: int,
-    ) -> Drawn:
-        """Draw with the policy as it is, or take what was drawn ahead for the same prompts."""
-        if self._ahead is not None:
-            if (self._ahead.prompts, self._ahead.config) == (prompts, config):
-                drawn = self._ahead.drawn
-                self._ahead = None
-                return drawn.result()
-            wait([self._ahead.drawn])  # the engine does one thing at a time
-        self.update(trainer, module, max_model_tokens)
-        return self._draw(prompts, config, trainer.global_step, shows_progress(trainer))
+    def take_ahead(self, prompts: list[Prompt], config: SamplingConfig) -> Drawn | None:
+        """What was drawn ahead for these prompts, waited for; None where nothing was."""
+        ahead = self._ahead
+        if ahead is None or (ahead.prompts, ahead.config) != (prompts, config):
+            return None
+        self._ahead = None
+        return ahead.drawn.result()
 
-    def draw_ahead(
-        self,
-        trainer: Trainer,
-        module: PRLModule,
-        prompts: list[Prompt],
-        config: SamplingConfig,
-        max_model_tokens: int,
-    ) -> None:
-        """Begin to draw with the policy as it is, and return at once.
+    def draw_ahead(self, prompts: list[Prompt], config: SamplingConfig) -> None:
+        """Begin to draw with the weights of the last ``update``, and return at once.
 
         The sampler must be able to work while the trainer does; see ``Sampler.is_concurrent``.
         """
-        self.update(trainer, module, max_model_tokens)
-        drawn = self._thread.submit(self._draw, prompts, config, trainer.global_step, False)
-        self._ahead = _Ahead(prompts, config, drawn)
+        self._ahead = _Ahead(prompts, config, self._thread.submit(self.draw, prompts, config))
 
-    def _draw(
-        self, prompts: list[Prompt], config: SamplingConfig, step: int, show_progress: bool
+    def draw(
+        self, prompts: list[Prompt], config: SamplingConfig, show_progress: bool = False
     ) -> Drawn:
+        """Draw with the weights of the last ``update``.
+
+        Raises:
+            RuntimeError: the engine has no weights yet.
+        """
+        step = self._has_weights_of
+        if step is None:
+            raise RuntimeError("the engine has no weights: call update() first")
         start = time.monotonic()
         groups = self.sampler.generate(prompts, config, show_progress)
         return Drawn(groups, step, time.monotonic() - start)
 
     def update(self, trainer: Trainer, module: PRLModule, max_model_tokens: int) -> None:
         """Start the engine if need be and give it the weights, unless it has them."""
+        if self._ahead is not None:
+            wait([self._ahead.drawn])  # the engine does one thing at a time
         if not self._is_started:
             with isolate_rng():  # an engine that seeds itself seeds the whole process
                 self.sampler.start(module.policy_name, max_model_tokens)

@@ -24,6 +24,7 @@ from prl_lightning.callbacks.parts import (
     is_last_epoch,
     prl_module,
     prompt_data,
+    shows_progress,
     sum_over_ranks,
     train_rollouts,
 )
@@ -174,7 +175,8 @@ class RolloutCallback(Callback):
         self._log(module, self._values | over_all | {"tokens_per_second": speed})
         data.advance()
         if self.overlap and not is_last_epoch(trainer):
-            self.engine.draw_ahead(trainer, module, data.next_prompts(), config, self._max_tokens)
+            self.engine.update(trainer, module, self._max_tokens)
+            self.engine.draw_ahead(data.next_prompts(), config)
         self._training_since = time.monotonic()
 
     def on_train_batch_end(
@@ -227,7 +229,10 @@ class RolloutCallback(Callback):
         """Sampled and rewarded, groups contiguous and in the order of the prompts."""
         self._values = {}
         with self._timed("sampling"):
-            drawn = self.engine.sample(trainer, module, prompts, config, self._max_tokens)
+            drawn = self.engine.take_ahead(prompts, config)
+            if drawn is None:
+                self.engine.update(trainer, module, self._max_tokens)
+                drawn = self.engine.draw(prompts, config, shows_progress(trainer))
         decode = prompt_data(trainer).tokenizer.decode
         rollouts = [
             Rollout(prompt, completion, decode(completion.token_ids, skip_special_tokens=True))

@@ -56,10 +56,8 @@ def _score(module: PRLModule, buffer: RolloutBuffer) -> None:
     """
     for index, rollouts in enumerate(buffer.micro_batch_rollouts):
         batch = buffer[index].to(module.device)
-        old_logprobs = batch.old_logprobs
-        if old_logprobs is None:
-            old_logprobs = module.score(batch, "policy")
-        old_logprobs = old_logprobs.cpu()
+        known = batch.old_logprobs
+        old_logprobs = (module.score(batch, "policy") if known is None else known).cpu()
         ref_logprobs = module.score(batch, "reference").cpu() if module.keeps_reference else None
         for row, rollout in enumerate(rollouts):
             length = len(rollout.completion.token_ids)

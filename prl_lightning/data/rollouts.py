@@ -27,11 +27,11 @@ def split_by_tokens(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollou
 
     def cut(limit: int) -> list[list[Rollout]]:
         chunks: list[list[Rollout]] = []
-        size = limit
-        for index, rollout in enumerate(rollouts):
+        size = 0
+        for rollout in rollouts:
             prompt, own = len(rollout.prompt.token_ids), len(rollout.completion.token_ids)
-            is_new = index == 0 or rollouts[index - 1].prompt is not rollout.prompt
-            size += own + prompt * is_new
+            has_prompt = chunks and chunks[-1][-1].prompt is rollout.prompt
+            size += own if has_prompt else prompt + own
             if not chunks or size > limit:
                 chunks.append([])
                 size = prompt + own

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, distributed
 
 from prl_lightning.types import Completion, Prompt
 
@@ -78,3 +79,10 @@ class Sampler(ABC):
     @abstractmethod
     def stop(self) -> None:
         """Give the engine's memory back; ``start`` may be called again."""
+
+
+def local_rank() -> int:
+    """Place of this process among the trainer's on its machine, however they were launched."""
+    if not distributed.is_initialized():
+        return 0
+    return distributed.get_node_local_rank(int(os.environ.get("SLURM_LOCALID", 0)))

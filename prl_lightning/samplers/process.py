@@ -12,9 +12,9 @@ from multiprocessing import connection, parent_process
 from threading import Thread
 from typing import Any
 
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, multiprocessing
 
-from prl_lightning.samplers.base import Sampler, SamplingConfig
+from prl_lightning.samplers.base import Sampler, SamplingConfig, local_rank
 from prl_lightning.samplers.vllm import VLLMSampler
 from prl_lightning.types import Completion, Prompt
 
@@ -48,7 +48,7 @@ class ProcessSampler(Sampler):
         """
         environment = {}
         if self.gpus:
-            rank = distributed.get_node_local_rank(0) if distributed.is_initialized() else 0
+            rank = local_rank()
             if rank >= len(self.gpus):
                 raise ValueError(
                     f"ProcessSampler.gpus={list(self.gpus)} has none for local rank {rank}. Name "

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prl_lightning.samplers.base import SECONDS_BEFORE_A_BAR, Sampler, SamplingConfig
+from prl_lightning.samplers.base import SECONDS_BEFORE_A_BAR, Sampler, SamplingConfig, local_rank
 from prl_lightning.types import Completion, Prompt
 
 
@@ -167,14 +167,10 @@ def _place_among_ranks() -> Iterator[dict[str, Any]]:
 
     # At the end of an engine vLLM takes down every process group, the trainer's as well.
     parallel_state.destroy_distributed_environment = lambda: None
-    local_rank = (
-        torch.cuda.current_device()
-        if torch.cuda.is_available()
-        else distributed.get_node_local_rank(int(os.environ.get("SLURM_LOCALID", 0)))
-    )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else local_rank()
     before = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     os.environ["RANK"] = str(distributed.get_rank())
-    os.environ["LOCAL_RANK"] = str(local_rank)
+    os.environ["LOCAL_RANK"] = str(device)
     os.environ["WORLD_SIZE"] = str(distributed.get_world_size())
     try:
         yield {"distributed_executor_backend": "external_launcher"}
