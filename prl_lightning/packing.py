@@ -1,16 +1,17 @@
 """The rows of a batch as one long row: no padding is computed, and a group's prompt only once.
 
 Everything but attention treats each token by itself, so the tokens of all rows may stand in one
-line. Attention takes the line apart again, row by row.
+line. For attention the line is laid out in rows again, those of similar length together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -19,6 +20,8 @@ from prl_lightning.types import RolloutBatch
 ATTENTION = "prl_packed"
 # Layers in which a token meets others through attention alone, under transformers' names.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+# A row shorter than this share of its block's longest begins another block: a call costs some too.
+SIMILAR = 0.75
 
 
 class Packing:
@@ -37,43 +40,58 @@ class Packing:
         position_ids: (1, N), the place of each token in its own row.
         predictors: (completion tokens of the batch,) where in the long row the token before each of
             them is, in the order of ``completion_ids[completion_mask]``.
-        sizes: tokens of each piece of the long row.
-        opens: whether a piece is a prompt; the others go on from the last prompt before them.
+        blocks: (R, L) for each block of R rows of similar length: where its tokens are in the long
+            row. Behind a shorter row stands any token: no other sees it.
+        places: (N,), where the tokens of the long row are in the blocks' rows, one after another.
     """
 
     def __init__(self, batch: RolloutBatch) -> None:
-        ids, positions, predictors = [], [], []
-        self.sizes: list[int] = []
-        self.opens: list[bool] = []
+        ids, positions, predictors, rows = [], [], [], []
         end, prompt = 0, None
         lengths = zip(
             batch.prompt_lengths.tolist(), batch.completion_mask.sum(1).tolist(), strict=True
         )
         # On the CPU, where thousands of small slices cost little.
         for row, (prompt_length, length) in zip(batch.input_ids.cpu(), lengths, strict=True):
-            if prompt is None or not torch.equal(row[:prompt_length], prompt):
+            is_first = prompt is None or not torch.equal(row[:prompt_length], prompt)
+            if is_first:
                 prompt = row[:prompt_length]
                 ids.append(prompt)
                 positions.append(torch.arange(prompt_length))
+                of_prompt = torch.arange(end, end + prompt_length)
                 end += prompt_length
-                last_of_prompt = end - 1
-                self._add(prompt_length, is_prompt=True)
-            own = max(0, length - 1)
+            own = torch.arange(end, end + max(0, length - 1))
             if length:
-                predictors += [torch.tensor([last_of_prompt]), torch.arange(end, end + own)]
-            if own:
-                ids.append(row[prompt_length : prompt_length + own])
-                positions.append(torch.arange(prompt_length, prompt_length + own))
-                end += own
-                self._add(own, is_prompt=False)
+                predictors += [of_prompt[-1:], own]
+            if is_first or len(own):
+                rows.append(torch.cat([of_prompt, own]))
+            if len(own):
+                ids.append(row[prompt_length : prompt_length + len(own)])
+                positions.append(torch.arange(prompt_length, prompt_length + len(own)))
+                end += len(own)
         device = batch.input_ids.device
         self.input_ids = torch.cat(ids)[None].to(device)
         self.position_ids = torch.cat(positions)[None].to(device)
         self.predictors = torch.cat(predictors).to(device)
+        self.blocks = []
+        places, start = torch.empty(end, dtype=torch.long), 0
+        for block in _of_similar_length(rows):
+            self.blocks.append(pad_sequence(block, batch_first=True).to(device))
+            for row in block:
+                places[row] = torch.arange(start, start + len(row))
+                start += len(block[0])
+        self.places = places.to(device)
 
-    def _add(self, size: int, is_prompt: bool) -> None:
-        self.sizes.append(size)
-        self.opens.append(is_prompt)
+
+def _of_similar_length(rows: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Blocks of rows, the longest first."""
+    block: list[Tensor] = []
+    for row in sorted(rows, key=len, reverse=True):
+        if block and len(row) < SIMILAR * len(block[0]):
+            yield block
+            block = []
+        block.append(row)
+    yield block
 
 
 def pack_attention(causal_lm: PreTrainedModel) -> bool:
@@ -98,7 +116,7 @@ def pack_attention(causal_lm: PreTrainedModel) -> bool:
     return can
 
 
-# The pieces differ with every batch: a compiled block goes on around it.
+# The blocks of rows differ with every batch: a compiled block goes on around it.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     module: nn.Module,
@@ -125,20 +143,19 @@ def packed_attention(
     Returns:
         (1, N, heads, head size), and no attention weights.
     """
-    pieces = zip(*(torch.split(x, packing.sizes, dim=2) for x in (query, key, value)), strict=True)
-    prompt: Sequence[Tensor] = ()
     outputs = []
-    for piece, is_prompt in zip(pieces, packing.opens, strict=True):
-        if is_prompt:
-            prompt, row, shared = piece, piece, 0
-        else:
-            # The prompt's queries again: what the plain causal kernels save outweighs them.
-            row = tuple(torch.cat(parts, dim=2) for parts in zip(prompt, piece, strict=True))
-            shared = prompt[0].shape[2]
-        mask = _window(row[0].shape[2], sliding_window, query.device)
-        output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *row, mask, is_causal=True, **kwargs)
-        outputs.append(output[:, shared:])
-    return torch.cat(outputs, dim=1), None
+    for block in packing.blocks:
+        # A group's prompt in each of its rows: what the plain causal kernels save outweighs that.
+        rows = (
+            x.transpose(1, 2)[0].index_select(0, block.flatten()).view(*block.shape, *x.shape[1::2])
+            for x in (query, key, value)
+        )
+        mask = _window(block.shape[1], sliding_window, query.device)
+        output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, *(row.transpose(1, 2) for row in rows), mask, is_causal=True, **kwargs
+        )
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs).index_select(0, packing.places)[None], None
 
 
 def _window(tokens: int, size: int | None, device: torch.device) -> Tensor | None:

@@ -56,8 +56,18 @@ def test_a_packing_by_hand(make_rollout: MakeRollout) -> None:
     assert packing.input_ids.tolist() == [[5, 14, 4, 9, 5, 3, 7]]
     assert packing.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 1]]
     assert packing.predictors.tolist() == [1, 2, 3, 1, 4, 5, 4, 6]
-    assert packing.sizes == [2, 2, 1, 1, 1]
-    assert packing.opens == [True, False, True, False, False]
+    assert [block.tolist() for block in packing.blocks] == [[[0, 1, 2, 3]], [[4, 5], [4, 6]]]
+    assert packing.places.tolist() == [0, 1, 2, 3, 6, 5, 7]
+
+
+def test_a_row_alone_and_rows_of_similar_length(make_rollout: MakeRollout) -> None:
+    """A prompt is a row of its own only if no completion of its group goes on from it."""
+    rows = [([5], [2, 3, 4, 6]), ([7, 8], [2, 3, 4]), ([9, 4], [2]), ([9, 4], [3])]
+    packing = Packing(collate([make_rollout(*row) for row in rows], 1, 1))
+    assert packing.input_ids.tolist() == [[5, 2, 3, 4, 7, 8, 2, 3, 9, 4]]
+    blocks = [block.tolist() for block in packing.blocks]
+    assert blocks == [[[0, 1, 2, 3], [4, 5, 6, 7]], [[8, 9]]]
+    assert packing.places.tolist() == list(range(10))
 
 
 @pytest.mark.parametrize(
