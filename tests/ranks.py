@@ -45,10 +45,12 @@ def environment(**variables: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)} | variables
 
 
-def run_all(root: Path, ranks: int, runs: dict[str, list[str]]) -> dict[str, Record]:
+def run_all(
+    root: Path, ranks: int, runs: dict[str, list[str]], config: Path = QUICKSTART
+) -> dict[str, Record]:
     """Command lines of ``fit`` in the same processes, by the name of their folder."""
     (root / "runs.json").write_text(
-        json.dumps([["fit", f"--config={QUICKSTART}", *args] for args in runs.values()])
+        json.dumps([["fit", f"--config={config}", *args] for args in runs.values()])
     )
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     subprocess.run(

@@ -78,6 +78,7 @@ class Record(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.record["after"] = _trained(pl_module)
         self.record["sent"] = _sent(pl_module)
+        self.record["steps"] = trainer.global_step
         self.record["metrics"] = {k: float(v) for k, v in trainer.callback_metrics.items()}
         if trainer.is_global_zero:
             torch.save(self.record, self.file)

@@ -29,6 +29,7 @@ class ArithmeticTask:
         folder: where to.
         min_operations: of a problem.
         max_operations: of a problem.
+        modulus: of the results.
         train_problems: number of them; the base model is trained on these alone.
         heldout_problems: number of them.
         error_rate: probability that a step of a trace of the base model's data is wrong.
@@ -41,6 +42,7 @@ class ArithmeticTask:
     folder: str
     min_operations: int = 3
     max_operations: int = 5
+    modulus: int = 10
     train_problems: int = 8192
     heldout_problems: int = 128
     error_rate: float = 0.25
@@ -86,7 +88,7 @@ class ArithmeticTask:
                 "folder, or empty this one."
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        problems = draw_problems(self.min_operations, self.max_operations, self.seed)
+        problems = draw_problems(self.min_operations, self.max_operations, self.seed, self.modulus)
         heldout = list(islice(problems, self.heldout_problems))
         train = list(islice(problems, self.train_problems))
         if len(train) < self.train_problems:
@@ -105,8 +107,8 @@ class ArithmeticTask:
             made = Path(temporary) / "task"
             model.save_pretrained(made / "base")
             tokenizer.save_pretrained(made / "base")
-            _write_rows(made / "train.jsonl", train)
-            _write_rows(made / "heldout.jsonl", heldout)
+            write_rows(made / "train.jsonl", train)
+            write_rows(made / "heldout.jsonl", heldout)
             (made / "task.json").write_text(json.dumps(self._settings(), indent=2))
             if folder.exists():
                 folder.rename(Path(temporary) / "replaced")
@@ -117,6 +119,7 @@ class ArithmeticTask:
         return settings | {"version": __version__}
 
 
-def _write_rows(file: Path, problems: Iterable[Problem]) -> None:
+def write_rows(file: Path, problems: Iterable[Problem]) -> None:
+    """Write problems as JSON lines of ``prompt`` and ``answer``."""
     rows = ({"prompt": problem.prompt, "answer": problem.answer} for problem in problems)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""The problem: left-to-right arithmetic modulo 10, solved in written steps."""
+"""The problem: left-to-right arithmetic with a modulus, solved in written steps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ ANSWER_OPENS, ANSWER_CLOSES = "\\boxed{", "}"
 
 @dataclass(frozen=True)
 class Problem:
-    """An expression that is evaluated from left to right, every result modulo 10.
+    """An expression that is evaluated from left to right, every result with a modulus.
 
     Attributes:
         digits: one more than there are operations.
         operators: "+", "-" or "*".
+        modulus: results are below it; a guess is right once in so many times.
 
     Example:
         >>> problem = Problem((3, 5, 2), ("+", "*"))
@@ -26,6 +27,7 @@ class Problem:
 
     digits: tuple[int, ...]
     operators: tuple[str, ...]
+    modulus: int = 10
 
     @property
     def prompt(self) -> str:
@@ -35,18 +37,18 @@ class Problem:
 
     @property
     def answer(self) -> str:
-        """The right last result, one digit."""
+        """The right last result."""
         value = self.digits[0]
         for op, digit in zip(self.operators, self.digits[1:], strict=True):
-            value = OPERATIONS[op](value, digit) % 10
+            value = OPERATIONS[op](value, digit) % self.modulus
         return str(value)
 
     def trace(self, error_rate: float, rng: random.Random) -> str:
         r"""Write the steps, each wrong with some probability.
 
         Args:
-            error_rate: probability of a wrong result, uniform over the other nine digits; what
-                follows goes on from it, as a slip of the pen would.
+            error_rate: probability of a wrong result, uniform over the other values; what follows
+                goes on from it, as a slip of the pen would.
             rng: source of the slips.
 
         Returns:
@@ -58,21 +60,24 @@ class Problem:
         """
         value, lines = self.digits[0], []
         for op, digit in zip(self.operators, self.digits[1:], strict=True):
-            result = OPERATIONS[op](value, digit) % 10
+            result = OPERATIONS[op](value, digit) % self.modulus
             if rng.random() < error_rate:
-                result = (result + rng.randint(1, 9)) % 10
+                result = (result + rng.randint(1, self.modulus - 1)) % self.modulus
             lines.append(f"{value}{op}{digit}={result}")
             value = result
         return "\n".join([*lines, f"{ANSWER_OPENS}{value}{ANSWER_CLOSES}"])
 
 
-def draw_problems(min_operations: int, max_operations: int, seed: int) -> Iterator[Problem]:
+def draw_problems(
+    min_operations: int, max_operations: int, seed: int, modulus: int = 10
+) -> Iterator[Problem]:
     """Distinct problems, uniform over the number of operations, digits and operators.
 
     Args:
         min_operations: at least 1.
         max_operations: inclusive.
         seed: the same seed gives the same problems.
+        modulus: of the results.
 
     Yields:
         Problems, none twice, until there are no more.
@@ -86,6 +91,7 @@ def draw_problems(min_operations: int, max_operations: int, seed: int) -> Iterat
         problem = Problem(
             tuple(rng.randrange(10) for _ in range(count + 1)),
             tuple(rng.choice(tuple(OPERATIONS)) for _ in range(count)),
+            modulus,
         )
         if problem not in seen:
             seen.add(problem)

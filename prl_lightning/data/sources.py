@@ -99,13 +99,14 @@ class PromptFormat:
         template: text around the problem, which replaces ``{prompt}`` in it.
         chat_template: apply the tokenizer's chat template. None: where the tokenizer has one.
         columns: this package's name of a column -> its name in the data, such as
-            ``{prompt: problem, answer: solution}``.
+            ``{prompt: problem, answer: solution}``; or several names, of which the first that a
+            source has is taken, so that sources with different columns go together.
     """
 
     system_prompt: str | None = None
     template: str = "{prompt}"
     chat_template: bool | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str | list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a template that would drop the problem."""
@@ -121,14 +122,17 @@ class PromptFormat:
         Raises:
             ValueError: a column is missing, or is named twice.
         """
-        names = {"prompt": "prompt", **self.columns}
-        for ours, theirs in names.items():
-            if theirs not in rows.column_names:
+        names = {}
+        for ours, theirs in {"prompt": "prompt", **self.columns}.items():
+            options = [theirs] if isinstance(theirs, str) else theirs
+            present = [name for name in options if name in rows.column_names]
+            if not present:
                 raise ValueError(
-                    f"{where} has no column {theirs!r}; it has {sorted(rows.column_names)}. Say "
-                    f"which one it is in data.format.columns, for example {{{ours}: "
-                    f"{rows.column_names[0]}}}."
+                    f"{where} has no column {' or '.join(map(repr, options))}; it has "
+                    f"{sorted(rows.column_names)}. Say which one it is in data.format.columns, for "
+                    f"example {{{ours}: {rows.column_names[0]}}}."
                 )
+            names[ours] = present[0]
         used = set(names.values())
         if len(used) < len(names):
             raise ValueError(f"data.format.columns={names} names a column of {where} twice.")

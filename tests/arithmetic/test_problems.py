@@ -16,16 +16,16 @@ def problems(draw: st.DrawFn) -> Problem:
     operators = draw(st.lists(st.sampled_from("+-*"), min_size=1, max_size=6))
     count = len(operators) + 1
     digits = draw(st.lists(DIGITS, min_size=count, max_size=count))
-    return Problem(tuple(digits), tuple(operators))
+    return Problem(tuple(digits), tuple(operators), draw(st.sampled_from([10, 100])))
 
 
-def evaluate(prompt: str) -> list[int]:
+def evaluate(prompt: str, modulus: int = 10) -> list[int]:
     """Results from left to right, read from the prompt's text alone."""
     text = prompt.removesuffix("?")
     value, results = int(text[0]), []
     for op, digit in zip(text[1::2], text[2::2], strict=True):
         value = {"+": value + int(digit), "-": value - int(digit), "*": value * int(digit)}[op]
-        value -= value // 10 * 10
+        value -= value // modulus * modulus
         results.append(value)
     return results
 
@@ -39,7 +39,7 @@ def steps(trace: str) -> list[tuple[str, int]]:
 @settings(deadline=None)
 @given(problems())
 def test_a_right_trace_is_the_evaluation_of_its_prompt(problem: Problem) -> None:
-    results = evaluate(problem.prompt)
+    results = evaluate(problem.prompt, problem.modulus)
     trace = problem.trace(0.0, random.Random(0))
     assert [result for _, result in steps(trace)] == results
     assert trace.split("\n")[-1] == f"\\boxed{{{results[-1]}}}"
@@ -57,15 +57,15 @@ def test_what_follows_a_slip_goes_on_from_it(problem: Problem, rate: float, seed
     trace = problem.trace(rate, random.Random(seed))
     written = steps(trace)
     for (_, result), (left, _) in zip(written[:-1], written[1:], strict=True):
-        assert left[0] == str(result)
+        assert left[:-2] == str(result)
     assert trace.endswith(f"\n\\boxed{{{written[-1][1]}}}")
     # Slips are in the results alone: the operations are the prompt's.
-    operations = "".join(left[1:] for left, _ in written)
+    operations = "".join(left[-2:] for left, _ in written)
     assert f"{problem.prompt[0]}{operations}?" == problem.prompt
 
 
 def slips(rate: float) -> list[int]:
-    """By how much each step of many traces is wrong, modulo 10."""
+    """By how much each step of many traces is wrong."""
     rng = random.Random(1)
     found = []
     for problem in islice(draw_problems(3, 5, seed=2), 3000):
@@ -94,6 +94,9 @@ def test_problems_are_distinct_within_the_limits_and_a_function_of_the_seed() ->
     assert len({problem.prompt for problem in drawn}) == 2000
     assert list(islice(draw_problems(2, 4, seed=5), 2000)) == drawn
     assert list(islice(draw_problems(2, 4, seed=6), 2000)) != drawn
+    of_hundred = list(islice(draw_problems(2, 4, seed=5, modulus=100), 2000))
+    assert [p.prompt for p in of_hundred] == [p.prompt for p in drawn]
+    assert max(int(p.answer) for p in of_hundred) > 90
     lengths = Counter(len(problem.operators) for problem in drawn)
     assert sorted(lengths) == [2, 3, 4]
     assert all(abs(count - 2000 / 3) < 4 * (2000 * 2 / 9) ** 0.5 for count in lengths.values())

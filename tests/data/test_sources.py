@@ -146,6 +146,23 @@ def test_a_mapped_column_replaces_one_of_its_name(tmp_path: Path) -> None:
     assert (prompt.source, prompt.columns) == ("new", {})
 
 
+def test_of_several_names_the_first_that_is_there_is_taken(tmp_path: Path) -> None:
+    form = PromptFormat(
+        columns={"prompt": ["problem", "question"], "answer": ["answer", "solution"]}
+    )
+    worked = {"problem": "1+1?", "answer": "2", "solution": "It is 2."}
+    prompt = prompt_set(write(tmp_path / "a.jsonl", [worked]), form)[0]
+    assert (prompt.source, prompt.columns) == ("1+1?", {"answer": "2", "solution": "It is 2."})
+    prompt = prompt_set(write(tmp_path / "b.jsonl", [{"question": "1+1?", "solution": "2"}]), form)[
+        0
+    ]
+    assert (prompt.source, prompt.columns) == ("1+1?", {"answer": "2"})
+    with pytest.raises(
+        ValueError, match=r"no column 'answer' or 'solution'; it has \['question'\]"
+    ):
+        prompt_set(write(tmp_path / "c.jsonl", [{"question": "1+1?"}]), form)
+
+
 def test_two_columns_can_change_places(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"prompt": "2", "answer": "1+1?"}])
     prompt = prompt_set(path, PromptFormat(columns={"prompt": "answer", "answer": "prompt"}))[0]

@@ -1,0 +1,123 @@
+"""The study's table, with intervals over seeds, and its pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+VARIANT = ["method", "beta", "steps"]
+MEASURES = ["mean@16", "pass@16", "pass@64", "maj@16", "entropy", "kl_ref"]
+PAIRED = ["mean@16", "pass@16", "longer_mean@16", "longer_pass@16"]
+CURVES = {
+    "reward": "reward of the sampled completions",
+    "entropy": "entropy, a token",
+    "kl_ref": "KL to the reference, a token",
+    "completion_length": "tokens of a completion",
+}
+# Student's t, 97.5%, by degrees of freedom (any statistical table).
+T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+def half_width(values: pd.Series[float]) -> float:
+    """Half of the 95% interval of a mean over seeds; NaN for one seed."""
+    freedom = len(values) - 1
+    return T975.get(freedom, float("nan")) * float(values.std(ddof=1)) / len(values) ** 0.5
+
+
+def read_results(file: Path) -> pd.DataFrame:
+    """The rows; steps are "" where a method has none."""
+    return pd.read_csv(file, dtype={"steps": str}).fillna({"steps": ""})
+
+
+def difference(results: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Each run minus GRPO of its seed, as mean and half width over seeds."""
+    grpo = results[results.method == "grpo"].set_index("seed")[measure]
+    trained = results[~results.method.isin(["base", "grpo"])]
+    paired = trained.assign(difference=trained[measure] - trained.seed.map(grpo))
+    by_variant = paired.dropna(subset=["difference"]).groupby(VARIANT, sort=False).difference
+    return by_variant.agg(["mean", half_width])
+
+
+def table(results: pd.DataFrame) -> str:
+    """Markdown: means over seeds with their intervals, and differences to GRPO."""
+    differences = {measure: difference(results, measure) for measure in PAIRED}
+    heads = [*VARIANT, "seeds", *MEASURES, *(f"{measure} - GRPO" for measure in PAIRED)]
+    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
+    for variant, rows in results.groupby(VARIANT, sort=False):
+        cells = [str(value) for value in variant] + [str(len(rows))]
+        cells += [interval(rows[name].mean(), half_width(rows[name])) for name in MEASURES]
+        for measure in PAIRED:
+            known = differences[measure]
+            is_known = variant in known.index
+            cells.append(interval(*known.loc[variant], sign="+") if is_known else "")
+        lines.append(" | ".join(cells))
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def interval(mean: float, half: float, sign: str = "") -> str:
+    """For example "0.412 ± 0.021"; no interval where one seed ran, nothing where none did."""
+    if pd.isna(mean):
+        return ""
+    return f"{mean:{sign}.3f}" + ("" if pd.isna(half) else f" ± {half:.3f}")
+
+
+def draw(curves: pd.DataFrame, file: Path, beta: float) -> None:
+    """Means over seeds of every method, those with a KL at one beta."""
+    shown = curves[(curves.beta == beta) | (curves.beta == 0)]
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    axes: list[Axes] = list(figure.subplots(2, 2).flat)
+    for (measure, title), panel in zip(CURVES.items(), axes, strict=True):
+        for (method, _, steps), rows in shown.groupby(VARIANT, sort=False):
+            label = f"{method} {steps}" if steps.isdigit() else method
+            panel.plot(rows.groupby("iteration")[measure].mean(), label=label, lw=1.4)
+        panel.set(title=title, xlabel="iteration")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.suptitle(f"beta = {beta}")
+    figure.savefig(file, dpi=110)
+
+
+def draw_betas(results: pd.DataFrame, file: Path) -> None:
+    """What each method reaches at each beta, with GRPO and the base model as lines."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for measure, panel in zip(("mean@16", "pass@16", "kl_ref"), figure.subplots(1, 3), strict=True):
+        for (method, steps), rows in results[results.beta > 0].groupby(["method", "steps"]):
+            groups = rows.groupby("beta")[measure]
+            label = f"{method} {steps}" if steps.isdigit() else method
+            panel.errorbar(
+                groups.mean().index, groups.mean(), groups.apply(half_width),
+                label=label, marker="o", ms=3, lw=1.2, capsize=2,
+            )  # fmt: skip
+        for method, style in (("grpo", "--"), ("raft", ":"), ("base", "-.")):
+            panel.axhline(
+                results[results.method == method][measure].mean(), c="gray", ls=style, label=method
+            )
+        panel.set(title=measure, xlabel="beta", xscale="log")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right")
+    figure.savefig(file, dpi=110)
+
+
+def report(results: Path, curves: Path, folder: Path) -> None:
+    """Write table.md, curves-<beta>.png and betas.png.
+
+    Args:
+        results: CSV of the runs.
+        curves: CSV of their iterations.
+        folder: where to.
+    """
+    runs = read_results(results)
+    text = table(runs)
+    (folder / "table.md").write_text(text)
+    iterations = read_results(curves)
+    # A run that was broken off between its curves and its row has them twice.
+    iterations = iterations.drop_duplicates([*VARIANT, "seed", "iteration"], keep="last")
+    for beta in sorted(set(runs.beta) - {0.0}):
+        draw(iterations, folder / f"curves-{beta}.png", beta)
+    draw_betas(runs, folder / "betas.png")
+    print(text)

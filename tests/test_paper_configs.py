@@ -1,0 +1,141 @@
+"""The papers' experiments run: each architecture tiny, two ranks, rows in the Hub's columns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prl_lightning.arithmetic import make_tokenizer
+from ranks import Record, run_all
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "paper"
+MODELS = sorted(file.stem for file in CONFIGS.glob("v?-*.yaml"))
+KINDS = {
+    "v1-qwen2.5-math-1.5b": "qwen2",
+    "v1-qwen2.5-math-7b": "qwen2",
+    "v1-llama-3.2-1b": "llama",
+    "v1-llama-3.2-3b": "llama",
+    "v2-qwen3-1.7b": "qwen3",
+    "v2-qwen3-4b": "qwen3",
+    "v2-qwen3-30b-a3b": "qwen3_moe",
+}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "bos_token_id": None,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# A row of each dataset as the Hub has it, without columns that nothing reads.
+WORKED = {"problem": "7-3?", "solution": "It is \\boxed{4}.", "answer": "4"}
+HUB = {
+    "ScaleML-RLHF/numina_math_15_all:train": {"problem": "7-3?", "answer": "4"},
+    "open-r1/DAPO-Math-17k-Processed/en:train": {
+        "prompt": "7-3?",
+        "solution": "4",
+        "data_source": "math_dapo",
+        "reward_model": {"ground_truth": "4", "style": "rule-lighteval/MATH_v2"},
+    },
+    "HuggingFaceH4/MATH-500:test": WORKED,
+    "HuggingFaceH4/aime_2024:train": WORKED,
+    "math-ai/aime25:test": {"problem": "7-3?", "answer": "4"},
+    "math-ai/minervamath:test": {"question": "7-3?", "answer": "4"},
+    "math-ai/amc23:test": {"question": "7-3?", "answer": 4.0},
+    "math-ai/olympiadbench:test": {"question": "7-3?", "final_answer": ["4"]},
+}
+
+
+def save_model(kind: str, folder: Path) -> str:
+    tokenizer = make_tokenizer()
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    special = EXPERTS if kind == "qwen3_moe" else {}
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **SIZES, **ids, **special)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(folder: Path, source: str, count: int) -> str:
+    file = folder / f"{source.split('/')[1]}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{json.dumps(HUB[source])}\n" * count)
+    return str(file)
+
+
+def overrides(name: str, folder: Path) -> list[str]:
+    """Smaller, on a CPU; objective, columns, templates, strategy and precision as they are."""
+    data = yaml.safe_load((CONFIGS / f"{name[:2]}.yaml").read_text())["data"]
+    sets = {key: write_rows(folder, source, 1) for key, source in data["eval"].items()}
+    return [
+        f"--config={CONFIGS / f'{name}.yaml'}",
+        f"--model.policy={save_model(KINDS[name], folder / 'model')}",
+        f"--data.train={write_rows(folder, data['train'], 8)}",
+        f"--data.eval={json.dumps(sets)}",
+        "--data.prompts_per_epoch=8",
+        "--rollout.max_new_tokens=12",
+        "--rollout.rewards+=sample_rewards.even_digits",
+        "--rollout.sampler.init_args.sleeps=false",
+        "--rollout.sampler.init_args.enforce_eager=true",
+        "--rollout.sampler.init_args.cache_gib=0.1",
+        f"--trainer.default_root_dir={folder / 'run'}",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=2",
+        "--trainer.num_nodes=1",
+        "--trainer.accumulate_grad_batches=5",
+        "--trainer.max_epochs=1",
+        "--trainer.check_val_every_n_epoch=1",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks+=recorded.Record",
+        f"--trainer.callbacks.file={folder / 'record.pt'}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+    root = tmp_path_factory.mktemp("paper")
+    records: dict[str, Record] = {}
+    for version in ("v1", "v2"):
+        names = [name for name in MODELS if name.startswith(version)]
+        runs = {name: overrides(name, root / name) for name in names}
+        records |= run_all(root, 2, runs, CONFIGS / f"{version}.yaml")
+    return records
+
+
+def test_every_file_is_tested() -> None:
+    assert sorted(KINDS) == MODELS
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_papers_experiment_trains(name: str, records: dict[str, Record]) -> None:
+    record: dict[str, Any] = records[name]
+    metrics = record["metrics"]
+    updates = {"v1": 1, "v2": 4}[name[:2]]
+    assert metrics["rollout/reward/even_digits"] > 0
+    samples = {"v1": 8, "v2": 16}[name[:2]]
+    sets = ["math500", "minerva_math", "olympiad_bench", "aime24", "amc23"]
+    for evaluated in sets + ["aime25"] * (name[:2] == "v2"):
+        assert 0 <= metrics[f"val/{evaluated}/pass@{samples}"] <= 1
+    assert record["steps"] == updates
+    moved = {n: not torch.equal(record["after"][n], w) for n, w in record["before"].items()}
+    assert all(moved.values()), [n for n, has_moved in moved.items() if not has_moved]
+
+
+def test_experts_and_router_train(records: dict[str, Record]) -> None:
+    gradient = records["v2-qwen3-30b-a3b"]["gradient"]
+    routers = [g for n, g in gradient.items() if n.endswith("mlp.gate.weight")]
+    experts = [g for n, g in gradient.items() if ".experts." in n]
+    assert len(routers) == SIZES["num_hidden_layers"]
+    assert all(g.abs().sum(1).gt(0).all() for g in routers)
+    assert experts
+    assert all(g.flatten(1).abs().sum(1).gt(0).all() for g in experts)

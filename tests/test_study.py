@@ -1,0 +1,109 @@
+"""The study's own arithmetic: votes, intervals, pairing, and going on where it stopped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import study
+from compare import difference, half_width, interval
+from study import Run
+from votes import vote
+
+
+def test_a_vote_by_hand() -> None:
+    assert vote(["4", "4", "5"], right="4") == 1
+    assert vote(["4", "5", "5", None], right="4") == 0
+    assert vote(["4", "5", "6", "5", "4"], right="4") == 0.5
+    assert vote([None, None], right="4") == 0
+
+
+def test_votes_over_all_ballots_add_up_to_one() -> None:
+    """With every answer the right one in turn, ties included: somebody wins."""
+    for ballot in product("012", repeat=4):
+        assert sum(vote(ballot, right) for right in "012") == pytest.approx(1)
+        winner, count = Counter(ballot).most_common(1)[0]
+        assert (vote(ballot, winner) == 1) == (list(Counter(ballot).values()).count(count) == 1)
+
+
+def test_intervals_by_hand() -> None:
+    """1, 2, 3: standard error 1 / sqrt(3), Student's t of 2 degrees of freedom 4.303."""
+    assert half_width(pd.Series([1.0, 2.0, 3.0])) == pytest.approx(4.303 / 3**0.5)
+    assert interval(0.25, 0.0314) == "0.250 ± 0.031"
+    assert interval(0.25, half_width(pd.Series([0.25])), sign="+") == "+0.250"
+
+
+def row(method: str, seed: int, value: float) -> dict[str, Any]:
+    named = ["mean@16", "pass@16", "pass@64", "maj@16"]
+    values = dict.fromkeys([*named, *(f"longer_{name}" for name in named)], value)
+    return {"method": method, "beta": 0.1 * (method == "frpo"), "steps": "", "seed": seed} | {
+        **values, "entropy": 0.3, "kl_ref": 0.01, "seconds": 100,
+    }  # fmt: skip
+
+
+def test_differences_are_paired_by_seed() -> None:
+    """A seed that GRPO has not run yet is left out; what all seeds share cancels."""
+    rows = [row("grpo", 0, 0.2), row("grpo", 1, 0.6)]
+    rows += [row("frpo", 0, 0.3), row("frpo", 1, 0.8), row("frpo", 2, 0.9), row("base", 0, 0.1)]
+    paired = difference(pd.DataFrame(rows), "mean@16")
+    assert list(paired.index) == [("frpo", 0.1, "")]
+    mean, half = paired.iloc[0]
+    assert mean == pytest.approx(0.15)
+    assert half == pytest.approx(12.706 * 0.05)
+
+
+def test_the_plan_compares_at_every_seed() -> None:
+    plan = study.plan()
+    assert len(set(plan)) == len(plan)
+    by_seed = [{(r.method, r.beta, r.steps) for r in plan[1:] if r.seed == s} for s in study.SEEDS]
+    assert len(by_seed) == 5
+    assert all(variants == by_seed[0] for variants in by_seed)
+    files = {file.stem for file in (study.ROOT / "configs" / "methods").glob("*.yaml")}
+    assert {run.method for run in plan} == files | {"base"}
+
+
+def test_it_goes_on_where_it_stopped_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [Run("base"), Run("grpo"), Run("frpo", beta=0.1), Run("frpo", beta=0.1, seed=1)]
+    carried_out: list[Run] = []
+
+    def carry_out(run: Run, threads: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        if run.seed == 1 and len(carried_out) == 3:
+            carried_out.append(run)
+            raise RuntimeError("killed")
+        carried_out.append(run)
+        curve = {"method": run.method, "beta": run.beta, "steps": run.steps, "seed": run.seed}
+        curve |= {"iteration": 0, "reward": 0.5, "entropy": 0.3, "kl_ref": 0.0}
+        return row(run.method, run.seed, 0.5), [curve | {"completion_length": 9}]
+
+    monkeypatch.setattr(study, "plan", lambda: runs)
+    monkeypatch.setattr(study, "carry_out", carry_out)
+    monkeypatch.setattr(study, "prepare", lambda: None)
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results.csv")
+    monkeypatch.setattr(study, "CURVES", tmp_path / "curves.csv")
+    monkeypatch.setattr("sys.argv", ["study.py", "--jobs", "1"])
+    with pytest.raises(RuntimeError, match="killed"):
+        study.main()
+    assert study.missing() == [runs[3]]
+    study.main()
+    assert carried_out == [*runs, runs[3]]
+    assert study.missing() == []
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert len(table) == 2 + 3
+    assert "| frpo | 0.1 |  | 2 | 0.500 ± 0.000 |" in table[4]
+    assert {file.name for file in tmp_path.glob("*.png")} == {"betas.png", "curves-0.1.png"}
+    assert capsys.readouterr().out.count("| frpo |") == 1
+
+
+def test_a_failed_run_shows_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["python", "-c", "print('no such model'); raise SystemExit(3)"]
+    monkeypatch.setattr(Run, "command", lambda self: command)
+    with pytest.raises(RuntimeError, match="grpo-0.0-0 failed:\nno such model"):
+        study.carry_out(Run("grpo"), threads=1)
