@@ -26,16 +26,16 @@ KINDS = {
     "v2-qwen3-30b-a3b": "qwen3_moe",
 }
 SIZES = {
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "head_dim": 16,
+    "head_dim": 32,  # vLLM's least on a CPU
     "max_position_embeddings": 4096,
     "bos_token_id": None,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # A row of each dataset as the Hub has it, without columns that nothing reads.
 WORKED = {"problem": "7-3?", "solution": "It is \\boxed{4}.", "answer": "4"}
 HUB = {
