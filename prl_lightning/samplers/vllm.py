@@ -76,8 +76,14 @@ class VLLMSampler(Sampler):
         memory: dict[str, Any] = (
             {"gpu_memory_utilization": self.gpu_memory_utilization}
             if torch.cuda.is_available()
-            # Small blocks, so that a short prompt fills one that its group can share.
-            else {"kv_cache_memory_bytes": int(self.cache_gib * 2**30), "block_size": 32}
+            else {
+                "kv_cache_memory_bytes": int(self.cache_gib * 2**30),
+                # Small blocks, so that a short prompt fills one that its group can share.
+                "block_size": 32,
+                # vLLM rewinds the generator of a seeded request whose prompt it has read in part,
+                # which torch's CPU generator cannot do: prompts are read whole.
+                "enable_chunked_prefill": False,
+            }
         )
         with _place_among_ranks() as place:
             arguments: dict[str, Any] = {

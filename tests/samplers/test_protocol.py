@@ -156,6 +156,18 @@ def test_groups_come_in_the_order_of_the_prompts(engine: Engine) -> None:
     assert trainer_gap(policy, rolled, groups, 1.0).mean() > 0.05
 
 
+def test_many_long_prompts_are_read_with_their_seeds(engine: Engine) -> None:
+    """More tokens than the engine takes in a step: no prompt may be read in parts on a CPU."""
+    engine.policy()
+    prompts = [
+        Prompt([3 + (row // 15**place) % 15 for place in range(LONG)], "", seed=row)
+        for row in range(48)
+    ]
+    sampling = replace(SAMPLING, n=1, max_new_tokens=2)
+    together, last = (engine.sampler.generate(rows, sampling) for rows in (prompts, prompts[-4:]))
+    assert [g[0].token_ids for g in together[-4:]] == [g[0].token_ids for g in last]
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8)])
 def test_first_tokens_follow_the_exact_distribution(
     engine: Engine, temperature: float, top_p: float
