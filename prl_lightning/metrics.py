@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from prl_lightning.functional import pass_at_k
+from prl_lightning.functional import majority_correct, pass_at_k
 
 
 class _MeanOverProblems(Metric):
-    """Mean of one number a problem; a subclass says which number."""
+    """Mean of one number a problem."""
 
     is_differentiable = False
     higher_is_better = True
@@ -31,6 +31,30 @@ class _MeanOverProblems(Metric):
         zero = torch.zeros((), dtype=torch.float64)
         self.add_state("total", default=zero, dist_reduce_fx="sum")
         self.add_state("num_problems", default=zero.clone(), dist_reduce_fx="sum")
+
+    def compute(self) -> Tensor:
+        """The mean over all problems seen, a float64 scalar; NaN if there were none."""
+        return self.total / self.num_problems
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw one value, or several over time; see `torchmetrics.Metric.plot`.
+
+        Args:
+            val: A computed value or a list of them; `None` computes it now.
+            ax: Axes of matplotlib to draw on; `None` makes new ones.
+
+        Returns:
+            The figure and its axes.
+        """
+        return self._plot(val, ax)
+
+    def _add(self, values: Tensor) -> None:
+        self.total += values.sum(dtype=torch.float64)
+        self.num_problems += values.numel()
+
+
+class _OfCounts(_MeanOverProblems):
+    """A function of how many of a problem's samples are correct; a subclass says which."""
 
     def update(self, num_correct: Tensor, num_samples: int | Tensor) -> None:
         """Add P problems.
@@ -51,30 +75,13 @@ class _MeanOverProblems(Metric):
                 "num_correct must lie between 0 and num_samples, got "
                 f"{num_correct[wrong][0].item()} of {num_samples[wrong][0].item()}"
             )
-        self.total += self._values(num_correct, num_samples).sum(dtype=torch.float64)
-        self.num_problems += num_correct.numel()
-
-    def compute(self) -> Tensor:
-        """The mean over all problems seen, a float64 scalar; NaN if there were none."""
-        return self.total / self.num_problems
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw one value, or several over time; see `torchmetrics.Metric.plot`.
-
-        Args:
-            val: A computed value or a list of them; `None` computes it now.
-            ax: Axes of matplotlib to draw on; `None` makes new ones.
-
-        Returns:
-            The figure and its axes.
-        """
-        return self._plot(val, ax)
+        self._add(self._values(num_correct, num_samples))
 
     def _values(self, num_correct: Tensor, num_samples: Tensor) -> Tensor:
         raise NotImplementedError
 
 
-class PassAtK(_MeanOverProblems):
+class PassAtK(_OfCounts):
     r"""pass@k: the chance that at least one of k samples of a problem is correct, over problems.
 
     Uses all n samples of a problem: $1 - \binom{n-c}{k} / \binom{n}{k}$ with c correct ones, which
@@ -104,7 +111,7 @@ class PassAtK(_MeanOverProblems):
         return pass_at_k(num_samples, num_correct, self.k)
 
 
-class MeanAtN(_MeanOverProblems):
+class MeanAtN(_OfCounts):
     """mean@n: the share of a problem's n samples that is correct, averaged over problems.
 
     Equal to pass@1.
@@ -123,6 +130,33 @@ class MeanAtN(_MeanOverProblems):
         if bool((num_samples < 1).any()):
             raise ValueError("mean@n needs at least 1 sample a problem, got 0")
         return num_correct.double() / num_samples
+
+
+class MajorityAtN(_MeanOverProblems):
+    """maj@n: the share of problems that a vote of their n samples gets right; ties go by lot.
+
+    Args:
+        **kwargs: torchmetrics' arguments of every metric.
+
+    Example:
+        >>> metric = MajorityAtN()
+        >>> metric.update(torch.tensor([[7, 7, 3]]), torch.tensor([[True, True, False]]))
+        >>> metric.update(torch.tensor([[1, 2, -1]]), torch.tensor([[False, True, False]]))
+        >>> metric.compute()
+        tensor(0.7500, dtype=torch.float64)
+    """
+
+    def update(self, answers: Tensor, correct: Tensor) -> None:
+        """Add P problems.
+
+        Args:
+            answers: (P, n), which samples of a problem have the same answer; below zero, none.
+            correct: (P, n) bool.
+
+        Raises:
+            ValueError: If the shapes differ.
+        """
+        self._add(majority_correct(answers, correct).to(self.total.device))
 
 
 class MeanStd(Metric):

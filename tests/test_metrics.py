@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from prl_lightning.metrics import MeanAtN, MeanStd, PassAtK
+from prl_lightning.metrics import MajorityAtN, MeanAtN, MeanStd, PassAtK
 
 
 def pass_at_k_by_enumeration(num_samples: int, num_correct: int, k: int) -> Fraction:
@@ -49,6 +49,14 @@ def test_mean_at_n_by_hand_and_as_pass_at_1() -> None:
     first.update(correct, samples)
     assert mean.compute().item() == pytest.approx((0 + 1 / 4 + 1) / 3, rel=1e-15)
     assert first.compute().item() == pytest.approx(mean.compute().item(), rel=1e-12)
+
+
+def test_maj_at_n_by_hand() -> None:
+    """Over two updates: right; a tie of right and wrong; wrong; nobody votes."""
+    metric = MajorityAtN()
+    metric.update(torch.tensor([[4, 4, 9], [4, 9, -1]]), torch.tensor([[1, 1, 0], [1, 0, 0]]) > 0)
+    metric.update(torch.tensor([[9, 9, 4], [-1] * 3]), torch.tensor([[0, 0, 1], [0] * 3]) > 0)
+    assert metric.compute().item() == pytest.approx((1 + 1 / 2 + 0 + 0) / 4, rel=1e-15)
 
 
 @given(

@@ -1,9 +1,7 @@
-"""The study's own arithmetic: votes, intervals, pairing, and going on where it stopped."""
+"""The study's own arithmetic: intervals, pairing, and going on where it stopped."""
 
 from __future__ import annotations
 
-from collections import Counter
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +11,6 @@ import pytest
 import study
 from compare import difference, half_width, interval
 from study import Run
-from votes import vote
-
-
-def test_a_vote_by_hand() -> None:
-    assert vote(["4", "4", "5"], right="4") == 1
-    assert vote(["4", "5", "5", None], right="4") == 0
-    assert vote(["4", "5", "6", "5", "4"], right="4") == 0.5
-    assert vote([None, None], right="4") == 0
-
-
-def test_votes_over_all_ballots_add_up_to_one() -> None:
-    """With every answer the right one in turn, ties included: somebody wins."""
-    for ballot in product("012", repeat=4):
-        assert sum(vote(ballot, right) for right in "012") == pytest.approx(1)
-        winner, count = Counter(ballot).most_common(1)[0]
-        assert (vote(ballot, winner) == 1) == (list(Counter(ballot).values()).count(count) == 1)
 
 
 def test_intervals_by_hand() -> None:

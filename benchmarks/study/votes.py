@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from prl_lightning.metrics import MajorityAtN
 
 VOTERS = 16
 ANSWER = re.compile(r"boxed\{(\d+)\}")
-
-
-def vote(answers: Sequence[str | None], right: str) -> float:
-    """Chance that the most frequent answer is right, where a tie is settled by lot.
-
-    Args:
-        answers: of the samples; None abstains.
-        right: the answer.
-    """
-    counts = Counter(answer for answer in answers if answer is not None)
-    most = max(counts.values(), default=0)
-    tied = [answer for answer, count in counts.items() if count == most]
-    return (right in tied) / max(1, len(tied))
 
 
 class MajorityVote(Callback):
     """Log ``val/<set>/maj@16``, a mean over problems and over their samples in sixteens."""
 
     def __init__(self) -> None:
-        self.votes: dict[str, list[float]] = {}
+        self.votes: dict[str, MajorityAtN] = defaultdict(MajorityAtN)
 
     def on_validation_batch_end(
         self,
@@ -46,13 +35,11 @@ class MajorityVote(Callback):
         name = list(data.eval_rollouts)[dataloader_idx]
         rollouts = data.eval_rollouts[name].micro_batch_rollouts[batch_idx]
         found = [ANSWER.search(rollout.text) for rollout in rollouts]
-        answers = [match and match[1] for match in found]
-        right = rollouts[0].prompt.columns["answer"]
-        votes = self.votes.setdefault(name, [])
-        votes += [vote(answers[i : i + VOTERS], right) for i in range(0, len(answers), VOTERS)]
+        answers = torch.tensor([int(match[1]) if match else -1 for match in found])
+        self.votes[name].update(answers.view(-1, VOTERS), (batch.rewards > 0).view(-1, VOTERS))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the means."""
         for name, votes in self.votes.items():
-            pl_module.log(f"val/{name}/maj@{VOTERS}", sum(votes) / len(votes))
+            pl_module.log(f"val/{name}/maj@{VOTERS}", votes.compute().float())
         self.votes.clear()

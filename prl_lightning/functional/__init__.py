@@ -15,6 +15,7 @@ from prl_lightning.functional.divergences import (
 from prl_lightning.functional.kl import kl_estimate, kl_loss
 from prl_lightning.functional.logprobs import token_logprobs
 from prl_lightning.functional.losses import importance_weights, policy_loss
+from prl_lightning.functional.majority import majority_correct
 from prl_lightning.functional.masks import MAX_LOG_RATIO
 from prl_lightning.functional.pass_at_k import pass_at_k
 from prl_lightning.functional.process import (
@@ -38,6 +39,7 @@ __all__ = [
     "kl_in_reward_step_advantages",
     "kl_in_reward_trajectory",
     "kl_loss",
+    "majority_correct",
     "outcome_advantages",
     "pass_at_k",
     "policy_loss",
