@@ -1,8 +1,8 @@
 """Metrics of evaluation and training, as torchmetrics classes over the functional ones.
 
-All states are sums in float64, added over ranks (`dist_reduce_fx="sum"`): what a metric computes
-does not depend on how its samples are cut into batches, micro-batches or ranks.
-A metric that saw nothing computes NaN, after torchmetrics' warning that `update` was never called.
+States are float64: what an evaluation metric computes does not depend on how its samples are cut
+into batches, micro-batches or ranks. A metric that saw nothing computes NaN, after torchmetrics'
+warning that `update` was never called.
 """
 
 from typing import Any
@@ -11,30 +11,40 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from prl_lightning.functional import majority_correct, pass_at_k
+from prl_lightning.functional import bootstrap_interval, majority_correct, pass_at_k
 
 
-class _MeanOverProblems(Metric):
-    """Mean of one number a problem."""
+class _OverProblems(Metric):
+    """Mean of one number a problem, with a bootstrap interval over problems."""
 
     is_differentiable = False
-    higher_is_better = True
     full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
 
-    total: Tensor
-    num_problems: Tensor
+    values: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        zero = torch.zeros((), dtype=torch.float64)
-        self.add_state("total", default=zero, dist_reduce_fx="sum")
-        self.add_state("num_problems", default=zero.clone(), dist_reduce_fx="sum")
+        self.set_dtype(torch.float64)  # also of what a rank without a problem hands to the others
+        self.add_state("values", default=[], dist_reduce_fx="cat")
 
     def compute(self) -> Tensor:
         """The mean over all problems seen, a float64 scalar; NaN if there were none."""
-        return self.total / self.num_problems
+        return self._of_problems().mean(0)
+
+    def interval(self, level: float = 0.95) -> Tensor:
+        """Lower and upper end for other problems of the kind; see `bootstrap_interval`.
+
+        Args:
+            level: share of the resampled means that lie inside.
+
+        Returns:
+            (2,) float64, the same on every rank (a collective under DDP) and however the problems
+            were cut into batches.
+        """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn):
+            values = self._of_problems()
+        order = values.reshape(len(values), -1).sum(1).argsort()
+        return bootstrap_interval(values[order], level)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw one value, or several over time; see `torchmetrics.Metric.plot`.
@@ -49,28 +59,61 @@ class _MeanOverProblems(Metric):
         return self._plot(val, ax)
 
     def _add(self, values: Tensor) -> None:
-        self.total += values.sum(dtype=torch.float64)
-        self.num_problems += values.numel()
+        self.values.append(values.to(self.device, torch.float64))
+
+    def _of_problems(self) -> Tensor:
+        """All that was added; torchmetrics keeps a list, or one tensor where ranks were joined."""
+        parts = [self.values] if isinstance(self.values, Tensor) else self.values
+        return torch.cat([*parts, torch.empty(0, dtype=torch.float64, device=self.device)])
 
 
-class _OfCounts(_MeanOverProblems):
+class MeanOverProblems(_OverProblems):
+    """Mean of one number a problem, such as the length of its completions.
+
+    Args:
+        **kwargs: torchmetrics' arguments of every metric.
+
+    Example:
+        >>> metric = MeanOverProblems()
+        >>> metric.update(torch.tensor([3.0, 5.0]))
+        >>> metric.compute()
+        tensor(4., dtype=torch.float64)
+    """
+
+    def update(self, values: Tensor) -> None:
+        """Add P problems.
+
+        Args:
+            values: (P,) numbers.
+        """
+        self._add(values)
+
+
+class _Share(_OverProblems):
+    """A mean of what lies between 0 and 1, and had better be 1."""
+
+    higher_is_better = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+
+class _OfCounts(_Share):
     """A function of how many of a problem's samples are correct; a subclass says which."""
 
     def update(self, num_correct: Tensor, num_samples: int | Tensor) -> None:
         """Add P problems.
 
         Args:
-            num_correct: How many of each problem's samples are correct, (P,).
-            num_samples: How many samples each problem has: one number, or (P,).
+            num_correct: (P,) integers, how many of a problem's samples are correct.
+            num_samples: How many there are, the same for all or (P,) integers.
 
         Raises:
-            ValueError: If a problem has fewer samples than the metric needs, or more correct ones
-                than samples.
+            ValueError: If a count is above its number of samples, or there are too few samples.
         """
-        num_correct = torch.as_tensor(num_correct, device=self.total.device)
-        num_samples = torch.as_tensor(num_samples, device=self.total.device).expand_as(num_correct)
+        num_correct = num_correct.to(self.device)
+        num_samples = torch.as_tensor(num_samples, device=self.device).expand(num_correct.shape)
         wrong = (num_correct < 0) | (num_correct > num_samples)
-        if bool(wrong.any()):
+        if wrong.any():
             raise ValueError(
                 "num_correct must lie between 0 and num_samples, got "
                 f"{num_correct[wrong][0].item()} of {num_samples[wrong][0].item()}"
@@ -111,6 +154,59 @@ class PassAtK(_OfCounts):
         return pass_at_k(num_samples, num_correct, self.k)
 
 
+class PassCurve(_OfCounts):
+    """pass@k for every k from 1 to the number of samples.
+
+    Args:
+        max_k: The last k; at most the number of samples of a problem.
+        **kwargs: torchmetrics' arguments of every metric.
+
+    Raises:
+        ValueError: If max_k is below 1.
+
+    Example:
+        >>> curve = PassCurve(max_k=3)
+        >>> curve.update(torch.tensor([0, 1]), num_samples=3)
+        >>> curve.compute()
+        tensor([0.1667, 0.3333, 0.5000], dtype=torch.float64)
+    """
+
+    def __init__(self, max_k: int, **kwargs: Any) -> None:
+        if max_k < 1:
+            raise ValueError(f"max_k of the pass@k curve must be at least 1, got {max_k}")
+        super().__init__(**kwargs)
+        self.max_k = max_k
+
+    def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
+        """Draw pass@k against k.
+
+        Args:
+            val: What `compute` has returned; `None` computes it now, with its interval.
+            ax: Axes of matplotlib to draw on; `None` makes new ones.
+
+        Returns:
+            The figure and its axes.
+        """
+        from matplotlib.figure import Figure
+
+        axes = Figure(layout="constrained").subplots() if ax is None else ax
+        k = range(1, self.max_k + 1)
+        if val is None:
+            axes.fill_between(k, *self.interval().cpu(), alpha=0.2)
+        axes.plot(k, (self.compute() if val is None else val).cpu(), marker="o", markersize=3)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="k", ylabel="pass@k", ylim=(0, 1.02))
+        return axes.figure, axes
+
+    def _of_problems(self) -> Tensor:
+        return super()._of_problems().view(-1, self.max_k)
+
+    def _values(self, num_correct: Tensor, num_samples: Tensor) -> Tensor:
+        k = torch.arange(1, self.max_k + 1, device=self.device)
+        # In one row after the other: an empty tensor of one dimension can be joined with them.
+        return pass_at_k(num_samples[:, None], num_correct[:, None], k).flatten()
+
+
 class MeanAtN(_OfCounts):
     """mean@n: the share of a problem's n samples that is correct, averaged over problems.
 
@@ -132,7 +228,7 @@ class MeanAtN(_OfCounts):
         return num_correct.double() / num_samples
 
 
-class MajorityAtN(_MeanOverProblems):
+class MajorityAtN(_Share):
     """maj@n: the share of problems that a vote of their n samples gets right; ties go by lot.
 
     Args:
@@ -156,7 +252,7 @@ class MajorityAtN(_MeanOverProblems):
         Raises:
             ValueError: If the shapes differ.
         """
-        self._add(majority_correct(answers, correct).to(self.total.device))
+        self._add(majority_correct(answers, correct))
 
 
 class MeanStd(Metric):

@@ -9,12 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from prl_lightning.metrics import MajorityAtN, MeanAtN, MeanStd, PassAtK
+from prl_lightning.metrics import (
+    MajorityAtN,
+    MeanAtN,
+    MeanOverProblems,
+    MeanStd,
+    PassAtK,
+    PassCurve,
+)
 
 
 def pass_at_k_by_enumeration(num_samples: int, num_correct: int, k: int) -> Fraction:
@@ -59,6 +66,7 @@ def test_maj_at_n_by_hand() -> None:
     assert metric.compute().item() == pytest.approx((1 + 1 / 2 + 0 + 0) / 4, rel=1e-15)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 16), min_size=1, max_size=40),
     st.lists(st.integers(0, 40), max_size=4),
@@ -79,12 +87,20 @@ def updates(kind: str, rank: int) -> tuple[Tensor, ...]:
     if kind == "std":
         values = torch.randn(size, 4, generator=generator) * 3 + 7
         return values, torch.rand(size, 4, generator=generator) < 0.6
+    if kind == "majority":
+        answers = torch.randint(-1, 3, (size, 5), generator=generator)
+        return answers, answers == 1
+    if kind == "number":
+        return (torch.rand(size, generator=generator) * 100,)
     return torch.randint(0, 9, (size,), generator=generator), torch.tensor(8)
 
 
 METRICS: dict[str, Callable[[], Metric]] = {
     "pass": lambda: PassAtK(k=4),
+    "curve": lambda: PassCurve(max_k=8),
     "mean": MeanAtN,
+    "majority": MajorityAtN,
+    "number": MeanOverProblems,
     "std": MeanStd,
 }
 
@@ -104,30 +120,38 @@ def test_states_merged_over_uneven_ranks_equal_one_instance_on_all(kind: str) ->
 
 
 def states(metric: Metric) -> Tensor:
-    return torch.stack([getattr(metric, name) for name in metric._defaults])
+    """All of them in one row; of problems, whatever their order."""
+    values = [getattr(metric, name) for name in metric._defaults]
+    return torch.cat([torch.cat(v).sort()[0] if isinstance(v, list) else v[None] for v in values])
 
 
 def compute_on_rank(rank: int, folder: str) -> None:
+    """The last of three ranks has seen nothing, not even a call of `update`."""
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=3)
     results = {}
     for kind, make in METRICS.items():
         metric = make()
-        metric.update(*updates(kind, rank))
-        results[kind] = metric.compute()
+        if rank < 2:
+            metric.update(*updates(kind, rank))
+        results[kind] = [metric.compute()]
+        if kind != "std":
+            results[kind] += [metric.interval()]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_compute_what_one_computes(tmp_path: Path) -> None:
-    mp.spawn(compute_on_rank, args=(str(tmp_path),), nprocs=2)
+def test_three_processes_compute_what_one_computes(tmp_path: Path) -> None:
+    mp.spawn(compute_on_rank, args=(str(tmp_path),), nprocs=3)
     for kind, make in METRICS.items():
         whole = make()
         for rank in range(2):
             whole.update(*updates(kind, rank))
-        for rank in range(2):
-            result = torch.load(tmp_path / f"{rank}.pt")[kind]
-            torch.testing.assert_close(result, whole.compute(), rtol=1e-14, atol=0)
+        for rank in range(3):
+            value, *interval = torch.load(tmp_path / f"{rank}.pt")[kind]
+            torch.testing.assert_close(value, whole.compute(), rtol=1e-14, atol=0)
+            for ends in interval:
+                torch.testing.assert_close(ends, whole.interval(), rtol=1e-14, atol=0)
 
 
 def test_fewer_samples_than_k_is_an_error_that_names_both() -> None:
@@ -152,7 +176,7 @@ def test_metric_that_saw_nothing_is_nan_with_a_warning(kind: str) -> None:
     with pytest.warns(UserWarning, match="was called before the ``update`` method"):
         result = METRICS[kind]().compute()
     values = result.values() if isinstance(result, dict) else [result]
-    assert all(math.isnan(value) for value in values)
+    assert all(value.isnan().all() for value in values)
 
 
 def test_reset_forgets() -> None:
@@ -203,3 +227,30 @@ def test_metrics_say_how_to_read_and_draw_them() -> None:
     _, axes = metric.plot([torch.tensor(0.25).double(), metric.compute()])
     assert axes.lines[0].get_ydata().tolist() == pytest.approx([0.25, 0.75])
     assert axes.get_ylim()[0] <= 0.0 < 1.0 <= axes.get_ylim()[1]
+
+
+def test_the_curve_is_pass_at_each_k_and_draws_against_k() -> None:
+    matplotlib.use("Agg")
+    counts = torch.tensor([0, 2, 5, 8])
+    curve = PassCurve(max_k=8)
+    curve.update(counts, 8)
+    for k in range(1, 9):
+        alone = PassAtK(k)
+        alone.update(counts, 8)
+        assert curve.compute()[k - 1].item() == pytest.approx(alone.compute().item(), rel=1e-14)
+        assert curve.interval()[:, k - 1].tolist() == pytest.approx(alone.interval().tolist())
+    _, axes = curve.plot()
+    assert axes.lines[0].get_xdata().tolist() == list(range(1, 9))
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx(curve.compute().tolist())
+    assert axes.collections  # the interval
+
+
+def test_an_interval_does_not_depend_on_the_order_of_the_problems() -> None:
+    there, back = MeanOverProblems(), MeanOverProblems()
+    values = torch.tensor([0.0, 3.0, 1.0, 7.0])
+    there.update(values)
+    for value in values.flip(0):
+        back.update(value[None])
+    assert torch.equal(there.interval(), back.interval())
+    low, high = there.interval().tolist()
+    assert 0 <= low < 2.75 < high <= 7

@@ -6,6 +6,7 @@ from prl_lightning.functional.advantages import (
     outcome_advantages,
 )
 from prl_lightning.functional.aggregation import aggregate
+from prl_lightning.functional.bootstrap import bootstrap_interval
 from prl_lightning.functional.divergences import (
     Divergence,
     divergence_names,
@@ -30,6 +31,7 @@ __all__ = [
     "MAX_LOG_RATIO",
     "Divergence",
     "aggregate",
+    "bootstrap_interval",
     "delimiter_steps",
     "divergence_names",
     "fixed_length_steps",
