@@ -41,10 +41,14 @@ class _OverProblems(Metric):
             (2,) float64, the same on every rank (a collective under DDP) and however the problems
             were cut into batches.
         """
-        with self.sync_context(dist_sync_fn=self.dist_sync_fn):
-            values = self._of_problems()
+        values = self.per_problem()
         order = values.reshape(len(values), -1).sum(1).argsort()
         return bootstrap_interval(values[order], level)
+
+    def per_problem(self) -> Tensor:
+        """What was added on all ranks, one row a problem; a collective under DDP."""
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn):
+            return self._of_problems()
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw one value, or several over time; see `torchmetrics.Metric.plot`.

@@ -12,11 +12,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
-from torchmetrics import Metric, MetricCollection
 
 from prl_lightning.adapters import adapters_off
+from prl_lightning.evaluation import SetMetrics, SetResults
 from prl_lightning.functional import get_divergence, kl_estimate, process_rewards
-from prl_lightning.metrics import MeanAtN, MeanStd, PassAtK
+from prl_lightning.metrics import MeanStd
 from prl_lightning.models import load_policy, load_tokenizer, named_weights
 from prl_lightning.objective import Objective
 from prl_lightning.sharding import plain_name, shard, total_norm
@@ -78,6 +78,7 @@ class PRLModule(LightningModule):
         self.reference: torch.nn.Module | None = None
         self.process_term = MeanStd()
         self.eval_metrics = torch.nn.ModuleDict()
+        self.eval_results: dict[str, SetResults] = {}
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
 
@@ -235,47 +236,47 @@ class PRLModule(LightningModule):
                 "prompt. Raise eval_group_size or leave those k out."
             )
         self.eval_metrics = torch.nn.ModuleDict(
-            {name.replace(".", "_"): self._of_a_set(name, samples) for name in data.eval_rollouts}
+            {
+                name.replace(".", "_"): SetMetrics(samples, self.pass_at, self.solved_at)
+                for name in data.eval_rollouts
+            }
         )
 
-    def _of_a_set(self, name: str, samples: int) -> MetricCollection:
-        metrics: dict[str, Metric | MetricCollection] = {f"mean@{samples}": MeanAtN()}
-        metrics |= {f"pass@{k}": PassAtK(k) for k in self.pass_at}
-        # Not in groups: two metrics of equal states so far are not one metric.
-        return MetricCollection(metrics, prefix=f"{name}/", compute_groups=False)
-
     def validation_step(self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count the correct completions of one prompt's group."""
-        if batch.is_padding:
-            return
-        correct = (batch.rewards >= self.solved_at).sum()[None]
-        self._collections[dataloader_idx].update(correct, len(batch.rewards))
+        """Count what one prompt's group has right."""
+        self._set_metrics[dataloader_idx].update(batch)
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log mean@n and pass@k of every set."""
+        """Log the results of every set."""
         self._log_eval("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log mean@n and pass@k of every set."""
+        """Log the results of every set."""
         self._log_eval("test")
 
     @property
-    def _collections(self) -> list[MetricCollection]:
-        return [cast(MetricCollection, metrics) for metrics in self.eval_metrics.values()]
+    def _set_metrics(self) -> list[SetMetrics]:
+        return [cast(SetMetrics, metrics) for metrics in self.eval_metrics.values()]
 
     def _log_eval(self, stage: str) -> None:
-        values: dict[str, Tensor] = {}
-        for metrics in self._collections:
-            values |= {f"{stage}/{name}": v.float() for name, v in metrics.compute().items()}
-            metrics.reset()
+        # Every rank computes them over all ranks.
+        self.eval_results = {
+            name: metrics.results()
+            for name, metrics in zip(self.eval_metrics, self._set_metrics, strict=True)
+        }
+        values = {
+            f"{stage}/{name}/{metric}": estimate.mean
+            for name, results in self.eval_results.items()
+            for metric, estimate in results.metrics.items()
+        }
         if self.trainer.sanity_checking:
             # Lightning drops these values; here the sanity check is the base model's evaluation.
             for logger in self.trainer.loggers:
-                logger.log_metrics({k: v.item() for k, v in values.items()}, step=0)
+                logger.log_metrics(values, step=0)
         else:
-            self.log_dict(values)  # every rank has computed them over all ranks
+            self.log_dict(values)
 
     def predict_step(
         self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0

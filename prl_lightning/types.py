@@ -68,6 +68,8 @@ class Rollout:
         outcome_advantage: scalar () or, for a reward with the KL inside it, one per token (T,).
         old_logprobs: (T,) or None where one update a rollout makes them equal to the policy's.
         ref_logprobs: (T,) or None where nothing needed them before the update.
+        answer: the number of its answer in its group, the same for equal answers and below zero
+            without one; None where no reward function can tell, and in training.
     """
 
     prompt: Prompt
@@ -77,6 +79,7 @@ class Rollout:
     outcome_advantage: Tensor = field(default_factory=lambda: torch.zeros(()))
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    answer: int | None = None
 
 
 @dataclass_transform(kw_only_default=True)
@@ -109,6 +112,7 @@ class RolloutBatch(_Fields):
         update_tokens: completion tokens of the whole optimizer update, over all micro-batches and
             ranks; the denominator that makes the loss independent of how the update was cut.
         update_sequences: completions of the whole update, likewise.
+        answers: (B,) integers or None, see Rollout.
         is_padding: completions of a padding prompt, see Prompt.
     """
 
@@ -124,6 +128,7 @@ class RolloutBatch(_Fields):
     ref_logprobs: Tensor | None
     update_tokens: int
     update_sequences: int
+    answers: Tensor | None = None
     is_padding: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RolloutBatch:

@@ -217,8 +217,9 @@ class RolloutCallback(Callback):
         )
         rollouts = iter(self._rollouts(trainer, prl_module(pl_module), prompts, config))
         for name, some in sets.items():
-            group = [next(rollouts) for _ in range(len(some) * data.eval_group_size)]
-            data.eval_rollouts[name].fill(group)
+            own = [next(rollouts) for _ in range(len(some) * data.eval_group_size)]
+            self._number_answers(own, data.eval_group_size)
+            data.eval_rollouts[name].fill(own)
 
     on_test_epoch_start = on_validation_epoch_start
     on_predict_epoch_start = on_validation_epoch_start
@@ -270,6 +271,13 @@ class RolloutCallback(Callback):
             self._values |= {f"reward/{k}": v.nanmean().item() for k, v in scores.parts.items()}
         self._values |= {f"reward_failures/{k}": float(v) for k, v in scores.failures.items()}
         self._values["unrewarded"] = float(scores.unrewarded)
+
+    def _number_answers(self, rollouts: list[Rollout], group_size: int) -> None:
+        for start in range(0, len(rollouts), group_size):
+            group = rollouts[start : start + group_size]
+            answers = self.rewards.answers([rollout.text for rollout in group])
+            for rollout, answer in zip(group, answers or [], strict=bool(answers)):
+                rollout.answer = answer
 
     def _log(self, module: PRLModule, values: dict[str, float]) -> None:
         self._logged = values

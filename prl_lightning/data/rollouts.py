@@ -84,6 +84,7 @@ def collate(rollouts: Sequence[Rollout], update_tokens: int, update_sequences: i
         ref_logprobs=_pad_if_known([rollout.ref_logprobs for rollout in rollouts]),
         update_tokens=update_tokens,
         update_sequences=update_sequences,
+        answers=_numbers_if_known([rollout.answer for rollout in rollouts]),
         is_padding=all(rollout.prompt.is_padding for rollout in rollouts),
     )
 
@@ -95,6 +96,11 @@ def _pad(rows: Sequence[Tensor]) -> Tensor:
 def _pad_if_known(rows: Sequence[Tensor | None]) -> Tensor | None:
     known = [row for row in rows if row is not None]
     return _pad(known) if len(known) == len(rows) else None
+
+
+def _numbers_if_known(answers: Sequence[int | None]) -> Tensor | None:
+    known = [answer for answer in answers if answer is not None]
+    return torch.tensor(known) if len(known) == len(answers) else None
 
 
 class RolloutBuffer:

@@ -5,11 +5,18 @@ r"""Reward functions with TRL's signature, and what runs them.
 [1.0]
 """
 
-from prl_lightning.rewards.base import RewardFunction, RewardScores, RewardSum, completion_text
+from prl_lightning.rewards.base import (
+    NO_ANSWER,
+    RewardFunction,
+    RewardScores,
+    RewardSum,
+    completion_text,
+)
 from prl_lightning.rewards.match import ExactMatch, RegexMatch
 from prl_lightning.rewards.math import MathReward
 
 __all__ = [
+    "NO_ANSWER",
     "ExactMatch",
     "MathReward",
     "RegexMatch",

@@ -23,6 +23,8 @@ from torch import Tensor
 
 RewardFunction: TypeAlias = Callable[..., Sequence[float | None]]
 
+NO_ANSWER = -1  # the number of a completion without an answer, among those of `answers`
+
 # What every reward function can ask for without the dataset having a column of that name.
 PROVIDED = frozenset({"prompts", "completions", "completion_ids"})
 
@@ -81,8 +83,9 @@ class RewardSum:
     Args:
         functions: Reward functions: functions, or objects that can be called as one. Such an object
             may have an attribute `columns`, the columns it needs beyond those in its signature (a
-            tuple of names; an entry that is itself a tuple means "one of these"), and an attribute
-            `failures`, the number of completions that its last call could not judge.
+            tuple of names; an entry that is itself a tuple means "one of these"), an attribute
+            `failures`, the number of completions that its last call could not judge, and a method
+            `answers`, see `RewardSum.answers`.
         weights: One weight per function; `None` weighs each by 1.
 
     Attributes:
@@ -136,6 +139,22 @@ class RewardSum:
                         f"{sorted(column_names)}: rename the column with data.format.columns, "
                         "or give the function's parameter a default"
                     )
+
+    def answers(self, completions: Sequence[str]) -> list[int] | None:
+        """Say which completions of one prompt have the same answer, for a majority vote.
+
+        Args:
+            completions: n texts.
+
+        Returns:
+            n numbers, the same for the same answer and `NO_ANSWER` where there is none, by the
+            first function that has a method `answers(texts)`; `None` if no function has one.
+        """
+        for function in self.functions:
+            if hasattr(function, "answers"):
+                found: list[int] = function.answers(completions)
+                return found
+        return None
 
     def score(
         self,

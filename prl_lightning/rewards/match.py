@@ -2,12 +2,12 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
-from prl_lightning.rewards.base import completion_text
+from prl_lightning.rewards.base import NO_ANSWER, completion_text
 
 _NUMERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 
@@ -71,6 +71,35 @@ def same_text(left: str, right: str) -> bool:
     return bool(numerals) and Decimal(left) == Decimal(right)
 
 
+def number_answers(
+    answers: Sequence[str | None], are_same: Callable[[str, str], bool]
+) -> list[int]:
+    """Number the different answers of a group in the order in which they appear.
+
+    Args:
+        answers: Texts; `None` or an empty one is no answer.
+        are_same: Whether two texts are one answer. Each is compared with the first of every number,
+            so that a relation that is not transitive cannot join what no comparison has joined.
+
+    Returns:
+        Their numbers, `NO_ANSWER` where there is none.
+
+    Example:
+        >>> number_answers(["4", None, "5", "4.0"], same_text)
+        [0, -1, 1, 0]
+    """
+    firsts: list[str] = []
+    known: dict[str | None, int] = {None: NO_ANSWER, "": NO_ANSWER}
+    for answer in answers:
+        if answer is None or answer in known:
+            continue
+        same = (number for number, first in enumerate(firsts) if are_same(first, answer))
+        known[answer] = next(same, len(firsts))
+        if known[answer] == len(firsts):
+            firsts.append(answer)
+    return [known[answer] for answer in answers]
+
+
 class ExactMatch:
     """1.0 where the whole completion is the reference answer (`same_text`), else 0.0.
 
@@ -113,6 +142,10 @@ class ExactMatch:
             )
         pairs = zip(completions, columns[self.column], strict=True)
         return [self._reward(completion_text(text), reference) for text, reference in pairs]
+
+    def answers(self, completions: Sequence[str]) -> list[int]:
+        """Number the answers of one prompt's completions, see `RewardSum.answers`."""
+        return number_answers([self._answer(text) for text in completions], same_text)
 
     def _reward(self, completion: str, reference: Any) -> float | None:
         if reference is None:

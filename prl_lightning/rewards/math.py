@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from prl_lightning.rewards.base import completion_text
-from prl_lightning.rewards.match import reference_texts
+from prl_lightning.rewards.match import number_answers, reference_texts
 
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 
@@ -99,6 +99,13 @@ class MathReward:
         pairs = zip(completions, given[0], strict=True)
         return [self._reward(completion_text(text), reference) for text, reference in pairs]
 
+    def answers(self, completions: Sequence[str]) -> list[int]:
+        """Number the boxed answers of one prompt's completions: equal to math-verify is equal.
+
+        What math-verify cannot compare is the same only where its text is.
+        """
+        return number_answers([_tidy(boxed_answer(text) or "") for text in completions], _is_same)
+
     def _reward(self, completion: str, reference: Any) -> float | None:
         if reference is None:
             return None
@@ -167,6 +174,14 @@ def _equal(gold: str, answer: str) -> bool:
     left, right = _parse(gold), _parse(answer)
     same = verify(list(left), list(right), timeout_seconds=None, raise_on_error=True)
     return bool(same) and not _differs_in_scale(left, right)
+
+
+def _is_same(first: str, answer: str) -> bool:
+    """Equality of two completions' answers, neither of which is the reference."""
+    try:
+        return _equal(first, answer)
+    except Exception:  # counted where the completions are rewarded
+        return False
 
 
 def _is_unreasonable(answer: str) -> bool:

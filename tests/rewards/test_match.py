@@ -70,3 +70,9 @@ def test_errors_name_what_to_mend() -> None:
         RegexMatch("(?P<a>a)", group="b")
     with pytest.raises(ValueError, match=r"ExactMatch reads the column 'answer'.*\['gold'\]"):
         ExactMatch()(["?"], ["a"], gold=["a"])
+
+
+def test_answers_are_numbered_as_texts_or_numerals() -> None:
+    reward = RegexMatch(r"= *(\S*)")
+    assert reward.answers(["= 4", "= 4.0", "= 5", "?", "= x", "="]) == [0, 0, 1, -1, 2, -1]
+    assert ExactMatch().answers(["yes", " yes", "no", ""]) == [0, 0, 1, -1]

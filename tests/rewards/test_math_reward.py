@@ -240,3 +240,13 @@ def test_perturbed_references_score_zero(name: str) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_every_perturbed_reference_scores_zero(name: str, perturbation: str) -> None:
     assert wrongly_accepted(name, slice(None), PERTURBATIONS[perturbation]) == set()
+
+
+def test_answers_are_numbered_by_value_and_not_by_text() -> None:
+    texts = [r"\boxed{1/2}", r"\boxed{0.5}", r"\boxed{2}", r"half", r"\boxed{\frac{2}{4}}"]
+    assert MathReward().answers([*texts, r"\boxed{ }", r"\boxed{2.0}"]) == [0, 0, 1, -1, 0, -1, 1]
+
+
+def test_answers_that_cannot_be_compared_are_the_same_where_their_text_is() -> None:
+    tower = r"\boxed{9^{9^{9}}}"
+    assert MathReward().answers([tower, r"\boxed{9^{9^{8}}}", tower]) == [0, 1, 0]

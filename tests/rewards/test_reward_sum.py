@@ -269,3 +269,12 @@ def test_import_needs_neither_lightning_nor_transformers() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_the_first_function_that_can_tells_answers_apart() -> None:
+    def length(completions: list[str], **columns: Any) -> list[float]:
+        return [0.0 for _ in completions]
+
+    assert RewardSum([length]).answers(["a"]) is None
+    rewards = RewardSum([length, RegexMatch("(a)"), RegexMatch("(b)")])
+    assert rewards.answers(["a", "b", "a"]) == [0, -1, 0]
