@@ -134,6 +134,8 @@ class PRLModule(LightningModule):
                 for suffix, kind in (("", "k1"), ("_k3", "k3"))
             }
             self._log_tokens(batch, drift)
+            mean = drift["kl_ref"][batch.completion_mask].mean()
+            self.log("kl", mean, prog_bar=True, logger=False, batch_size=1)
         self._log_train({"loss": loss.detach()}, weight=1)
         self._log_train({"ratio_max": stats.pop("ratio_max")}, weight=1, reduce_fx="max")
         self._log_train(stats, weight=_num_tokens(batch))
@@ -277,34 +279,49 @@ class PRLModule(LightningModule):
                 logger.log_metrics(values, step=0)
         else:
             self.log_dict(values)
+        solved = [results.pass_curve["pass"][0] for results in self.eval_results.values()]
+        if solved:
+            self.log("pass@1", sum(solved) / len(solved), prog_bar=True, logger=False)
 
     def predict_step(
         self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor] | None:
-        """Log-probabilities and process rewards of one prompt's sampled group.
+        """What ``inspect`` says of one prompt's sampled group; None for a padding prompt."""
+        inspected = self.inspect(batch)
+        return None if batch.is_padding else inspected
+
+    @torch.no_grad()
+    def inspect(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """Every quantity of the method at each token, as the loss would have it.
+
+        Args:
+            batch: with its outcome advantages, on this module's device.
 
         Returns:
-            ``completion_ids``, ``completion_mask``, ``rewards``, ``policy_logprobs`` and, with a
-            reference, ``ref_logprobs`` and ``process_rewards`` (v2 Eq. 5.4), each (B, T) or (B,).
-            None for a padding prompt.
+            ``policy_logprobs``, ``advantages`` and ``step_ends`` (bool, nowhere True in the token
+            form), with a reference ``ref_logprobs`` and ``process_rewards`` (v2 Eq. 5.4), each
+            (B, T).
         """
         policy_logprobs = self.score(batch, "policy")
-        out = {
-            "completion_ids": batch.completion_ids,
-            "completion_mask": batch.completion_mask,
-            "rewards": batch.rewards,
+        ref_logprobs = self.score(batch, "reference") if self.keeps_reference else None
+        step_ends = self.splitter(batch.completion_ids, batch.completion_mask)
+        _, stats = self.objective.loss(policy_logprobs, ref_logprobs, batch, step_ends)
+        found = {
             "policy_logprobs": policy_logprobs,
+            "advantages": stats["advantage"],
+            "step_ends": torch.zeros_like(batch.completion_mask)
+            if step_ends is None
+            else step_ends,
         }
-        if self.keeps_reference:
-            ref_logprobs = self.score(batch, "reference")
-            out["ref_logprobs"] = ref_logprobs
-            out["process_rewards"] = process_rewards(
+        if ref_logprobs is not None:
+            found["ref_logprobs"] = ref_logprobs
+            found["process_rewards"] = process_rewards(
                 batch.rewards,
                 policy_logprobs - ref_logprobs,
                 batch.completion_mask,
                 self.objective.beta,
             )
-        return None if batch.is_padding else out
+        return found
 
 
 def _num_tokens(batch: RolloutBatch) -> int:

@@ -10,6 +10,11 @@ def even_digits(completions: list[str], **columns: Any) -> list[float]:
     return [float(sum(map(str.isdigit, text)) % 2 == 0) for text in completions]
 
 
+def odd_digits(completions: list[str], **columns: Any) -> list[float]:
+    """The others."""
+    return [1.0 - reward for reward in even_digits(completions)]
+
+
 def always_raises(completions: list[str], **columns: Any) -> list[float]:
     raise KeyError("no such thing")
 

@@ -1,8 +1,17 @@
-"""What happens around the steps: sampling, saving on a signal, a summary at the end."""
+"""What happens around the steps: sampling, saving on a signal, what is written down."""
 
+from prl_lightning.callbacks.completions import CompletionLog
+from prl_lightning.callbacks.evaluation import EvaluationLog
 from prl_lightning.callbacks.export import HFExport
 from prl_lightning.callbacks.preemption import SaveOnSignal
 from prl_lightning.callbacks.rollout import RolloutCallback
 from prl_lightning.callbacks.summary import RunSummary
 
-__all__ = ["HFExport", "RolloutCallback", "RunSummary", "SaveOnSignal"]
+__all__ = [
+    "CompletionLog",
+    "EvaluationLog",
+    "HFExport",
+    "RolloutCallback",
+    "RunSummary",
+    "SaveOnSignal",
+]

@@ -107,6 +107,7 @@ class EngineLink:
     def forget_weights(self) -> None:
         """The trainer's weights may change without a step: a checkpoint is loaded, say."""
         self._has_weights_of = None
+        self._gap = None
 
     def stop(self) -> None:
         """Give the engine's memory back."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from prl_lightning.data import PromptDataModule, RolloutBuffer
@@ -16,6 +18,12 @@ def shows_progress(trainer: Trainer) -> bool:
     """Where the Trainer shows a bar, on one rank, to a person and not into a file."""
     has_bar = trainer.progress_bar_callback is not None
     return has_bar and trainer.is_global_zero and sys.stderr.isatty()
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """Where ``metrics.csv`` of this run is, and all else that a run leaves behind."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+    return Path(loggers[0].log_dir) if loggers else None
 
 
 def sum_over_ranks(trainer: Trainer, totals: Tensor) -> Tensor:

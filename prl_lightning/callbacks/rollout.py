@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from prl_lightning.callbacks.continuation import (
     SAVED,
@@ -28,6 +29,7 @@ from prl_lightning.callbacks.parts import (
     sum_over_ranks,
     train_rollouts,
 )
+from prl_lightning.callbacks.samples import draw_kept
 from prl_lightning.callbacks.scoring import prepare_update
 from prl_lightning.callbacks.statistics import describe, over_ranks
 from prl_lightning.data.loader import gather
@@ -222,7 +224,14 @@ class RolloutCallback(Callback):
             data.eval_rollouts[name].fill(own)
 
     on_test_epoch_start = on_validation_epoch_start
-    on_predict_epoch_start = on_validation_epoch_start
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fill the evaluation buffers, and compare the completions as training would."""
+        self.on_validation_epoch_start(trainer, pl_module)
+        data, module = prompt_data(trainer), prl_module(pl_module)
+        for buffer in data.eval_rollouts.values():
+            add_up = partial(sum_over_ranks, trainer)
+            prepare_update(module, buffer, data.eval_group_size, add_up, is_trained=False)
 
     def _rollouts(
         self, trainer: Trainer, module: PRLModule, prompts: list[Prompt], config: SamplingConfig
@@ -231,7 +240,9 @@ class RolloutCallback(Callback):
         self._values = {}
         with self._timed("sampling"):
             drawn = self.engine.take_ahead(prompts, config)
-            if drawn is None:
+            if trainer.state.fn != TrainerFn.FITTING:
+                drawn = draw_kept(self.engine, trainer, module, prompts, config, self._max_tokens)
+            elif drawn is None:
                 self.engine.update(trainer, module, self._max_tokens)
                 drawn = self.engine.draw(prompts, config, shows_progress(trainer))
         decode = prompt_data(trainer).tokenizer.decode

@@ -19,6 +19,7 @@ def prepare_update(
     buffer: RolloutBuffer,
     group_size: int,
     sum_over_ranks: Callable[[Tensor], Tensor],
+    is_trained: bool = True,
 ) -> None:
     """Give every rollout of a filled buffer its outcome advantage, and what that takes.
 
@@ -30,9 +31,10 @@ def prepare_update(
         buffer: holds whole groups, contiguous in ``buffer.rollouts``.
         group_size: completions a prompt.
         sum_over_ranks: adds up a tensor of all ranks.
+        is_trained: updates follow; a second one needs the policy of the first.
     """
     objective, rollouts = module.objective, buffer.rollouts
-    if objective.needs_log_ratios or buffer.num_updates > 1:
+    if objective.needs_log_ratios or (is_trained and buffer.num_updates > 1):
         _score(module, buffer)
     rewards = torch.tensor([rollout.reward for rollout in rollouts])
     if objective.needs_log_ratios:

@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
+from prl_lightning.callbacks.parts import run_folder
+
 Curve = tuple[list[int], list[float]]
 
 METRICS = "metrics.csv"
@@ -38,7 +40,7 @@ class RunSummary(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note where the metrics go, for a run that continues this one."""
-        folder = _csv_folder(trainer)
+        folder = run_folder(trainer)
         self._metrics_file = "" if folder is None else str(folder / METRICS)
 
     def state_dict(self) -> dict[str, str]:
@@ -51,7 +53,7 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the rows that the continued run had up to the checkpoint."""
-        folder = _csv_folder(trainer)
+        folder = run_folder(trainer)
         if folder is None or not trainer.ckpt_path or not trainer.is_global_zero:
             return
         beside = Path(trainer.ckpt_path).parent.parent / METRICS  # wherever it was moved to
@@ -64,7 +66,7 @@ class RunSummary(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the picture and, as the last thing on the screen, the summary; on one rank."""
-        folder = _csv_folder(trainer)
+        folder = run_folder(trainer)
         finished = stage == "fit" and not trainer.interrupted and trainer.is_global_zero
         if folder is None or not finished or not (folder / METRICS).is_file():
             return
@@ -102,11 +104,6 @@ def _order(name: str) -> tuple[str, int]:
     """Sort "val/set/pass@16" behind "val/set/pass@4"."""
     metric, _, number = name.partition("@")
     return metric, int(number)
-
-
-def _csv_folder(trainer: Trainer) -> Path | None:
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
-    return Path(loggers[0].log_dir) if loggers else None
 
 
 def _checkpoint(trainer: Trainer) -> str:

@@ -1,0 +1,172 @@
+"""What an evaluation leaves behind, and that no completion is drawn twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prl_lightning.callbacks.samples import SampleStore, fingerprint
+from prl_lightning.cli import main
+from prl_lightning.metrics import MeanAtN, PassAtK
+from prl_lightning.samplers import HFSampler, SamplingConfig
+from prl_lightning.tables import read_table
+from prl_lightning.types import Completion, Prompt
+from runs import QUICKSTART, fit, tiny_overrides
+
+CONFIG = SamplingConfig(n=2, temperature=1.0, max_new_tokens=4, stop_token_ids=(1,))
+
+
+class CountingSampler(HFSampler):
+    """Counts what it draws; fails on request, as a machine that is taken away does."""
+
+    drawn: list[int] = []
+    fails_after: int | None = None
+
+    def generate(
+        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+    ) -> list[list[Completion]]:
+        if len(self.drawn) == self.fails_after:
+            raise KeyboardInterrupt
+        self.drawn.append(len(prompts))
+        return super().generate(prompts, config, show_progress)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> type[CountingSampler]:
+    monkeypatch.setattr(CountingSampler, "drawn", [])
+    monkeypatch.setattr(CountingSampler, "fails_after", None)
+    return CountingSampler
+
+
+def validate(model: str, folder: Path, *args: str) -> None:
+    overrides = tiny_overrides(model, folder, f"{__name__}.CountingSampler")
+    main(["validate", "--config", str(QUICKSTART), *overrides, *args])
+
+
+def results(folder: Path, version: int) -> dict[str, Any]:
+    file = folder / "run" / f"version_{version}" / "evaluation.json"
+    found: dict[str, Any] = json.loads(file.read_text())["sets"]["tiny"]
+    return found
+
+
+def test_validate_writes_results_table_and_samples(
+    tied_model: str,
+    tmp_path: Path,
+    counted: type[CountingSampler],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    validate(tied_model, tmp_path, "--rollout.rewards=[prl_lightning.rewards.MathReward]")
+    run = tmp_path / "run" / "version_0"
+    found = results(tmp_path, 0)
+    assert set(found["metrics"]) == {"mean@4", "pass@2", "maj@4", "no_answer", "length"}
+    table = (run / "evaluation.md").read_text()
+    assert table in capsys.readouterr().out
+    assert (
+        table.splitlines()[0] == "| set | problems | mean@4 | pass@2 | maj@4 | no_answer | length |"
+    )
+    rows = read_table(run / "samples.parquet")
+    assert len(rows) == 5 * 4
+    lengths = torch.tensor([row["length"] for row in rows]).double()
+    assert found["metrics"]["length"][0] == pytest.approx(lengths.mean().item())
+    without = sum(row["answer"] == -1 for row in rows) / len(rows)
+    assert found["metrics"]["no_answer"][0] == pytest.approx(without)
+
+
+def test_results_are_those_of_the_samples(
+    tied_model: str, tmp_path: Path, counted: type[CountingSampler]
+) -> None:
+    validate(tied_model, tmp_path)
+    rewards = [row["reward"] for row in read_table(tmp_path / "run/version_0/samples.parquet")]
+    correct = (torch.tensor(rewards).view(5, 4) >= 0.5).sum(1)
+    assert 0 < correct.sum() < 20
+    for name, metric in (("mean@4", MeanAtN()), ("pass@2", PassAtK(2))):
+        metric.update(correct, 4)
+        expected = [metric.compute().item(), *metric.interval().tolist()]
+        assert results(tmp_path, 0)["metrics"][name] == pytest.approx(expected)
+
+
+def test_other_rewards_score_the_same_samples(
+    tied_model: str, tmp_path: Path, counted: type[CountingSampler]
+) -> None:
+    validate(tied_model, tmp_path)
+    validate(tied_model, tmp_path, "--rollout.rewards=[sample_rewards.odd_digits]")
+    assert counted.drawn == [5]
+    texts = [
+        [row["completion"] for row in read_table(tmp_path / f"run/version_{v}/samples.parquet")]
+        for v in (0, 1)
+    ]
+    assert texts[0] == texts[1]
+    first, second = (results(tmp_path, v)["metrics"]["mean@4"][0] for v in (0, 1))
+    assert second == pytest.approx(1 - first)  # one is right where the other is wrong
+
+
+def test_an_interrupted_evaluation_goes_on(
+    tied_model: str,
+    tmp_path: Path,
+    counted: type[CountingSampler],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    validate(tied_model, whole)
+    counted.drawn.clear()
+    monkeypatch.setattr("prl_lightning.callbacks.samples.PART", 8)  # two prompts of four
+    monkeypatch.setattr(counted, "fails_after", 1)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        validate(tied_model, tmp_path)
+    monkeypatch.setattr(counted, "fails_after", None)
+    validate(tied_model, tmp_path)
+    assert counted.drawn == [2, 2, 1]
+    assert results(tmp_path, 1) == results(whole, 0)
+
+
+def test_other_weights_and_other_settings_are_drawn_anew(
+    tied_model: str, untied_model: str, tmp_path: Path, counted: type[CountingSampler]
+) -> None:
+    validate(tied_model, tmp_path)
+    validate(tied_model, tmp_path, "--rollout.eval_temperature=0.9")
+    validate(untied_model, tmp_path)
+    assert counted.drawn == [5, 5, 5]
+
+
+def test_a_fit_writes_a_line_an_evaluation(tied_model: str, tmp_path: Path) -> None:
+    fit(*tiny_overrides(tied_model, tmp_path))
+    run = tmp_path / "run" / "version_0"
+    lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["stage"]) for line in lines] == [(0, "val"), (1, "val"), (2, "val")]
+    assert not (run / "samples.parquet").exists()
+    assert not (tmp_path / "run" / "samples").exists()
+
+
+def test_one_entry_of_the_weights_makes_another_fingerprint() -> None:
+    def weights(change: float) -> Iterable[tuple[str, Tensor]]:
+        yield "first", torch.zeros(3)
+        yield "second", torch.tensor([1.0, 2.0 + change])
+
+    sampler = HFSampler()
+    same = [fingerprint(iter(weights(0)), sampler, CONFIG) for _ in range(2)]
+    assert same[0] == same[1]
+    assert fingerprint(iter(weights(1e-6)), sampler, CONFIG) != same[0]
+
+
+def test_what_is_kept_comes_back_whole(tmp_path: Path) -> None:
+    prompts = [Prompt([3, 4], "a", seed=1), Prompt([3, 4], "a", seed=2)]
+    groups = [
+        [Completion([5, 1], [-0.1, -1.2345678901234567], finished=True)] * 2,
+        [Completion([6], [-3.5], finished=False)] * 2,
+    ]
+    SampleStore(tmp_path, rank=0).add(prompts[:1], groups[:1])
+    SampleStore(tmp_path, rank=1).add(prompts[1:], groups[1:])
+    read = SampleStore(tmp_path, rank=0)
+    assert [read[prompt] for prompt in prompts] == groups
+    assert Prompt([3, 4], "a", seed=3) not in read
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "part-00000-00000.parquet",
+        "part-00001-00000.parquet",
+    ]
