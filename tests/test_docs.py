@@ -1,0 +1,39 @@
+"""What the documentation names is what is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from runs import fit, metrics_of, tiny_overrides
+
+METRICS = Path(__file__).parents[1] / "docs" / "metrics.md"
+
+
+def documented() -> set[str]:
+    """Names of the tables' first column under the prefix of their heading."""
+    names: set[str] = set()
+    for section in METRICS.read_text().split("\n## ")[1:]:
+        prefixes = re.findall(r"`(\w+/(?:SET/)?)`", section.splitlines()[0])
+        cells = re.findall(r"^\| (`.*?`) \|", section, flags=re.MULTILINE)
+        found = re.findall(r"`([^`]+)`", " ".join(cells))
+        names |= {prefix + name for prefix in prefixes for name in found}
+    return names
+
+
+def test_every_logged_name_is_documented(tied_model: str, tmp_path: Path) -> None:
+    fit(
+        *tiny_overrides(tied_model, tmp_path),
+        "--rollout.rewards=[sample_rewards.even_digits, prl_lightning.rewards.MathReward]",
+        "--trainer.logger.class_path=TensorBoardLogger",
+        f"--trainer.logger.init_args.save_dir={tmp_path / 'board'}",
+    )
+    logged = set()
+    for name in metrics_of(tmp_path):
+        general = re.sub(r"@\d+$", "@k" if "pass@" in name else "@n", name)
+        general = re.sub(r"^val/tiny/", "val/SET/", general)
+        logged.add(re.sub(r"(reward|reward_failures)/\w+$", r"\1/NAME", general))
+    logged -= {name for name in logged if name.startswith("rollout/NAME")}
+    assert logged <= documented()
+    rare = {"rollout/waiting_seconds", "rollout/staleness"}
+    assert {name for name in documented() if not name.startswith("test/")} - rare <= logged
