@@ -129,13 +129,9 @@ class PRLModule(LightningModule):
         if "process_term" in stats:
             self.process_term.update(stats.pop("process_term"), batch.completion_mask)
         if ref_logprobs is not None:
-            drift = {
-                f"kl_ref{suffix}": kl_estimate(policy_logprobs.detach(), ref_logprobs, kind)
-                for suffix, kind in (("", "k1"), ("_k3", "k3"))
-            }
-            self._log_tokens(batch, drift)
-            mean = drift["kl_ref"][batch.completion_mask].mean()
-            self.log("kl", mean, prog_bar=True, logger=False, batch_size=1)
+            for name, kind in (("kl_ref", "k1"), ("kl_ref_k3", "k3")):
+                drift = kl_estimate(policy_logprobs.detach(), ref_logprobs, kind)
+                self._log_tokens(batch, {name: drift}, prog_bar=kind == "k1")
         self._log_train({"loss": loss.detach()}, weight=1)
         self._log_train({"ratio_max": stats.pop("ratio_max")}, weight=1, reduce_fx="max")
         self._log_train(stats, weight=_num_tokens(batch))
@@ -202,10 +198,11 @@ class PRLModule(LightningModule):
             raise RuntimeError("the policy is loaded in configure_model, by the Trainer")
         return self.policy
 
-    def _log_tokens(self, batch: RolloutBatch, values: dict[str, Tensor]) -> None:
+    def _log_tokens(self, batch: RolloutBatch, values: dict[str, Tensor], **options: Any) -> None:
         """Log token means; weighted by tokens, an epoch's mean is that of all its tokens."""
         mask = batch.completion_mask
-        self._log_train({k: v[mask].mean() for k, v in values.items()}, weight=_num_tokens(batch))
+        means = {name: value[mask].mean() for name, value in values.items()}
+        self._log_train(means, weight=_num_tokens(batch), **options)
 
     def _log_train(self, values: dict[str, Tensor], weight: int, **options: Any) -> None:
         """Log one value an epoch, which is one iteration."""

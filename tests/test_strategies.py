@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 
 from prl_lightning.export import export_checkpoint
 from prl_lightning.models import load_causal_lm
+from prl_lightning.tables import read_table
 from ranks import Record, gap, read, recorded_run, run_all, start_two
 from runs import QUICKSTART, fit
 
@@ -70,11 +74,15 @@ def two_ranks(tied_model: str, root: Path) -> dict[str, Record]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
-    root = tmp_path_factory.mktemp("one_rank")
+def one_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("one_rank")
+
+
+@pytest.fixture(scope="module")
+def one_rank(tied_model: str, one_root: Path) -> dict[str, Record]:
     for objective in RUNS:
-        fit(*overrides(tied_model, root / objective, objective), "--trainer.devices=1")
-    return {objective: read(root / objective) for objective in RUNS}
+        fit(*overrides(tied_model, one_root / objective, objective), "--trainer.devices=1")
+    return {objective: read(one_root / objective) for objective in RUNS}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -120,6 +128,34 @@ def test_metrics_are_those_of_one_rank(
             rel = 0 if name.startswith(exact) else 1e-4
             assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=0.1 * rel), name
     assert 0 < theirs["val/tiny/mean@4"] < theirs["val/tiny/pass@2"] < 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_files_are_those_of_one_rank(
+    root: Path, one_root: Path, one_rank: Any, two_ranks: Any, strategy: str
+) -> None:
+    """Intervals and what a completion's tokens are worth, from the ranks together."""
+    ours, theirs = (
+        folder / "run" / "version_0"
+        for folder in (root / strategy / "token_mean", one_root / "token_mean")
+    )
+    evaluations = [
+        json.loads((run / "evaluations.jsonl").read_text())["sets"]["tiny"]
+        for run in (ours, theirs)
+    ]
+    assert evaluations[0]["problems"] == evaluations[1]["problems"] == 5
+    for name, estimate in evaluations[1]["metrics"].items():
+        assert evaluations[0]["metrics"][name] == pytest.approx(estimate, rel=1e-12)
+        assert estimate[1] < estimate[2]
+    name = "completions/epoch=00000.parquet"
+    rows = [sorted(read_table(run / name), key=itemgetter("completion")) for run in (ours, theirs)]
+    assert [row["group"] for row in read_table(ours / name)] == [
+        g for g in range(4) for _ in "four"
+    ]
+    for our, their in zip(*rows, strict=True):
+        for column in ("prompt", "tokens", "reward"):
+            assert our[column] == their[column]
+        assert our["advantages"] == pytest.approx(their["advantages"], abs=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["token_mean", "lora"])
