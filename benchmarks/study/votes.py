@@ -35,7 +35,11 @@ class MajorityVote(Callback):
         name = list(data.eval_rollouts)[dataloader_idx]
         rollouts = data.eval_rollouts[name].micro_batch_rollouts[batch_idx]
         found = [ANSWER.search(rollout.text) for rollout in rollouts]
-        answers = torch.tensor([int(match[1]) if match else -1 for match in found])
+        # Numbered as they come: an answer may have more digits than an int64 holds.
+        numbers: dict[str, int] = {}
+        answers = torch.tensor(
+            [numbers.setdefault(m[1].lstrip("0"), len(numbers)) if m else -1 for m in found]
+        )
         self.votes[name].update(answers.view(-1, VOTERS), (batch.rewards > 0).view(-1, VOTERS))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
