@@ -1,0 +1,108 @@
+"""Stored completions of one epoch, in groups, with what every token was given."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from math import isfinite
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+COMPLETIONS = "completions"
+
+# Of one epoch, in whole groups: twelve epochs of this are some 20 MB.
+MAX_TOKENS = 30_000
+
+
+def completion_files(folder: Path) -> list[Path]:
+    """List the stored epochs of a run.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        Files in the order of their epochs.
+    """
+    return sorted(
+        (folder / COMPLETIONS).glob("epoch=*.parquet"), key=lambda file: (len(file.name), file.name)
+    )
+
+
+def read_epoch(file: Path) -> dict[str, Any]:
+    """Read the completions of one epoch.
+
+    Args:
+        file: a row a completion, the groups contiguous.
+
+    Returns:
+        Rewards and lengths of all completions, and the groups, those with most signal first. What
+        is beyond ``MAX_TOKENS`` is counted, not kept.
+    """
+    import pyarrow.parquet as parquet
+
+    # Of an open file: a path with "=" in it would be read as a partition.
+    with file.open("rb") as opened:
+        rows: list[dict[str, Any]] = parquet.read_table(opened).to_pylist()
+    groups = [_group(list(members)) for _, members in groupby(rows, key=lambda row: row["group"])]
+    kept: list[dict[str, Any]] = []
+    tokens = 0
+    for group in groups:
+        tokens += sum(len(completion["tokens"]) for completion in group["completions"])
+        if kept and tokens > MAX_TOKENS:
+            break
+        kept.append(group)
+    return {
+        "epoch": rows[0]["epoch"] if rows else int(file.stem.partition("=")[2]),
+        "step": rows[0]["step"] if rows else 0,
+        "rewards": [row["reward"] for row in rows],
+        "lengths": [row["length"] for row in rows],
+        "finished": [row["finished"] for row in rows],
+        "groups": sorted(kept, key=lambda group: -group["std"]),
+        "groups_stored": len(groups),
+    }
+
+
+def _group(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    rewards = [row["reward"] for row in rows]
+    known = [reward for reward in rewards if reward is not None and isfinite(reward)] or [0.0]
+    return {
+        "prompt": rows[0]["prompt"],
+        "mean": fmean(known),
+        "std": pstdev(known),
+        "completions": [_completion(row) for row in rows],
+    }
+
+
+def _completion(row: dict[str, Any]) -> dict[str, Any]:
+    """Differences are taken here: of rounded numbers they would be noise."""
+    policy, reference = row["policy_logprobs"], row["ref_logprobs"]
+    advantages, process = row["advantages"], row["process_rewards"]
+    tokens = row["tokens"]
+    ends = [place for place, is_end in enumerate(row["step_ends"] or []) if is_end]
+    completion = {
+        "reward": row["reward"],
+        "outcome_advantage": row["outcome_advantage"],
+        "length": row["length"],
+        "finished": row["finished"],
+        "tokens": tokens,
+        "step_ends": ends if len(ends) < len(tokens) else [],  # every token its own step: no marks
+        "policy": policy,
+        "reference": reference,
+        "log_ratio": policy and reference and _ratios(policy, reference),
+        "advantage": advantages,
+        "advantage_part": _less(advantages, row["outcome_advantage"]),
+        "process": process,
+        "process_part": _less(process, row["reward"]),
+    }
+    # A token alone may be a part of a character, or lose its space; the end token is not text.
+    if row["completion"] not in "".join(tokens):
+        completion["text"] = row["completion"]
+    return completion
+
+
+def _ratios(policy: list[float], reference: list[float]) -> list[float]:
+    return [own - other for own, other in zip(policy, reference, strict=True)]
+
+
+def _less(values: list[float] | None, whole: float) -> list[float] | None:
+    return values and [value - whole for value in values]

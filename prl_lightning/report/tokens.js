@@ -1,0 +1,235 @@
+// One completion, token by token: who got which credit.
+
+const QUANTITIES = [
+  {
+    key: "process_part",
+    name: "process reward less outcome, rₜ − r",
+    about:
+      "What the process term adds to the outcome reward for the prefix up to this token: " +
+      "−β times the log-ratios of all tokens after it.",
+  },
+  {
+    key: "process",
+    name: "process reward, rₜ",
+    about:
+      "Outcome reward and process term together, of the prefix up to this token; " +
+      "at the last token it is the outcome reward.",
+  },
+  {
+    key: "advantage",
+    name: "advantage, Aₜ",
+    about: "How much this token was made more likely (above zero) or less likely (below zero).",
+  },
+  {
+    key: "advantage_part",
+    name: "advantage less outcome advantage, Aₜ − A",
+    about: "What the process term adds to the advantage that all tokens of the completion share.",
+  },
+  {
+    key: "log_ratio",
+    name: "log-ratio, log π − log π ref",
+    about: "Above zero: the policy likes this token more than the reference does.",
+  },
+  {
+    key: "policy",
+    name: "policy log-probability, log π",
+    about: "Near zero: the policy was sure of this token.",
+  },
+];
+
+const FIELDS = [
+  ["token", "token"],
+  ["place", "position"],
+  ["process", "rₜ"],
+  ["advantage", "advantage"],
+  ["policy", "log π"],
+  ["reference", "log π ref"],
+  ["log_ratio", "log-ratio"],
+];
+
+let chosenQuantity = null; // kept from one completion to the next
+
+const has = (completion, key) => completion[key]?.some(isNumber) ?? false;
+
+// Completions of a group share one scale, so that they can be compared; the largest 2% saturate.
+function scaleOf(group, key) {
+  const sizes = group.completions.flatMap((one) => one[key] ?? []).filter(isNumber).map(Math.abs);
+  sizes.sort((a, b) => a - b);
+  return sizes[Math.floor((sizes.length - 1) * 0.98)] || sizes.at(-1) || 0;
+}
+
+function paint(spans, values, scale) {
+  spans.forEach((span, i) => {
+    const value = values?.[i] ?? 0;
+    const share = scale ? Math.min(1, Math.abs(value) / scale) : 0;
+    span.classList.toggle("positive", value > 0);
+    span.classList.toggle("negative", value < 0);
+    span.style.setProperty("--share", `${(share * 100).toFixed(1)}%`);
+  });
+}
+
+function tokenSpans(completion) {
+  const ends = new Set(completion.step_ends);
+  return completion.tokens.map((token, i) => {
+    const span = element("span", { className: "token", tabIndex: i ? -1 : 0 }, token);
+    span.dataset.place = i;
+    span.classList.toggle("newline", token.includes("\n"));
+    span.classList.toggle("ends", ends.has(i));
+    return span;
+  });
+}
+
+function quantityChooser(completion, onChange) {
+  const select = element("select", { id: "quantity" });
+  for (const { key, name } of QUANTITIES) {
+    select.append(element("option", { value: key, disabled: !has(completion, key) }, name));
+  }
+  const usable = QUANTITIES.filter(({ key }) => has(completion, key)).map(({ key }) => key);
+  select.value = usable.includes(chosenQuantity) ? chosenQuantity : (usable[0] ?? "policy");
+  select.addEventListener("change", () => {
+    chosenQuantity = select.value;
+    onChange(select.value);
+  });
+  return select;
+}
+
+function colourLegend() {
+  const ends = [element("span"), element("span")];
+  const bar = element("span", { className: "gradient", "aria-hidden": "true" });
+  const node = element("div", { className: "scale" }, ends[0], bar, ends[1]);
+  return {
+    node,
+    set(scale) {
+      ends[0].textContent = scale ? show(-scale, 2) : "";
+      ends[1].textContent = scale ? `+${show(scale, 2)}` : "all are 0";
+      bar.hidden = !scale;
+    },
+  };
+}
+
+function tokenStrip(completion) {
+  const cells = FIELDS.map(([key, name]) => {
+    const value = element("dd", {}, "–");
+    value.dataset.field = key;
+    return { key, value, node: element("div", {}, element("dt", {}, name), value) };
+  });
+  const node = element("dl", { className: "strip", "aria-live": "polite" }, ...cells.map((cell) => cell.node));
+  return {
+    node,
+    set(place) {
+      for (const { key, value } of cells) {
+        if (key === "token") value.textContent = JSON.stringify(completion.tokens[place]);
+        else if (key === "place") value.textContent = `${place + 1} of ${completion.tokens.length}`;
+        else value.textContent = show(completion[key]?.[place]);
+      }
+    },
+  };
+}
+
+function logprobPlot(holder, completion, onHover) {
+  const x = completion.tokens.map((_, i) => i + 1);
+  const series = [];
+  if (has(completion, "reference")) series.push({ name: "reference", x, y: completion.reference, colour: 4, exact: true });
+  if (has(completion, "policy")) series.push({ name: "policy", x, y: completion.policy, colour: 0, exact: true });
+  if (!series.length) return null;
+  return new LinePlot(holder, {
+    title: "Log-probability of each token",
+    xName: "token",
+    series,
+    height: 150,
+    rules: completion.step_ends.map((place) => place + 1),
+    onHover: (at) => onHover(at - 1),
+  });
+}
+
+function missingReasons(completion) {
+  const reasons = [];
+  if (!has(completion, "reference")) {
+    reasons.push(
+      "No reference model in this run, so there are no log-ratios and no process rewards: " +
+        "only advantage and policy log-probability can be shown.",
+    );
+  } else if (!has(completion, "process")) {
+    reasons.push("No process rewards are stored with this epoch.");
+  }
+  if ("text" in completion) {
+    reasons.push(
+      "One by one the tokens are not quite the text: some are parts of a character, or lose " +
+        "their space. The text as a whole is below.",
+    );
+  }
+  return reasons.map((reason) => element("p", { className: "muted small" }, reason));
+}
+
+// Hover, tap and focus point at a token; left and right move between tokens.
+function followTokens(text, spans, onToken) {
+  const placeOf = (event) => {
+    const span = event.target.closest(".token");
+    return span ? Number(span.dataset.place) : null;
+  };
+  const follow = (event) => {
+    const place = placeOf(event);
+    if (place !== null) onToken(place);
+  };
+  text.addEventListener("pointerover", follow);
+  text.addEventListener("click", follow);
+  text.addEventListener("focusin", follow);
+  text.addEventListener("keydown", (event) => {
+    const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const place = placeOf(event);
+    if (!move || place === null) return;
+    event.preventDefault();
+    event.stopPropagation(); // here the arrows do not move the epoch
+    const next = spans[place + move];
+    if (!next) return;
+    spans[place].tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+  });
+}
+
+function showCompletion(holder, group, completion) {
+  holder.replaceChildren();
+  const spans = tokenSpans(completion);
+  const label = "Tokens of the completion; left and right arrow move";
+  const text = element("div", { className: "tokens", role: "group", "aria-label": label }, ...spans);
+  const strip = tokenStrip(completion);
+  const legend = colourLegend();
+  const about = element("p", { className: "muted small about" });
+  const shade = (key) => {
+    const scale = scaleOf(group, key);
+    paint(spans, completion[key], scale);
+    legend.set(scale);
+    const quantity = QUANTITIES.find((one) => one.key === key);
+    about.textContent = `${quantity.about} The completions of a group share one scale.`;
+  };
+  const select = quantityChooser(completion, shade);
+  const chooser = element("label", {}, "Shade by ", select);
+  holder.append(
+    element("h3", {}, "Who got which credit"),
+    element("div", { className: "controls" }, chooser, legend.node),
+    about,
+    ...missingReasons(completion),
+    element("div", {}, text, strip.node), // the strip stays in sight as long as the text is
+  );
+  if ("text" in completion) {
+    holder.append(element("details", {}, element("summary", {}, "Text as a whole"), element("pre", {}, completion.text)));
+  }
+  let plot = null;
+  let last = null;
+  const toToken = (place) => {
+    spans[last]?.classList.remove("here");
+    spans[place].classList.add("here");
+    last = place;
+    strip.set(place);
+    plot?.point(place + 1);
+  };
+  if (completion.tokens.length) {
+    plot = logprobPlot(holder, completion, toToken);
+    followTokens(text, spans, toToken);
+    shade(select.value);
+    toToken(0);
+  } else {
+    text.append("(no token)");
+  }
+}

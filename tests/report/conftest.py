@@ -1,0 +1,77 @@
+"""One made-up run, its page, and a browser, for all tests of the report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from made_run import make_run
+from prl_lightning.report import write_report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with all its files; not to be changed."""
+    return make_run(tmp_path_factory.mktemp("runs") / "arithmetic" / "version_0")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The system's Chromium, without a window."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    # The sandbox does not start as root.
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the made-up run."""
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(str(run_dir), str(file))
+    return file
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Any]:
+    """Open a file; at the end nothing may have been logged, and nothing but the file asked for."""
+    said: list[str] = []
+    asked: list[str] = []
+    contexts = []
+
+    def open_file(file: Path, size: str = "desktop", scheme: str = "light") -> Any:
+        width, height = SIZES[size]
+        viewport = {"width": width, "height": height}
+        touch = size == "phone"
+        context = browser.new_context(viewport=viewport, color_scheme=scheme, has_touch=touch)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(file.as_uri())
+        page.wait_for_selector("h1:not(:empty)")
+        page.wait_for_selector("#panels svg text")
+        return page
+
+    yield open_file
+    for context in contexts:
+        context.close()
+    assert said == []
+    assert [url for url in asked if not url.endswith("report.html")] == []
