@@ -11,13 +11,21 @@ from typing import Any
 from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from prl_lightning.callbacks import RolloutCallback, RunSummary, SaveOnSignal
+from prl_lightning.callbacks import (
+    CompletionLog,
+    EvaluationLog,
+    RolloutCallback,
+    RunSummary,
+    SaveOnSignal,
+    UpdateGuard,
+)
 from prl_lightning.data import PromptDataModule
 from prl_lightning.export import export_checkpoint
 from prl_lightning.module import PRLModule
+from prl_lightning.report import write_report
 from prl_lightning.strategies import FSDP2Strategy  # noqa: F401  (known by its name from here on)
 from prl_lightning.trainer import PRLTrainer, last_checkpoint
 
@@ -33,22 +41,29 @@ BESIDE_THE_POINT = (
 
 
 class PRLCLI(LightningCLI):
-    """``model``, ``data``, ``rollout`` and ``trainer``, each the arguments of one class."""
+    """``model``, ``data``, ``rollout``, ``completions`` and ``trainer``: each one class."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sampling section; the prompts are tokenized as the policy is."""
         parser.add_lightning_class_args(RolloutCallback, "rollout")
+        parser.add_lightning_class_args(CompletionLog, "completions")
+        parser.add_lightning_class_args(UpdateGuard, "guard")
         parser.link_arguments("model.policy", "data.tokenizer")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Put a ``metrics.csv`` into every run folder, beside whatever other logger there is."""
+        """Put a ``metrics.csv`` into every run folder, beside whatever other logger there is.
+
+        Where the configuration has no logger, TensorBoard is the other one.
+        """
         trainer = super().instantiate_trainer(**kwargs)
         has_csv = any(isinstance(logger, CSVLogger) for logger in trainer.loggers)
-        if not has_csv and not getattr(trainer, "fast_dev_run", False):
-            root = Path(trainer.default_root_dir)
-            # Every row at once: what is kept in memory is lost with a killed process.
-            csv = CSVLogger(root.parent, name=root.name, flush_logs_every_n_steps=1)
-            trainer.loggers = [csv, *trainer.loggers]
+        if has_csv or getattr(trainer, "fast_dev_run", False):
+            return trainer
+        root = Path(trainer.default_root_dir)
+        # Every row at once: what is kept in memory is lost with a killed process.
+        csv = CSVLogger(root.parent, name=root.name, flush_logs_every_n_steps=1)
+        board = TensorBoardLogger(root.parent, name=root.name, version=csv.version)
+        trainer.loggers = [csv, *(trainer.loggers or [board])]
         return trainer
 
     def before_fit(self) -> None:
@@ -67,6 +82,9 @@ class PRLCLI(LightningCLI):
                 f"--ckpt_path last: no complete checkpoint under trainer.default_root_dir="
                 f"{self.trainer.default_root_dir}. Name a file, or the folder of the run."
             )
+        if "verbose" in self.config_init[self.subcommand]:
+            # EvaluationLog prints a table with intervals; Lightning's says the same without.
+            self.config_init[self.subcommand]["verbose"] = False
 
     before_test = before_validate
     before_predict = before_validate
@@ -93,16 +111,22 @@ def main(args: Sequence[str] | None = None) -> None:
     if words[:1] == ["export"]:  # needs no trainer
         auto_cli(export_checkpoint, args=words[1:], as_positional=False, prog="prl export")
         return
+    if words[:1] == ["report"]:
+        auto_cli(write_report, args=words[1:], prog="prl report")
+        return
     PRLCLI(
         PRLModule,
         PromptDataModule,
         args=None if args is None else words,
-        parser_kwargs={"epilog": "prl export --help: a checkpoint as a Hugging Face folder"},
+        parser_kwargs={
+            "epilog": "prl export --help: a checkpoint as a Hugging Face folder; "
+            "prl report --help: a run as one HTML file"
+        },
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
         trainer_class=PRLTrainer,
         trainer_defaults={
-            "callbacks": [RunSummary(), SaveOnSignal()],
+            "callbacks": [RunSummary(), EvaluationLog(), SaveOnSignal()],
             "default_root_dir": "runs/prl",
             "logger": False,
             "log_every_n_steps": 1,

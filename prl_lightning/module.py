@@ -119,7 +119,7 @@ class PRLModule(LightningModule):
         ref_logprobs = batch.ref_logprobs
         if ref_logprobs is None and self.keeps_reference:
             ref_logprobs = self.score(batch, "reference")
-        policy_logprobs, entropy = self._loaded_policy(batch, self.temperature)
+        policy_logprobs, entropy = self.loaded_policy(batch, self.temperature)
         step_ends = self.splitter(batch.completion_ids, batch.completion_mask)
         loss, stats = self.objective.loss(policy_logprobs, ref_logprobs, batch, step_ends)
 
@@ -151,7 +151,7 @@ class PRLModule(LightningModule):
             model: whose log-probabilities.
             temperature: the module's own by default.
         """
-        scorer = self._loaded_policy
+        scorer = self.loaded_policy
         weights: AbstractContextManager[None] = nullcontext()
         if model == "reference" and self.reference is not None:
             scorer = self.reference
@@ -163,7 +163,7 @@ class PRLModule(LightningModule):
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights under their Hugging Face names, for an engine; a collective."""
-        return named_weights(self._loaded_policy)
+        return named_weights(self.loaded_policy)
 
     def configure_gradient_clipping(
         self,
@@ -179,7 +179,7 @@ class PRLModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradient, before any clipping."""
-        self._log_train({"grad_norm": total_norm(self._loaded_policy)}, weight=1)
+        self._log_train({"grad_norm": total_norm(self.loaded_policy)}, weight=1)
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
         """Log the process term over all tokens of the iteration.
@@ -193,7 +193,8 @@ class PRLModule(LightningModule):
             self.process_term.reset()
 
     @property
-    def _loaded_policy(self) -> torch.nn.Module:
+    def loaded_policy(self) -> torch.nn.Module:
+        """The policy, sharded as the strategy has it; an error before it is loaded."""
         if self.policy is None:
             raise RuntimeError("the policy is loaded in configure_model, by the Trainer")
         return self.policy

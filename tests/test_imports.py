@@ -13,13 +13,13 @@ PACKAGE = Path(__file__).parents[1] / "prl_lightning"
 
 # A part may import the parts below it, never one beside or above it. arithmetic stands beside all.
 LAYERS = [
-    {"types", "functional", "sharding", "strategies"},
+    {"types", "functional", "sharding", "strategies", "tables"},
     {"adapters", "onednn", "packing"},
     {"metrics", "steps", "rewards", "samplers", "models", "arithmetic"},
-    {"objective", "data", "export"},
+    {"evaluation", "objective", "data", "export"},
     {"module"},
     {"callbacks"},
-    {"trainer"},
+    {"report", "trainer"},
     {"cli"},
     {"__main__"},
 ]

@@ -3,6 +3,7 @@
 from prl_lightning.callbacks.completions import CompletionLog
 from prl_lightning.callbacks.evaluation import EvaluationLog
 from prl_lightning.callbacks.export import HFExport
+from prl_lightning.callbacks.guard import UpdateGuard
 from prl_lightning.callbacks.preemption import SaveOnSignal
 from prl_lightning.callbacks.rollout import RolloutCallback
 from prl_lightning.callbacks.summary import RunSummary
@@ -14,4 +15,5 @@ __all__ = [
     "RolloutCallback",
     "RunSummary",
     "SaveOnSignal",
+    "UpdateGuard",
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
@@ -24,6 +25,14 @@ def run_folder(trainer: Trainer) -> Path | None:
     """Where ``metrics.csv`` of this run is, and all else that a run leaves behind."""
     loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
     return Path(loggers[0].log_dir) if loggers else None
+
+
+def checkpoint_path(trainer: Trainer) -> Path:
+    """Where a checkpoint outside the schedule goes: over the last one."""
+    callback = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
+        return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    return Path(callback.last_model_path or Path(callback.dirpath) / "last.ckpt")
 
 
 def sum_over_ranks(trainer: Trainer, totals: Tensor) -> Tensor:

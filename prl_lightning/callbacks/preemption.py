@@ -7,15 +7,15 @@ import signal
 import subprocess
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from prl_lightning.callbacks.parts import checkpoint_path
 
 # A scheduler signals every process, and a launcher passes on to its own what it has got itself.
 SAME_REQUEST_SECONDS = 2.0
@@ -70,7 +70,7 @@ class SaveOnSignal(Callback):
     def _stop_if_asked(self, trainer: Trainer) -> None:
         if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
             return
-        path = _checkpoint_path(trainer)
+        path = checkpoint_path(trainer)
         trainer.save_checkpoint(path)
         rank_zero_info(
             f"Asked to stop: saved {path} after {trainer.global_step} updates. "
@@ -88,13 +88,6 @@ def _slurm(trainer: Trainer) -> SLURMEnvironment | None:
     # A strategy of one device does not know it.
     environment = trainer._accelerator_connector.cluster_environment
     return environment if isinstance(environment, SLURMEnvironment) else None
-
-
-def _checkpoint_path(trainer: Trainer) -> Path:
-    callback = trainer.checkpoint_callback
-    if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
-        return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-    return Path(callback.last_model_path or Path(callback.dirpath) / "last.ckpt")
 
 
 def _requeue(trainer: Trainer) -> None:

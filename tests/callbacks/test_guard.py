@@ -1,0 +1,89 @@
+"""What is no number never reaches the weights, on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ranks import read, recorded_run, run_all
+from runs import fit, metrics_of, tiny_overrides
+
+
+def poisoned(updates: list[int], value: str = ".nan", in_loss: bool = False) -> list[str]:
+    return [
+        "--trainer.callbacks+=poison.Poison",
+        f"--trainer.callbacks.updates={updates}",
+        f"--trainer.callbacks.value={value}",
+        f"--trainer.callbacks.in_loss={str(in_loss).lower()}",
+    ]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    return state
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+def test_a_bad_update_is_skipped_and_the_others_are_not(
+    value: str, tied_model: str, tmp_path: Path
+) -> None:
+    """The middle one of three does nothing to Adam's moments either: two clean ones are left."""
+    overrides = [*recorded_run(tied_model, tmp_path), "--trainer.max_epochs=2"]
+    overrides += ["--model.optimizer={class_path: torch.optim.AdamW, init_args: {lr: 0.01}}"]
+    with pytest.warns(UserWarning, match="Update 1 is skipped"):
+        fit(*overrides, *poisoned([1], value))
+    after = read(tmp_path)["after"]
+    fit(*overrides, "--trainer.max_epochs=1")
+    clean = read(tmp_path)["after"]
+    assert all(torch.equal(after[name], clean[name]) for name in clean)
+    assert metrics_of(tmp_path)["train/skipped_updates"] == [0, 1]
+
+
+def test_a_bad_loss_names_its_prompts(tied_model: str, tmp_path: Path) -> None:
+    fit(*tiny_overrides(tied_model, tmp_path), *poisoned([1], in_loss=True))
+    lines = (tmp_path / "run" / "version_0" / "skipped_updates.jsonl").read_text().splitlines()
+    (row,) = map(json.loads, lines)
+    assert (row["step"], row["rank"]) == (1, 0)
+    # Two micro-batches of four groups of four: half of the update is not suspected.
+    assert 0 < len(row["completions"]) < 16
+    assert all(set(one) == {"prompt", "reward"} for one in row["completions"])
+
+
+def test_too_many_in_a_row_stop_the_run_with_the_weights_before_them(
+    tied_model: str, tmp_path: Path
+) -> None:
+    overrides = [*tiny_overrides(tied_model, tmp_path), "--trainer.max_epochs=9"]
+    with pytest.raises(RuntimeError, match=r"3 updates in a row.*last\.ckpt.*max_skipped=2"):
+        fit(*overrides, *poisoned([1, 3, 4, 5, 6]), "--guard.max_skipped=2")
+    skipped = metrics_of(tmp_path)["train/skipped_updates"]
+    assert skipped[:4] == [0, 1, 0, 1]
+    state = weights(tmp_path / "run" / "version_0")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_skip_together(strategy: str, tied_model: str, tmp_path: Path) -> None:
+    """One rank's gradient is bad; no rank's weights change, and none waits for another."""
+    overrides = [
+        *recorded_run(tied_model, tmp_path / "run"),
+        "--trainer.accelerator=cpu",
+        f"--trainer.strategy={strategy}",
+        "--trainer.devices=2",
+        *poisoned([0, 1, 2]),
+    ]
+    record = run_all(tmp_path, 2, {"run": overrides})["run"]
+    assert all(torch.equal(record["before"][name], w) for name, w in record["after"].items())
+    assert record["metrics"]["train/skipped_updates"] == 1
+    rows = (tmp_path / "run" / "run" / "version_0" / "skipped_updates.jsonl").read_text()
+    assert [json.loads(row)["rank"] for row in rows.splitlines()] == [0, 1] * 3
+
+
+def test_a_clean_run_skips_nothing(tied_model: str, tmp_path: Path) -> None:
+    fit(*tiny_overrides(tied_model, tmp_path))
+    assert metrics_of(tmp_path)["train/skipped_updates"] == [0, 0]
+    assert not (tmp_path / "run" / "version_0" / "skipped_updates.jsonl").exists()
