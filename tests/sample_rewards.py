@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 
@@ -25,3 +26,15 @@ def one_short(completions: list[str], **columns: Any) -> list[float]:
 
 def needs_gold(completions: list[str], gold: list[str]) -> list[float]:
     return [float(text == want) for text, want in zip(completions, gold, strict=True)]
+
+
+def raises_on_odd(completions: list[str], **columns: Any) -> list[float]:
+    if 0.0 in even_digits(completions):
+        raise ValueError("an odd number of digits")
+    return [2.0 for _ in completions]
+
+
+def raises_on_last_rank(completions: list[str], **columns: Any) -> list[float]:
+    if os.environ["LOCAL_RANK"] == "1":
+        raise ValueError("the other rank")
+    return even_digits(completions)

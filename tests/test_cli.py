@@ -134,7 +134,7 @@ def test_users_own_data_and_model_are_three_lines(tied_model: str, tmp_path: Pat
     ("change", "message"),
     [
         ("--rollout.rewards=[sample_rewards.always_raises]", "always_raises.*KeyError"),
-        ("--rollout.rewards=[sample_rewards.one_short]", "one_short.*15.*16"),
+        ("--rollout.rewards=[sample_rewards.one_short]", "one_short.*returned 0 rewards for 1"),
         ("--rollout.rewards=[sample_rewards.needs_gold]", "needs_gold.*'gold'.*columns"),
         ("--data.updates_per_epoch=3", "prompts_per_epoch.*4.*updates_per_epoch.*3.*an epoch"),
         ("--data.prompts_per_epoch=100", "prompts_per_epoch=100.*12 prompts"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from torch.optim import Optimizer
 
 from prl_lightning.callbacks.completions import prompt_text
 from prl_lightning.callbacks.parts import (
+    append_rows,
     checkpoint_path,
     prl_module,
-    run_folder,
     train_rollouts,
 )
-from prl_lightning.data.loader import gather
 from prl_lightning.sharding import total_norm
 
 SKIPPED = "skipped_updates.jsonl"
@@ -99,12 +97,6 @@ class UpdateGuard(Callback):
             for rollout in rollouts
             if not is_finite or all(finite)
         ]
-        shares = gather(suspects, trainer.global_rank, trainer.world_size)
-        folder = run_folder(trainer)
         rank_zero_warn(f"Update {trainer.global_step} is skipped: its gradient is not finite.")
-        if shares is not None and folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / SKIPPED).open("a") as lines:
-                for rank, share in enumerate(shares):
-                    row = {"step": trainer.global_step, "rank": rank, "completions": share}
-                    lines.write(json.dumps(row) + "\n")
+        row = {"step": trainer.global_step, "rank": trainer.global_rank, "completions": suspects}
+        append_rows(trainer, SKIPPED, [row])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -12,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from prl_lightning.data import PromptDataModule, RolloutBuffer
+from prl_lightning.data.loader import gather
 from prl_lightning.module import PRLModule
 
 
@@ -33,6 +36,22 @@ def checkpoint_path(trainer: Trainer) -> Path:
     if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
         return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
     return Path(callback.last_model_path or Path(callback.dirpath) / "last.ckpt")
+
+
+def append_rows(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Append the rows of all ranks to a JSONL file of the run's folder; a collective.
+
+    Args:
+        trainer: its first rank writes, if the run has a folder.
+        name: of the file.
+        rows: of this rank.
+    """
+    shares = gather(rows, trainer.global_rank, trainer.world_size)
+    folder = run_folder(trainer)
+    if shares is not None and folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("a") as lines:
+            lines.writelines(json.dumps(row) + "\n" for share in shares for row in share)
 
 
 def sum_over_ranks(trainer: Trainer, totals: Tensor) -> Tensor:

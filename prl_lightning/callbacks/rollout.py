@@ -29,15 +29,18 @@ from prl_lightning.callbacks.parts import (
     sum_over_ranks,
     train_rollouts,
 )
+from prl_lightning.callbacks.rewarding import Rewarder
 from prl_lightning.callbacks.samples import draw_kept
 from prl_lightning.callbacks.scoring import prepare_update
 from prl_lightning.callbacks.statistics import describe, over_ranks
 from prl_lightning.data.loader import gather
 from prl_lightning.models import max_model_tokens, stop_token_ids
 from prl_lightning.module import PRLModule
-from prl_lightning.rewards import RewardFunction, RewardSum
+from prl_lightning.rewards import RewardFunction, RewardLimits, RewardSum
 from prl_lightning.samplers import Sampler, SamplingConfig, VLLMSampler
 from prl_lightning.types import Prompt, Rollout
+
+DEFAULT_LIMITS = RewardLimits()
 
 
 class RolloutCallback(Callback):
@@ -56,6 +59,7 @@ class RolloutCallback(Callback):
             the policy before this iteration's updates, which the importance ratio corrects. The
             engine gap is measured in the first iteration and in evaluations alone, where engine
             and trainer have the same weights.
+        limits: of time and memory for a reward function, which runs in processes of its own.
 
     Raises:
         ValueError: a limit, a temperature or a top-p that nothing can be sampled with, or overlap
@@ -72,6 +76,7 @@ class RolloutCallback(Callback):
         eval_top_p: float = 1.0,
         max_engine_gap: float | None = None,
         overlap: bool = False,
+        limits: RewardLimits = DEFAULT_LIMITS,
     ) -> None:
         for name, value, fits in (
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
@@ -89,7 +94,8 @@ class RolloutCallback(Callback):
             )
         self.engine = EngineLink(sampler, max_engine_gap)
         self.overlap = overlap
-        self.rewards = RewardSum(rewards, reward_weights)
+        self.rewards = RewardSum(rewards, reward_weights, limits)
+        self.rewarder = Rewarder(self.rewards)
         self.max_new_tokens = max_new_tokens
         self.eval_temperature = eval_temperature
         self.eval_top_p = eval_top_p
@@ -117,17 +123,20 @@ class RolloutCallback(Callback):
             )
         self._stop_token_ids = stop_token_ids(module.policy_name, data.tokenizer)
         self.engine.forget_weights()
+        self.rewards.start(ranks=trainer.num_devices)
         self._saved = []
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the engine's memory back."""
         self.engine.stop()
+        self.rewards.stop()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """End the engine too, where it is a process of its own."""
+        """End the other processes too."""
         self.engine.stop()
+        self.rewards.stop()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the model before the first update, and not again where a run goes on."""
@@ -220,7 +229,7 @@ class RolloutCallback(Callback):
         rollouts = iter(self._rollouts(trainer, prl_module(pl_module), prompts, config))
         for name, some in sets.items():
             own = [next(rollouts) for _ in range(len(some) * data.eval_group_size)]
-            self._number_answers(own, data.eval_group_size)
+            self.rewarder.number_answers(own, data.eval_group_size)
             data.eval_rollouts[name].fill(own)
 
     on_test_epoch_start = on_validation_epoch_start
@@ -255,7 +264,7 @@ class RolloutCallback(Callback):
         if config.top_p == 1.0 and drawn.step == trainer.global_step:
             self._values |= self.engine.check(trainer, module, rollouts, config.temperature)
         with self._timed("reward"):
-            self._reward(rollouts)
+            self._values |= self.rewarder.reward(trainer, rollouts)
         return rollouts
 
     def _note_age(self, trainer: Trainer, rollouts: list[Rollout], drawn: Drawn) -> None:
@@ -268,27 +277,6 @@ class RolloutCallback(Callback):
         if drawn.step != trainer.global_step:
             for rollout in rollouts:
                 rollout.old_logprobs = torch.tensor(rollout.completion.logprobs)
-
-    def _reward(self, rollouts: list[Rollout]) -> None:
-        names = set.intersection(*(set(rollout.prompt.columns) for rollout in rollouts))
-        columns = {name: [r.prompt.columns[name] for r in rollouts] for name in names}
-        columns["completion_ids"] = [r.completion.token_ids for r in rollouts]
-        scores = self.rewards.score(
-            [r.prompt.source for r in rollouts], [r.text for r in rollouts], columns
-        )
-        for rollout, reward in zip(rollouts, scores.total.tolist(), strict=True):
-            rollout.reward = reward
-        if len(scores.parts) > 1:
-            self._values |= {f"reward/{k}": v.nanmean().item() for k, v in scores.parts.items()}
-        self._values |= {f"reward_failures/{k}": float(v) for k, v in scores.failures.items()}
-        self._values["unrewarded"] = float(scores.unrewarded)
-
-    def _number_answers(self, rollouts: list[Rollout], group_size: int) -> None:
-        for start in range(0, len(rollouts), group_size):
-            group = rollouts[start : start + group_size]
-            answers = self.rewards.answers([rollout.text for rollout in group])
-            for rollout, answer in zip(group, answers or [], strict=bool(answers)):
-                rollout.answer = answer
 
     def _log(self, module: PRLModule, values: dict[str, float]) -> None:
         self._logged = values

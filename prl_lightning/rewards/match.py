@@ -7,7 +7,7 @@ from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
-from prl_lightning.rewards.base import NO_ANSWER, completion_text
+from prl_lightning.rewards.protocol import NO_ANSWER, completion_text
 
 _NUMERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 

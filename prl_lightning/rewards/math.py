@@ -9,10 +9,11 @@ import logging
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
-from prl_lightning.rewards.base import completion_text
 from prl_lightning.rewards.match import number_answers, reference_texts
+from prl_lightning.rewards.protocol import completion_text
 
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 
@@ -37,6 +38,22 @@ _UNREASONABLE = re.compile(
 # readings count). A few are like "-1./3", which it cannot read.
 _SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?!\w)")
 _FULL_STOP = re.compile(r"(?<=\d)\.(?=\s*[-+*/^)]|\s*$)|(?<=\$)\.\s*$")
+
+_TYPICAL = (
+    "12",
+    "-3.5",
+    r"\frac{1}{2}",
+    r"\frac{\pi \cdot 4}{6}",
+    r"2\sqrt{3}",
+    r"(1, 2]",
+    r"\{1, 2, 5\}",
+    "(3, -4, 5)",
+    "x^2 + 5x - 2 = 0",
+    "y = 3(x + 1)",
+    r"10^{3} \text{ cm}",
+    r"(-\infty, 2) \cup (3, \infty)",
+    r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
+)
 
 
 class MathReward:
@@ -98,6 +115,11 @@ class MathReward:
         self.failures = 0
         pairs = zip(completions, given[0], strict=True)
         return [self._reward(completion_text(text), reference) for text, reference in pairs]
+
+    def warm_up(self) -> None:
+        """Import math-verify and sympy and let them build their tables: seconds, once."""
+        for left, right in pairwise(_TYPICAL):
+            _is_same(left, right)
 
     def answers(self, completions: Sequence[str]) -> list[int]:
         """Number the boxed answers of one prompt's completions: equal to math-verify is equal.

@@ -275,6 +275,6 @@ def test_the_first_function_that_can_tells_answers_apart() -> None:
     def length(completions: list[str], **columns: Any) -> list[float]:
         return [0.0 for _ in completions]
 
-    assert RewardSum([length]).answers(["a"]) is None
+    assert RewardSum([length]).answers([["a"]]) is None
     rewards = RewardSum([length, RegexMatch("(a)"), RegexMatch("(b)")])
-    assert rewards.answers(["a", "b", "a"]) == [0, -1, 0]
+    assert rewards.answers([["a", "b", "a"], ["b"]]) == [[0, -1, 0], [-1]]

@@ -1,0 +1,143 @@
+"""What a reward function is called with, and what it may return.
+
+A reward function has TRL's signature (https://huggingface.co/docs/trl, "Using a custom reward
+function"): it is called with keywords only,
+
+    f(prompts=..., completions=..., **columns) -> list[float | None]
+
+where `columns` are the dataset's other columns, one value per completion. A function without
+`**kwargs` gets the names it accepts and no others. `None` says "not applicable to this completion".
+A prompt is a text or a list of chat messages; a completion has its prompt's form.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any, TypeAlias
+
+RewardFunction: TypeAlias = Callable[..., Sequence[float | None]]
+
+NO_ANSWER = -1  # the number of a completion without an answer, among those of `answers`
+
+# What every reward function can ask for without the dataset having a column of that name.
+PROVIDED = frozenset({"prompts", "completions", "completion_ids"})
+
+
+def completion_text(completion: Any) -> str:
+    """Read a completion's text, whichever of TRL's two forms it has.
+
+    Args:
+        completion: A text, or chat messages, of which the last one's content is read.
+
+    Returns:
+        The text; of content in typed parts, the text parts joined.
+
+    Raises:
+        TypeError: If it is neither.
+
+    Example:
+        >>> completion_text("4"), completion_text([{"role": "assistant", "content": "4"}])
+        ('4', '4')
+    """
+    if isinstance(completion, str):
+        return completion
+    try:
+        content = completion[-1]["content"]
+        if isinstance(content, str):
+            return content
+        return "".join(part["text"] for part in content if part["type"] == "text")
+    except (TypeError, KeyError, IndexError) as error:
+        raise TypeError(
+            "a completion is a text or a non-empty list of messages with 'role' and 'content', "
+            f"got {completion!r}"
+        ) from error
+
+
+def in_form_of(prompt: Any, completion: Any) -> Any:
+    """A text as an assistant's message where the prompt is a chat, as TRL hands it over."""
+    if isinstance(prompt, str) or not isinstance(completion, str):
+        return completion
+    return [{"role": "assistant", "content": completion}]
+
+
+def distinct_names(functions: Sequence[RewardFunction]) -> list[str]:
+    """The functions' names, a repeated one made distinct as `name#2`."""
+    names: list[str] = []
+    for function in functions:
+        function = getattr(function, "func", function)  # functools.partial
+        base = getattr(function, "__name__", type(function).__name__)
+        name, count = base, 1
+        while name in names:
+            count += 1
+            name = f"{base}#{count}"
+        names.append(name)
+    return names
+
+
+def required_columns(function: RewardFunction) -> list[tuple[str, ...]]:
+    """Columns without which `function` cannot be called; each entry is a choice of names."""
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    required = [
+        (parameter.name,)
+        for parameter in _parameters(function)
+        if parameter.default is parameter.empty and parameter.kind not in variadic
+    ]
+    declared = getattr(function, "columns", ())
+    return required + [(entry,) if isinstance(entry, str) else tuple(entry) for entry in declared]
+
+
+def accepted(function: RewardFunction, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `arguments` that `function` accepts."""
+    parameters = _parameters(function)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(arguments)
+    names = {parameter.name for parameter in parameters}
+    return {key: value for key, value in arguments.items() if key in names}
+
+
+def checked_rewards(name: str, returned: Any, size: int) -> list[float]:
+    """The rewards that a function has returned, as numbers.
+
+    Args:
+        name: The function's, for messages.
+        returned: What it returned: a list, an array or a tensor.
+        size: How many completions it was called with.
+
+    Returns:
+        `size` finite rewards, NaN for `None`.
+
+    Raises:
+        ValueError: If it is not `size` finite numbers or `None`.
+    """
+    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ValueError(
+            f"reward function '{name}' returned {type(returned).__name__}: "
+            "return a list of numbers, one for each completion"
+        )
+    if len(values) != size:
+        raise ValueError(
+            f"reward function '{name}' returned {len(values)} rewards for {size} completions: "
+            "return one for each, in their order (None where it does not apply)"
+        )
+    return [_number(name, index, value) for index, value in enumerate(values)]
+
+
+def _parameters(function: RewardFunction) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError:  # some callables written in C do not say; let them have everything
+        return [inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)]
+
+
+def _number(name: str, index: int, value: Any) -> float:
+    if value is None:
+        return math.nan
+    number = value.item() if hasattr(value, "item") else value  # numpy and torch scalars
+    if isinstance(number, Real) and math.isfinite(number):
+        return float(number)
+    raise ValueError(
+        f"reward function '{name}' returned {value!r} for completion {index}: "
+        "return a finite number, or None where it does not apply"
+    )

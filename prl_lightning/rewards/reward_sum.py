@@ -1,0 +1,321 @@
+"""A weighted sum of reward functions, run so that a mistake in one cannot pass unseen."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prl_lightning.rewards.protocol import (
+    PROVIDED,
+    RewardFunction,
+    accepted,
+    checked_rewards,
+    distinct_names,
+    in_form_of,
+    required_columns,
+)
+from prl_lightning.rewards.tasks import Failure, Reply, RewardLimits, Task
+from prl_lightning.rewards.workers import RewardWorkers
+
+if TYPE_CHECKING:  # loaded where sums are made: the processes of the functions do without it
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FailedCall:
+    """A call of a reward function that gave nothing.
+
+    Attributes:
+        name: The function's.
+        index: The completion's, of those scored together.
+        failure: Why.
+    """
+
+    name: str
+    index: int
+    failure: Failure
+
+
+@dataclass(frozen=True)
+class RewardScores:
+    """What the reward functions gave B completions.
+
+    Attributes:
+        total: Weighted sum of the parts that apply, (B,) float32.
+        parts: Each function's unweighted rewards by name, (B,) float32, NaN where not applicable.
+        failures: Per function, how many completions it could not judge: the calls that failed, and
+            what its own attribute `failures` said after each call (0 for a function without).
+        unrewarded: Completions to which no function applied; their total is 0.
+        failed_calls: Those that raised, or were killed.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    failures: dict[str, int]
+    unrewarded: int
+    failed_calls: tuple[FailedCall, ...] = ()
+
+
+class RewardSum:
+    """A weighted sum of reward functions.
+
+    Args:
+        functions: Reward functions: functions, or objects that can be called as one. Such an object
+            may have an attribute `columns`, the columns it needs beyond those in its signature (a
+            tuple of names; an entry that is itself a tuple means "one of these"), an attribute
+            `failures`, the number of completions that its last call could not judge, a method
+            `answers`, see `RewardSum.answers`, and a method `warm_up`, see `RewardWorkers`. One
+            with a true attribute `needs_batch` is called once with all completions; within limits,
+            any other is called with one completion at a time.
+        weights: One weight per function; `None` weighs each by 1.
+        limits: Call the functions in processes of their own, within these limits; `None` calls
+            them here, all completions at once, without any limit.
+
+    Attributes:
+        names: The functions' names, a repeated one made distinct as `name#2`.
+
+    Raises:
+        ValueError: If there is no function, or the weights are not one finite number for each.
+
+    Example:
+        >>> def length(completions, **columns):
+        ...     return [float(len(text)) for text in completions]
+        >>> scores = RewardSum([length], weights=[0.5]).score(["a?", "b?"], ["four", "xy"], {})
+        >>> scores.total, scores.parts
+        (tensor([2., 1.]), {'length': tensor([4., 2.])})
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction],
+        weights: Sequence[float] | None = None,
+        limits: RewardLimits | None = None,
+    ) -> None:
+        if not functions:
+            raise ValueError("no reward function was given: name at least one under rewards")
+        weights = [1.0] * len(functions) if weights is None else list(weights)
+        if len(weights) != len(functions):
+            raise ValueError(
+                f"{len(weights)} reward weights for {len(functions)} reward functions: "
+                "give one weight for each, or none to weigh all by 1"
+            )
+        if not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"reward weights must be finite numbers, got {weights}")
+        # TRL's users also pass the class itself; jsonargparse has made it an object already.
+        self.functions = [f() if isinstance(f, type) else f for f in functions]
+        self.weights = weights
+        self.names = distinct_names(self.functions)
+        self.limits = None if limits is None or limits.workers == 0 else limits
+        self._workers: RewardWorkers | None = None
+
+    def start(self, ranks: int = 1) -> None:
+        """Begin to load the functions in their process; without it, the first call does.
+
+        Args:
+            ranks: Processes of this machine that have workers, and share its cores.
+
+        Raises:
+            TypeError: If a function cannot be sent to another process.
+        """
+        if self.limits is None:
+            return
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        number = self.limits.workers or max(1, cores // ranks)
+        self._workers = RewardWorkers(self.functions, self.limits.memory_mib, number)
+        self._workers.start()
+
+    def stop(self) -> None:
+        """End the functions' processes."""
+        if self._workers is not None:
+            self._workers.stop()
+            self._workers = None
+
+    def check_columns(self, column_names: Collection[str]) -> None:
+        """Check, before anything is sampled, that every function finds the columns it needs.
+
+        Args:
+            column_names: Names of the dataset's columns.
+
+        Raises:
+            ValueError: If a function needs one that is not there; names both and the mend.
+        """
+        available = PROVIDED | set(column_names)
+        for name, function in zip(self.names, self.functions, strict=True):
+            for alternatives in required_columns(function):
+                if available.isdisjoint(alternatives):
+                    wanted = " or ".join(f"'{column}'" for column in alternatives)
+                    raise ValueError(
+                        f"reward function '{name}' needs the column {wanted}, but the data has "
+                        f"{sorted(column_names)}: rename the column with data.format.columns, "
+                        "or give the function's parameter a default"
+                    )
+
+    def answers(self, groups: Sequence[Sequence[str]]) -> list[list[int]] | None:
+        """Say which completions of a prompt have the same answer, for a majority vote.
+
+        Args:
+            groups: The texts of each prompt.
+
+        Returns:
+            For each group numbers, the same for the same answer and `NO_ANSWER` where there is
+            none, by the first function that has a method `answers(texts)`; `None` if no function
+            has one. Where that method fails, every completion counts as an answer of its own.
+        """
+        index = next((i for i, f in enumerate(self.functions) if hasattr(f, "answers")), None)
+        if index is None:
+            return None
+        if self.limits is None:
+            function: Any = self.functions[index]
+            return [function.answers(texts) for texts in groups]
+        tasks = [
+            Task(index, "answers", {"completions": list(texts)}, self.limits.seconds * len(texts))
+            for texts in groups
+        ]
+        replies = self._run(tasks)
+        failed = [reply.failure for reply in replies if reply.failure]
+        if failed:
+            warnings.warn(
+                f"the answers of {len(failed)} of {len(groups)} groups could not be compared "
+                f"({failed[0].kind}: {failed[0].message}): each completion of them counts as an "
+                "answer of its own",
+                stacklevel=2,
+            )
+        return [
+            list(range(len(texts))) if reply.failure else reply.values
+            for texts, reply in zip(groups, replies, strict=True)
+        ]
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        done: Callable[[], Any] = lambda: None,
+    ) -> RewardScores:
+        """Reward B completions.
+
+        Args:
+            prompts: B prompts, each a text or chat messages.
+            completions: B texts. One whose prompt is a chat is handed to the functions as an
+                assistant message, `[{"role": "assistant", "content": text}]`, as TRL does.
+            columns: Dataset columns, B values each, in the completions' order.
+            done: Called after every call of a function in its process.
+
+        Returns:
+            The sum, its parts and the failures.
+
+        Raises:
+            ValueError: If the lengths do not agree, a column is missing, or a function that is
+                called here returns something that is not B finite numbers (or `None`).
+            RuntimeError: If a function that is called here raises; its error is the cause.
+        """
+        self.check_columns(columns)
+        _check_lengths(len(completions), {"prompts": prompts, **columns})
+        messages = [
+            in_form_of(prompt, completion)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        arguments = {**columns, "prompts": list(prompts), "completions": messages}
+        if self.limits is None:
+            return self._sum(*self._call_here(arguments, len(messages)), ())
+        return self._sum(*self._call_in_workers(self.limits, arguments, len(messages), done))
+
+    def _call_here(
+        self, arguments: Mapping[str, Any], size: int
+    ) -> tuple[dict[str, list[float]], dict[str, int]]:
+        parts, failures = {}, {}
+        for name, function in zip(self.names, self.functions, strict=True):
+            parts[name] = checked_rewards(name, _call(name, function, arguments), size)
+            failures[name] = int(getattr(function, "failures", 0))
+        return parts, failures
+
+    def _call_in_workers(
+        self,
+        limits: RewardLimits,
+        arguments: Mapping[str, Any],
+        size: int,
+        done: Callable[[], Any],
+    ) -> tuple[dict[str, list[float]], dict[str, int], tuple[FailedCall, ...]]:
+        calls: list[tuple[str, range, Task]] = []
+        for index, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
+            own = accepted(function, arguments)
+            whole = range(size)
+            needs_batch = getattr(function, "needs_batch", False)
+            for rows in [whole] if needs_batch else [whole[row : row + 1] for row in whole]:
+                part = {key: [values[row] for row in rows] for key, values in own.items()}
+                calls.append(
+                    (name, rows, Task(index, "__call__", part, limits.seconds * len(rows)))
+                )
+        replies = self._run([task for _, _, task in calls], done)
+
+        parts = {name: [limits.failure_value] * size for name in self.names}
+        failures = dict.fromkeys(self.names, 0)
+        failed = []
+        for (name, rows, _), reply in zip(calls, replies, strict=True):
+            values, failure = _checked(name, reply, len(rows))
+            failures[name] += reply.failures + (len(rows) if failure else 0)
+            if failure:
+                failed += [FailedCall(name, row, failure) for row in rows]
+            else:
+                parts[name][rows.start : rows.stop] = values
+        return parts, failures, tuple(failed)
+
+    def _run(self, tasks: Sequence[Task], done: Callable[[], Any] = lambda: None) -> list[Reply]:
+        if self._workers is None:
+            self.start()
+        assert self._workers is not None
+        return self._workers.run(tasks, done)
+
+    def _sum(
+        self,
+        parts: Mapping[str, list[float]],
+        failures: dict[str, int],
+        failed_calls: tuple[FailedCall, ...],
+    ) -> RewardScores:
+        import torch
+
+        tensors = {name: torch.tensor(part, dtype=torch.float32) for name, part in parts.items()}
+        stacked = torch.stack(list(tensors.values()))  # (functions, B)
+        total = stacked.nan_to_num(nan=0.0).mul(torch.tensor(self.weights)[:, None]).sum(dim=0)
+        unrewarded = int(stacked.isnan().all(dim=0).sum())
+        if unrewarded:
+            warnings.warn(
+                f"{unrewarded} of {len(total)} completions got no reward from any of "
+                f"{self.names} (each returned None); they count as 0",
+                stacklevel=3,
+            )
+        return RewardScores(total, tensors, failures, unrewarded, failed_calls)
+
+
+def _checked(name: str, reply: Reply, size: int) -> tuple[list[float], Failure | None]:
+    if reply.failure:
+        return [], reply.failure
+    try:
+        return checked_rewards(name, reply.values, size), None
+    except ValueError as error:
+        return [], Failure("ValueError", str(error))
+
+
+def _check_lengths(size: int, columns: Mapping[str, Sequence[Any]]) -> None:
+    for name, values in columns.items():
+        if len(values) != size:
+            raise ValueError(
+                f"column '{name}' has {len(values)} values for {size} completions: "
+                "every column holds one value per completion"
+            )
+
+
+def _call(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> Any:
+    own = accepted(function, arguments)
+    try:
+        return function(**own)
+    except Exception as error:
+        raise RuntimeError(
+            f"reward function '{name}' raised {type(error).__name__}: {error}. It was called with "
+            f"{len(arguments['completions'])} completions and {sorted(own)}; mend it so that it "
+            "returns a number, or None where it does not apply, for every completion"
+        ) from error
