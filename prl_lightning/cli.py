@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,6 +23,7 @@ from prl_lightning.callbacks import (
     SaveOnSignal,
     UpdateGuard,
 )
+from prl_lightning.check import complaints, describe, refuse
 from prl_lightning.data import PromptDataModule
 from prl_lightning.export import export_checkpoint
 from prl_lightning.module import PRLModule
@@ -66,8 +68,19 @@ class PRLCLI(LightningCLI):
         trainer.loggers = [csv, *(trainer.loggers or [board])]
         return trainer
 
+    def parts(self) -> tuple[Trainer, PRLModule, PromptDataModule, RolloutCallback]:
+        """What a run consists of."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        rollout = next(c for c in callbacks if isinstance(c, RolloutCallback))
+        return self.trainer, self.model, self.datamodule, rollout
+
     def before_fit(self) -> None:
-        """Look ``--ckpt_path last`` up; a first run has none, so one command serves all."""
+        """Look ``--ckpt_path last`` up; a first run has none, so one command serves all.
+
+        Raises:
+            ValueError: settings that do not go together.
+        """
+        refuse(complaints(*self.parts()))
         if not self._found_last():
             rank_zero_info(f"No checkpoint under {self.trainer.default_root_dir}: a new run.")
 
@@ -76,7 +89,9 @@ class PRLCLI(LightningCLI):
 
         Raises:
             FileNotFoundError: there is none.
+            ValueError: settings that do not go together.
         """
+        refuse(complaints(*self.parts(), trains=False))
         if not self._found_last():
             raise FileNotFoundError(
                 f"--ckpt_path last: no complete checkpoint under trainer.default_root_dir="
@@ -114,13 +129,26 @@ def main(args: Sequence[str] | None = None) -> None:
     if words[:1] == ["report"]:
         auto_cli(write_report, args=words[1:], prog="prl report")
         return
-    PRLCLI(
+    if words[:1] == ["check"]:
+        # As on the machine that it is for: devices are counted, not looked for.
+        here = [] if torch.cuda.is_available() else ["--trainer.accelerator=cpu"]
+        cli = _command_line([*words[1:], *here], run=False)
+        refuse(complaints(*cli.parts()))
+        print(describe(*cli.parts()))
+        return
+    _command_line(None if args is None else words)
+
+
+def _command_line(args: list[str] | None, run: bool = True) -> PRLCLI:
+    return PRLCLI(
         PRLModule,
         PromptDataModule,
-        args=None if args is None else words,
+        args=args,
+        run=run,
         parser_kwargs={
-            "epilog": "prl export --help: a checkpoint as a Hugging Face folder; "
-            "prl report --help: a run as one HTML file"
+            "epilog": "prl check --help: does a configuration fit together, and what does it ask "
+            "for; prl export --help: a checkpoint as a Hugging Face folder; prl report --help: a "
+            "run as one HTML file"
         },
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from prl_lightning.adapters import adapters_off
+from prl_lightning.data import PromptDataModule
 from prl_lightning.evaluation import SetMetrics, SetResults
 from prl_lightning.functional import get_divergence, kl_estimate, process_rewards
 from prl_lightning.metrics import MeanStd
@@ -223,24 +224,35 @@ class PRLModule(LightningModule):
         """Make the metrics of every evaluation set.
 
         Raises:
-            ValueError: a k of ``pass_at`` is larger than the number of samples, or nobody has
-                registered the divergence.
+            ValueError: see ``check_metrics``.
         """
-        get_divergence(self.objective.divergence)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.check_metrics(data)
         samples = data.eval_group_size
-        too_large = [k for k in self.pass_at if k > samples]
-        if too_large and data.eval_rollouts:
-            raise ValueError(
-                f"model.pass_at has {too_large}, but data.eval_group_size={samples} samples a "
-                "prompt. Raise eval_group_size or leave those k out."
-            )
         self.eval_metrics = torch.nn.ModuleDict(
             {
                 name.replace(".", "_"): SetMetrics(samples, self.pass_at, self.solved_at)
                 for name in data.eval_rollouts
             }
         )
+
+    def check_metrics(self, data: PromptDataModule) -> None:
+        """Look whether what is asked for can be computed.
+
+        Args:
+            data: knows the number of samples.
+
+        Raises:
+            ValueError: a k of ``pass_at`` is larger than the number of samples, or nobody has
+                registered the divergence.
+        """
+        get_divergence(self.objective.divergence)
+        too_large = [k for k in self.pass_at if k > data.eval_group_size]
+        if too_large and data.eval_sources:
+            raise ValueError(
+                f"model.pass_at has {too_large}, but data.eval_group_size={data.eval_group_size} "
+                "samples a prompt. Raise eval_group_size or leave those k out."
+            )
 
     def validation_step(self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count what one prompt's group has right."""

@@ -19,7 +19,7 @@ LAYERS = [
     {"evaluation", "objective", "data", "export"},
     {"module"},
     {"callbacks"},
-    {"report", "trainer"},
+    {"check", "report", "trainer"},
     {"cli"},
     {"__main__"},
 ]

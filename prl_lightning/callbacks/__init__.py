@@ -1,5 +1,6 @@
 """What happens around the steps: sampling, saving on a signal, what is written down."""
 
+from prl_lightning.callbacks.checkpoint import LastCheckpoint
 from prl_lightning.callbacks.completions import CompletionLog
 from prl_lightning.callbacks.evaluation import EvaluationLog
 from prl_lightning.callbacks.export import HFExport
@@ -12,6 +13,7 @@ __all__ = [
     "CompletionLog",
     "EvaluationLog",
     "HFExport",
+    "LastCheckpoint",
     "RolloutCallback",
     "RunSummary",
     "SaveOnSignal",

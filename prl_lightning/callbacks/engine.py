@@ -82,13 +82,22 @@ class EngineLink:
         """Draw with the weights of the last ``update``.
 
         Raises:
-            RuntimeError: the engine has no weights yet.
+            RuntimeError: the engine has no weights yet, it fails, or it returns something else than
+                was asked for.
         """
         step = self._has_weights_of
         if step is None:
             raise RuntimeError("the engine has no weights: call update() first")
         start = time.monotonic()
-        groups = self.sampler.generate(prompts, config, show_progress)
+        try:
+            groups = self.sampler.generate(prompts, config, show_progress)
+        except Exception as error:
+            raise RuntimeError(
+                f"{type(self.sampler).__name__} failed on {len(prompts)} prompts x {config.n} "
+                f"completions after update {step}: {type(error).__name__}: {error}. Nothing of "
+                "this iteration was trained on; --ckpt_path last goes on from the last checkpoint."
+            ) from error
+        _check_drawn(groups, prompts, config)
         return Drawn(groups, step, time.monotonic() - start)
 
     def update(self, trainer: Trainer, module: PRLModule, max_model_tokens: int) -> None:
@@ -151,3 +160,26 @@ class EngineLink:
             )
         self._gap = {"engine_gap": mean, "engine_gap_max": largest}
         return self._gap
+
+
+def _check_drawn(
+    groups: list[list[Completion]], prompts: list[Prompt], config: SamplingConfig
+) -> None:
+    """An engine that drops, cuts or empties something must not pass for a bad policy."""
+    found = [len(group) for group in groups]
+    if found != [config.n] * len(prompts):
+        raise RuntimeError(
+            f"the engine returned {sum(found)} completions in {len(found)} groups, but was asked "
+            f"for {len(prompts)} groups of {config.n}."
+        )
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            tokens, logprobs = len(completion.token_ids), len(completion.logprobs)
+            is_cut = not completion.finished and tokens < config.max_new_tokens
+            if not 0 < tokens <= config.max_new_tokens or tokens != logprobs or is_cut:
+                raise RuntimeError(
+                    f"the engine returned a completion of {tokens} tokens with {logprobs} "
+                    f"log-probabilities, {'finished' if completion.finished else 'not finished'}, "
+                    f"for a limit of {config.max_new_tokens}: empty, cut off or incomplete. The "
+                    f"prompt was {prompt.source!r:.300}."
+                )

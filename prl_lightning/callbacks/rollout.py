@@ -33,6 +33,7 @@ from prl_lightning.callbacks.rewarding import Rewarder
 from prl_lightning.callbacks.samples import draw_kept
 from prl_lightning.callbacks.scoring import prepare_update
 from prl_lightning.callbacks.statistics import describe, over_ranks
+from prl_lightning.data import PromptDataModule
 from prl_lightning.data.loader import gather
 from prl_lightning.models import max_model_tokens, stop_token_ids
 from prl_lightning.module import PRLModule
@@ -113,18 +114,31 @@ class RolloutCallback(Callback):
         """
         data, module = prompt_data(trainer), prl_module(pl_module)
         self.rewards.check_columns(data.reward_columns)
-        self._max_tokens = data.max_prompt_tokens + self.max_new_tokens
-        limit = max_model_tokens(module.policy_name)
-        if limit is not None and self._max_tokens > limit:
-            raise ValueError(
-                f"data.max_prompt_tokens={data.max_prompt_tokens} + rollout.max_new_tokens="
-                f"{self.max_new_tokens} = {self._max_tokens} tokens, but the model takes {limit}. "
-                "Lower one of them."
-            )
+        self._max_tokens = self.check_lengths(data, module)
         self._stop_token_ids = stop_token_ids(module.policy_name, data.tokenizer)
         self.engine.forget_weights()
         self.rewards.start(ranks=trainer.num_devices)
         self._saved = []
+
+    def check_lengths(self, data: PromptDataModule, module: PRLModule) -> int:
+        """The longest row, in tokens.
+
+        Args:
+            data: knows the longest prompt.
+            module: knows the model.
+
+        Raises:
+            ValueError: the model does not take that many.
+        """
+        longest = data.max_prompt_tokens + self.max_new_tokens
+        limit = max_model_tokens(module.policy_name)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"data.max_prompt_tokens={data.max_prompt_tokens} + rollout.max_new_tokens="
+                f"{self.max_new_tokens} = {longest} tokens, but the model takes {limit}. "
+                "Lower one of them."
+            )
+        return longest
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the engine's memory back."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import ConcatDataset
 
@@ -175,12 +175,25 @@ class PromptDataModule(LightningDataModule):
                 f"data.prompts_per_epoch={self.prompts_per_epoch}, but data.train has "
                 f"{len(self._train_prompts)} prompts. Lower it, or add prompts."
             )
-        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-        sizes = EpochSizes(
-            self.prompts_per_epoch, self.group_size, self.updates_per_epoch, self._ranks, accumulate
-        )
+        sizes = self.sizes(self.trainer)
         rank_zero_info(f"An epoch: {sizes}")
-        self.train_rollouts = RolloutBuffer(self.updates_per_epoch, accumulate)
+        self.train_rollouts = RolloutBuffer(self.updates_per_epoch, sizes.micro_batches)
+
+    def sizes(self, trainer: Trainer | None) -> EpochSizes:
+        """How an epoch is cut.
+
+        Args:
+            trainer: knows the ranks and the micro-batches; None for one of each.
+
+        Raises:
+            ValueError: something does not divide.
+        """
+        ranks, accumulate = (
+            (1, 1) if trainer is None else (trainer.world_size, trainer.accumulate_grad_batches)
+        )
+        return EpochSizes(
+            self.prompts_per_epoch, self.group_size, self.updates_per_epoch, ranks, accumulate
+        )
 
     def _prompt_set(self, source: Source, where: str) -> PromptSet:
         return PromptSet(source, self.format, self.tokenizer, self.max_prompt_tokens, where)

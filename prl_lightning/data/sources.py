@@ -53,6 +53,16 @@ class Source:
         name, _, configuration = rest.partition("/")
         return cls(f"{owner}/{name}" if name else owner, configuration or None, split or "train")
 
+    def check(self) -> None:
+        """Look whether it can be there, without reading it.
+
+        Raises:
+            FileNotFoundError: a file that is not there.
+        """
+        file = Path(self.path).expanduser()
+        if file.suffix in FORMATS and not file.is_file():
+            raise FileNotFoundError(f"data: there is no file {self.path!r}.")
+
     def load(self) -> Dataset:
         """Read the rows.
 
@@ -60,6 +70,7 @@ class Source:
             FileNotFoundError: a file that is not there.
             ValueError: it has no rows, or is not in a format that is read.
         """
+        self.check()
         file = Path(self.path).expanduser()
         if file.suffix in FORMATS:
             return self._load_file(file)
@@ -74,8 +85,6 @@ class Source:
         return rows
 
     def _load_file(self, file: Path) -> Dataset:
-        if not file.is_file():
-            raise FileNotFoundError(f"data: there is no file {self.path!r}.")
         form = FORMATS[file.suffix]
         # A file of the user's is nobody else's business: `datasets` would report its every load.
         config.HF_UPDATE_DOWNLOAD_COUNTS = False

@@ -1,0 +1,55 @@
+"""LastCheckpoint: one checkpoint to go on from, kept up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Write ``last.ckpt`` every so many epochs and at the end, over the one before.
+
+    ModelCheckpoint with ``save_last=True, save_top_k=0`` looks like this, but saves at the end
+    alone: until then Lightning 2.6 writes the last checkpoint only beside one of the top k.
+
+    Args:
+        every_n_epochs: how many iterations a killed run loses at most.
+        dirpath: folder of the checkpoint; ``checkpoints`` in the run's folder by default.
+
+    Raises:
+        ValueError: the number is not at least 1.
+    """
+
+    def __init__(self, every_n_epochs: int = 10, dirpath: str | None = None) -> None:
+        if every_n_epochs < 1:
+            raise ValueError(
+                f"LastCheckpoint(every_n_epochs={every_n_epochs}): must be at least 1."
+            )
+        super().__init__(dirpath, save_last=True, save_top_k=0, every_n_epochs=every_n_epochs)
+        self._saved_step = -1
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, after the validation of the epoch."""
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: the epoch's end comes after it."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what has come since."""
+        if self._saved_step != trainer.global_step:
+            self._save(trainer)
+
+    @property
+    def every_n_epochs(self) -> int:
+        """See the arguments."""
+        return self._every_n_epochs
+
+    def _save(self, trainer: Trainer) -> None:
+        path = Path(self.dirpath or trainer.default_root_dir) / f"last{self.FILE_EXTENSION}"
+        self.last_model_path = str(path)  # part of what is saved
+        self._saved_step = trainer.global_step
+        trainer.save_checkpoint(path)
