@@ -160,8 +160,9 @@ def boxed_answer(text: str) -> str | None:
     """
     answers: list[str] = []
     next_start = None
+    closings = _closing_braces(text)
     for opening in reversed(list(_BOX.finditer(text))):
-        end = _closing_brace(text, opening.end())
+        end = closings.get(opening.end() - 1)
         if end is None:
             continue
         if next_start is not None and not _BETWEEN_BOXES.fullmatch(text, end + 1, next_start):
@@ -171,14 +172,15 @@ def boxed_answer(text: str) -> str | None:
     return ", ".join(dict.fromkeys(answers)) if answers else None
 
 
-def _closing_brace(text: str, start: int) -> int | None:
-    """Where the brace that was opened just before `start` is closed."""
-    depth = 1
-    for brace in re.finditer(r"[{}]", text[start:]):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return start + brace.start()
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where each brace that is opened is closed, if it is; in one pass, whatever the text is."""
+    closings, opened = {}, []
+    for brace in re.finditer(r"[{}]", text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            closings[opened.pop()] = brace.start()
+    return closings
 
 
 def _tidy(answer: str) -> str:
