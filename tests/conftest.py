@@ -13,7 +13,7 @@ from prl_lightning.types import Completion, Prompt, Rollout
 MakeRollout = Callable[[list[int], list[int]], Rollout]
 
 
-def _save_tiny_model(folder: Path, tie: bool) -> str:
+def save_tiny_model(folder: Path, tie: bool) -> str:
     """A random Qwen2 with grouped attention, far from uniform, every weight of it random."""
     tokenizer = make_tokenizer()
     config = Qwen2Config(
@@ -46,14 +46,14 @@ def _save_tiny_model(folder: Path, tie: bool) -> str:
 def tied_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny model whose output head is its embedding, with the character tokenizer."""
     with torch.random.fork_rng():
-        return _save_tiny_model(tmp_path_factory.mktemp("model") / "tied", tie=True)
+        return save_tiny_model(tmp_path_factory.mktemp("model") / "tied", tie=True)
 
 
 @pytest.fixture(scope="session")
 def untied_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same with an output head of its own."""
     with torch.random.fork_rng():
-        return _save_tiny_model(tmp_path_factory.mktemp("model") / "untied", tie=False)
+        return save_tiny_model(tmp_path_factory.mktemp("model") / "untied", tie=False)
 
 
 @pytest.fixture(scope="session")

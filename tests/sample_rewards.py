@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 
@@ -37,4 +38,15 @@ def raises_on_odd(completions: list[str], **columns: Any) -> list[float]:
 def raises_on_last_rank(completions: list[str], **columns: Any) -> list[float]:
     if os.environ["LOCAL_RANK"] == "1":
         raise ValueError("the other rank")
+    return even_digits(completions)
+
+
+def hangs_at_times(completions: list[str], **columns: Any) -> list[float]:
+    if any(text.startswith("99") for text in completions):
+        time.sleep(1000)
+    return [0.0 for _ in completions]
+
+
+def takes_its_time(completions: list[str], **columns: Any) -> list[float]:
+    time.sleep(0.02 * len(completions))
     return even_digits(completions)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MakeRollout
 
+from conftest import MakeRollout
 from prl_lightning.data import collate
 from prl_lightning.evaluation import SetMetrics
 from prl_lightning.types import RolloutBatch

@@ -21,6 +21,10 @@ _STUBBORN = 0.1
 _MAX_ASIDE = 32
 _LOOK_SECONDS = 0.005
 
+DIED = Failure(
+    "died", "its process has died twice: a crash, an exit, or the system's out-of-memory killer"
+)
+
 
 class RewardWorkers:
     """Call functions in processes of their own, and kill a process that takes too much.
@@ -65,12 +69,19 @@ class RewardWorkers:
             RuntimeError: If the functions cannot be loaded there.
         """
         replies: dict[int, Reply] = {}
-        waiting = deque(enumerate(tasks))
+        waiting = deque(range(len(tasks)))
+        given_again: set[int] = set()
         try:
             while len(replies) < len(tasks):
                 while waiting and self._has_room():
-                    self._give(*waiting.popleft())
+                    index = waiting.popleft()
+                    self._give(index, tasks[index])
                 for index, reply in self._next_replies(others_wait=bool(waiting)):
+                    if reply.failure == DIED and index not in given_again:
+                        # Perhaps it was killed for what it had no part in: memory is short, say.
+                        given_again.add(index)
+                        waiting.append(index)
+                        continue
                     replies[index] = reply
                     done()
         except BaseException:
@@ -128,8 +139,7 @@ class RewardWorkers:
             reply = json.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
             worker.kill()
-            message = "its process has died: a crash, an exit, or the system's out-of-memory killer"
-            return worker.index, Reply(failure=Failure("died", message))
+            return worker.index, Reply(failure=DIED)
         failure = reply.pop("failure", None)
         is_out_of_memory = failure is not None and failure["kind"] == "MemoryError"
         if is_out_of_memory:

@@ -223,6 +223,30 @@ def test_a_server_that_was_killed_is_started_again(scored: Any) -> None:
     rewards.stop()
 
 
+class KillsOnce:
+    """Kills its own process the first time, and the one it was forked from."""
+
+    def __init__(self, file: Path, whom: str) -> None:
+        self.file = file
+        self.whom = whom
+
+    def __call__(self, completions: Sequence[str], **columns: Any) -> list[float]:
+        if completions == ["kill"] and not self.file.exists():
+            self.file.touch()
+            os.kill(os.getpid() if self.whom == "worker" else os.getppid(), signal.SIGKILL)
+            time.sleep(1000)
+        return [1.0 for _ in completions]
+
+
+@pytest.mark.parametrize("whom", ["worker", "server"])
+def test_a_process_killed_from_outside_costs_no_reward(
+    whom: str, scored: Any, tmp_path: Path
+) -> None:
+    scores = scored(["a", "b", "kill", "c"] * 3, KillsOnce(tmp_path / "killed", whom))
+    assert scores.total.tolist() == [1.0] * 12
+    assert scores.failures == {"KillsOnce": 0}
+
+
 TRAINER = """
 import sys
 from prl_lightning.rewards import RewardLimits, RewardSum
