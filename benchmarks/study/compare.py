@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,6 +20,8 @@ CURVES = {
 }
 # Student's t, 97.5%, by degrees of freedom (any statistical table).
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+COLORS = list(matplotlib.colormaps["tab20"].colors[::2]) + ["black", "#ffb000", "#606060"]
 
 
 def half_width(values: pd.Series[float]) -> float:
@@ -69,6 +72,8 @@ def draw(curves: pd.DataFrame, file: Path, beta: float) -> None:
     shown = curves[(curves.beta == beta) | (curves.beta == 0)]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     axes: list[Axes] = list(figure.subplots(2, 2).flat)
+    for panel in axes:
+        panel.set_prop_cycle(color=COLORS)
     for (measure, title), panel in zip(CURVES.items(), axes, strict=True):
         for (method, _, steps), rows in shown.groupby(VARIANT, sort=False):
             label = f"{method} {steps}" if steps.isdigit() else method
@@ -82,21 +87,23 @@ def draw(curves: pd.DataFrame, file: Path, beta: float) -> None:
 
 
 def draw_betas(results: pd.DataFrame, file: Path) -> None:
-    """What each method reaches at each beta, with GRPO and the base model as lines."""
+    """What each method reaches at each beta: means, with a dot for every seed."""
     figure = Figure(figsize=(11, 4), layout="constrained")
+    swept, fixed = results[results.beta > 0], results[results.beta == 0]
     for measure, panel in zip(("mean@16", "pass@16", "kl_ref"), figure.subplots(1, 3), strict=True):
-        for (method, steps), rows in results[results.beta > 0].groupby(["method", "steps"]):
-            groups = rows.groupby("beta")[measure]
+        for rank, ((method, steps), rows) in enumerate(swept.groupby(["method", "steps"])):
+            place = rows.beta * 1.04 ** (rank - 4)  # beside each other where beta is the same
+            style = {"marker": "o", "color": COLORS[rank]}
+            panel.plot(place, rows[measure], ls="", ms=2.5, alpha=0.5, **style)
+            means = rows.groupby(place)[measure].mean()
             label = f"{method} {steps}" if steps.isdigit() else method
-            panel.errorbar(
-                groups.mean().index, groups.mean(), groups.apply(half_width),
-                label=label, marker="o", ms=3, lw=1.2, capsize=2,
-            )  # fmt: skip
+            panel.plot(means.index, means, ms=5, lw=1.2, label=label, **style)
         for method, style in (("grpo", "--"), ("raft", ":"), ("base", "-.")):
             panel.axhline(
-                results[results.method == method][measure].mean(), c="gray", ls=style, label=method
+                fixed[fixed.method == method][measure].mean(), c="gray", ls=style, label=method
             )
         panel.set(title=measure, xlabel="beta", xscale="log")
+        panel.set_ylim(bottom=0.0, top=None if measure == "kl_ref" else 1.0)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*panel.get_legend_handles_labels(), loc="outside right")
