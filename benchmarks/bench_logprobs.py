@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from report import publish
 from torch import Tensor
 
 from prl_lightning.functional import token_logprobs
+from report import publish
 
 Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
 

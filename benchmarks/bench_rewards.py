@@ -15,9 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from report import publish
-
 from prl_lightning.rewards import MathReward, RewardLimits, RewardSum
+from report import publish
 
 COMPUTES = r"\boxed{(1+x)^{100000}}"
 WAITS = "wait"

@@ -16,9 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from report import publish
-
 from prl_lightning.callbacks.summary import read_metrics
+from report import publish
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = {"auto": 1, "ddp": 2, "fsdp2": 2}

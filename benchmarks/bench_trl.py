@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import publish
 from torch import Tensor
 from transformers import LogitsProcessor, TrainerCallback
 from turns import in_turn
 from work import Work, add_arguments, make, reward, sizes_of, work_of
+
+from report import publish
 
 WARM_UP = 1
 

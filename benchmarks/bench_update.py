@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from report import publish
 from torch import nn
 from work import Work, make
 
 from prl_lightning.data import collate
 from prl_lightning.models import LogprobModel, load_policy
 from prl_lightning.types import Completion, Prompt, Rollout, RolloutBatch
+from report import publish
 
 BASE = Work(hidden=512, layers=8, heads=8, prompts=2, max_new_tokens=128)
 WORKS = {

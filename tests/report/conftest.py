@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from made_run import make_run
 from prl_lightning.report import write_report
+from report.made_run import make_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}

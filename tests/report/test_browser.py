@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from made_run import HOSTILE, STORED, make_group, make_run, write_completions
 from prl_lightning.report import write_report
+from report.made_run import HOSTILE, STORED, make_group, make_run, write_completions
 
 
 def rows_of(run_dir: Path, epoch: int) -> list[dict[str, Any]]:

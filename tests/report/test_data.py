@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from made_run import write_completions
 from prl_lightning.report import completions
 from prl_lightning.report.completions import read_epoch
 from prl_lightning.report.data import MAX_EPOCHS, find_run, read_run
+from report.made_run import write_completions
 
 METRICS = """epoch,rollout/reward,step,train/loss,val/same/mean@16,val/same/pass@4,val/same/pass@16
 0,,0,,0.25,0.5,0.75

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from made_run import HOSTILE
 from prl_lightning.report import page, write_report
 from prl_lightning.report.page import escaped_json, fill_template
+from report.made_run import HOSTILE
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, "\u2028\u2029", "<!--<script>", "&lt;", "é漢🙂\\"])
