@@ -126,6 +126,9 @@ def _complete_rows(file: Path) -> Iterator[tuple[int, dict[str, Tensor | float]]
 def read_metrics(file: Path) -> dict[str, Curve]:
     """Read a ``metrics.csv`` of Lightning's CSVLogger.
 
+    A run that goes on, or was killed, may have half a row at the end, whose last number is half a
+    number; that row is left out.
+
     Args:
         file: rows of step and metrics, each row with some of them.
 
@@ -133,13 +136,13 @@ def read_metrics(file: Path) -> dict[str, Curve]:
         Steps and values of every metric, in the order of the rows.
     """
     curves: dict[str, Curve] = defaultdict(lambda: ([], []))
-    with file.open(newline="") as rows:
-        for row in csv.DictReader(rows):
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    steps, values = curves[name]
-                    steps.append(int(row["step"]))
-                    values.append(float(value))
+    rows = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    for row in csv.DictReader(rows):
+        for name, value in row.items():
+            if value and name not in ("step", "epoch"):
+                steps, values = curves[name]
+                steps.append(int(row["step"]))
+                values.append(float(value))
     return dict(curves)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,14 +130,7 @@ def evenly_spread(items: Sequence[Any], count: int) -> list[Any]:
 def _read_curves(file: Path) -> dict[str, Curve]:
     if not file.exists():
         return {}
-    text = file.read_text()
-    if text.endswith("\n") or not text:
-        return read_metrics(file)
-    # A run that goes on, or was killed, may have half a row at the end: half a number is wrong.
-    with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / METRICS
-        whole.write_text(text[: text.rfind("\n") + 1])
-        return read_metrics(whole)
+    return read_metrics(file)
 
 
 def _thin_out(curve: Curve) -> list[list[Any]]:

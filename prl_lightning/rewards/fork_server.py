@@ -130,26 +130,32 @@ class ForkServer:
 
         Raises:
             TypeError: See `start`.
-            RuntimeError: If the functions cannot be loaded, or the process ends.
+            RuntimeError: If the functions cannot be loaded, or the process ends again and again.
         """
-        if self._process is None or self._process.poll() is not None:
-            self.start()
+        if self._process is not None:
+            with suppress(EOFError, OSError):  # somebody has killed it: once is no habit
+                return self._fork()
+        self.start()
         assert self._process is not None
-        ours, theirs = socket.socketpair()
-        connection = Connection(ours.detach())
         try:
-            if not self._is_loaded:
-                self._wait_until_loaded()
-            send_handle(self._control, theirs.fileno(), self._process.pid)
-            worker = Worker(connection, int(self._control.recv_bytes()))
-            theirs.close()
-            connection.recv_bytes()  # it leads a process group from here on
+            return self._fork()
         except (EOFError, OSError) as error:
             raise RuntimeError(
                 "the process of the reward functions has ended, with exit code "
                 f"{self._process.wait(_START_SECONDS)}: look above for its last words; out of "
                 "memory is the usual reason"
             ) from error
+
+    def _fork(self) -> Worker:
+        assert self._process is not None
+        if not self._is_loaded:
+            self._wait_until_loaded()
+        ours, theirs = socket.socketpair()
+        connection = Connection(ours.detach())
+        with theirs:
+            send_handle(self._control, theirs.fileno(), self._process.pid)
+            worker = Worker(connection, int(self._control.recv_bytes()))
+        connection.recv_bytes()  # it leads a process group from here on
         return worker
 
     def stop(self) -> None:
