@@ -5,10 +5,11 @@ r"""Reward functions with TRL's signature, and what runs them.
 [1.0]
 """
 
+from prl_lightning.rewards.calls import FailedCall
 from prl_lightning.rewards.match import ExactMatch, RegexMatch
 from prl_lightning.rewards.math import MathReward
 from prl_lightning.rewards.protocol import NO_ANSWER, RewardFunction, completion_text
-from prl_lightning.rewards.reward_sum import FailedCall, RewardScores, RewardSum
+from prl_lightning.rewards.reward_sum import RewardScores, RewardSum
 from prl_lightning.rewards.tasks import RewardLimits
 
 __all__ = [

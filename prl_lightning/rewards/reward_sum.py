@@ -7,37 +7,22 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from prl_lightning.rewards.calls import FailedCall, Judged, call_here, call_in_workers
 from prl_lightning.rewards.protocol import (
     PROVIDED,
     RewardFunction,
-    accepted,
-    checked_rewards,
     distinct_names,
     in_form_of,
     required_columns,
 )
-from prl_lightning.rewards.tasks import Failure, Reply, RewardLimits, Task
+from prl_lightning.rewards.tasks import Reply, RewardLimits, Task
 from prl_lightning.rewards.workers import RewardWorkers
 
 if TYPE_CHECKING:  # loaded where sums are made: the processes of the functions do without it
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class FailedCall:
-    """A call of a reward function that gave nothing.
-
-    Attributes:
-        name: The function's.
-        index: The completion's, of those scored together.
-        failure: Why.
-    """
-
-    name: str
-    index: int
-    failure: Failure
 
 
 @dataclass(frozen=True)
@@ -220,49 +205,11 @@ class RewardSum:
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         arguments = {**columns, "prompts": list(prompts), "completions": messages}
+        functions = dict(zip(self.names, self.functions, strict=True))
         if self.limits is None:
-            return self._sum(*self._call_here(arguments, len(messages)), ())
-        return self._sum(*self._call_in_workers(self.limits, arguments, len(messages), done))
-
-    def _call_here(
-        self, arguments: Mapping[str, Any], size: int
-    ) -> tuple[dict[str, list[float]], dict[str, int]]:
-        parts, failures = {}, {}
-        for name, function in zip(self.names, self.functions, strict=True):
-            parts[name] = checked_rewards(name, _call(name, function, arguments), size)
-            failures[name] = int(getattr(function, "failures", 0))
-        return parts, failures
-
-    def _call_in_workers(
-        self,
-        limits: RewardLimits,
-        arguments: Mapping[str, Any],
-        size: int,
-        done: Callable[[], Any],
-    ) -> tuple[dict[str, list[float]], dict[str, int], tuple[FailedCall, ...]]:
-        calls: list[tuple[str, range, Task]] = []
-        for index, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
-            own = accepted(function, arguments)
-            whole = range(size)
-            needs_batch = getattr(function, "needs_batch", False)
-            for rows in [whole] if needs_batch else [whole[row : row + 1] for row in whole]:
-                part = {key: [values[row] for row in rows] for key, values in own.items()}
-                calls.append(
-                    (name, rows, Task(index, "__call__", part, limits.seconds * len(rows)))
-                )
-        replies = self._run([task for _, _, task in calls], done)
-
-        parts = {name: [limits.failure_value] * size for name in self.names}
-        failures = dict.fromkeys(self.names, 0)
-        failed = []
-        for (name, rows, _), reply in zip(calls, replies, strict=True):
-            values, failure = _checked(name, reply, len(rows))
-            failures[name] += reply.failures + (len(rows) if failure else 0)
-            if failure:
-                failed += [FailedCall(name, row, failure) for row in rows]
-            else:
-                parts[name][rows.start : rows.stop] = values
-        return parts, failures, tuple(failed)
+            return self._sum(call_here(functions, arguments, len(messages)))
+        run = partial(self._run, done=done)
+        return self._sum(call_in_workers(functions, arguments, len(messages), self.limits, run))
 
     def _run(self, tasks: Sequence[Task], done: Callable[[], Any] = lambda: None) -> list[Reply]:
         if self._workers is None:
@@ -270,15 +217,10 @@ class RewardSum:
         assert self._workers is not None
         return self._workers.run(tasks, done)
 
-    def _sum(
-        self,
-        parts: Mapping[str, list[float]],
-        failures: dict[str, int],
-        failed_calls: tuple[FailedCall, ...],
-    ) -> RewardScores:
+    def _sum(self, judged: Judged) -> RewardScores:
         import torch
 
-        tensors = {name: torch.tensor(part, dtype=torch.float32) for name, part in parts.items()}
+        tensors = {name: torch.tensor(part).float() for name, part in judged.parts.items()}
         stacked = torch.stack(list(tensors.values()))  # (functions, B)
         total = stacked.nan_to_num(nan=0.0).mul(torch.tensor(self.weights)[:, None]).sum(dim=0)
         unrewarded = int(stacked.isnan().all(dim=0).sum())
@@ -288,16 +230,7 @@ class RewardSum:
                 f"{self.names} (each returned None); they count as 0",
                 stacklevel=3,
             )
-        return RewardScores(total, tensors, failures, unrewarded, failed_calls)
-
-
-def _checked(name: str, reply: Reply, size: int) -> tuple[list[float], Failure | None]:
-    if reply.failure:
-        return [], reply.failure
-    try:
-        return checked_rewards(name, reply.values, size), None
-    except ValueError as error:
-        return [], Failure("ValueError", str(error))
+        return RewardScores(total, tensors, judged.failures, unrewarded, judged.failed_calls)
 
 
 def _check_lengths(size: int, columns: Mapping[str, Sequence[Any]]) -> None:
@@ -307,15 +240,3 @@ def _check_lengths(size: int, columns: Mapping[str, Sequence[Any]]) -> None:
                 f"column '{name}' has {len(values)} values for {size} completions: "
                 "every column holds one value per completion"
             )
-
-
-def _call(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> Any:
-    own = accepted(function, arguments)
-    try:
-        return function(**own)
-    except Exception as error:
-        raise RuntimeError(
-            f"reward function '{name}' raised {type(error).__name__}: {error}. It was called with "
-            f"{len(arguments['completions'])} completions and {sorted(own)}; mend it so that it "
-            "returns a number, or None where it does not apply, for every completion"
-        ) from error
