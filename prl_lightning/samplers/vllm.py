@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -167,6 +168,9 @@ def _place_among_ranks() -> Iterator[dict[str, Any]]:
     from torch import distributed
 
     if not distributed.is_initialized():
+        # vLLM makes process groups of this one process, whose transport (gloo) listens: on loopback
+        # and not on the network.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
         yield {}
         return
     from vllm.distributed import parallel_state
