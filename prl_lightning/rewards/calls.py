@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,12 +79,14 @@ def call_in_workers(
         run: Carries tasks out.
     """
     calls: list[tuple[str, range, Task]] = []
+    first_seed = random.getrandbits(31)  # from a state that checkpoints keep
     for index, (name, function) in enumerate(functions.items()):
         own, whole = accepted(function, arguments), range(size)
         needs_batch = getattr(function, "needs_batch", False)
         for rows in [whole] if needs_batch else [whole[row : row + 1] for row in whole]:
             part = {key: [values[row] for row in rows] for key, values in own.items()}
-            calls.append((name, rows, Task(index, "__call__", part, limits.seconds * len(rows))))
+            seed, seconds = first_seed + len(calls), limits.seconds * len(rows)
+            calls.append((name, rows, Task(index, "__call__", part, seconds, seed)))
 
     parts = {name: [limits.failure_value] * size for name in functions}
     failures = dict.fromkeys(functions, 0)

@@ -51,12 +51,14 @@ class Task:
         method: `__call__`, or another of its methods.
         arguments: By keyword.
         seconds: Wall-clock limit.
+        seed: Of what the call draws at random, so that a run that is continued draws the same.
     """
 
     function: int
     method: str
     arguments: dict[str, Any]
     seconds: float
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import pickle
+import random
 import resource
 import signal
 import sys
@@ -68,10 +69,20 @@ def _work(connection: Connection, functions: Sequence[Any], memory_mib: int) -> 
     connection.send_bytes(b"")
     while True:
         try:
-            index, method, arguments = pickle.loads(connection.recv_bytes())
+            index, method, arguments, seed = pickle.loads(connection.recv_bytes())
         except (EOFError, ConnectionResetError):
             return
+        _seed(seed)
         connection.send_bytes(_reply(functions[index], method, arguments))
+
+
+def _seed(seed: int) -> None:
+    """Seed what is loaded: to load more for it would take seconds."""
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
 
 
 def _reply(function: Any, method: str, arguments: dict[str, Any]) -> bytes:

@@ -104,7 +104,7 @@ class RewardWorkers:
         return sum(worker.is_aside for worker in self._busy.values())
 
     def _give(self, index: int, task: Task) -> None:
-        call = pickle.dumps((task.function, task.method, task.arguments))
+        call = pickle.dumps((task.function, task.method, task.arguments, task.seed))
         while True:
             worker = self._idle.pop() if self._idle else self._server.fork()
             try:

@@ -160,7 +160,7 @@ def test_prompts_are_those_of_a_run_that_samples_in_turn(tied_model: str, tmp_pa
 def test_an_error_while_drawing_ahead_ends_the_run(tied_model: str, tmp_path: Path) -> None:
     sampler = ConcurrentSampler()
     sampler.fails_in_call = 3
-    with pytest.raises(OSError, match="lost its way"):
+    with pytest.raises(RuntimeError, match="OSError: the engine has lost its way"):
         run(tied_model, tmp_path, sampler)
 
 

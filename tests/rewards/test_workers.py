@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from interruptions import noisy_digits
 from prl_lightning.rewards import MathReward, RewardLimits, RewardScores, RewardSum, math
 from rewards.hostile import HOSTILE
 
@@ -155,6 +157,18 @@ def test_a_call_put_aside_does_not_slow_down_its_successors(scored: Any) -> None
 
 def test_one_that_needs_all_completions_gets_them(scored: Any) -> None:
     assert scored(["a", "b", "c"], Whole()).total.tolist() == [3.0, 2.0, 1.0]
+
+
+def test_random_rewards_depend_on_the_random_state_of_the_run_alone(scored: Any) -> None:
+    """A run that is continued has other workers, and they finish in another order."""
+
+    def rewards(seed: int) -> list[float]:
+        random.seed(seed)
+        return scored(["a"] * 8, noisy_digits).total.tolist()
+
+    one, again, other = rewards(1), rewards(1), rewards(2)
+    assert one == again
+    assert len({*one, *other}) == 16
 
 
 def test_functions_that_no_module_has(scored: Any) -> None:
