@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,18 +17,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import prl_lightning.trainer
 from ranks import environment
 from runs import QUICKSTART, tiny_overrides
-from sample_rewards import even_digits
 
 Settings = dict[str, Any]
 TESTS = Path(__file__).parent
-
-
-def noisy_digits(completions: list[str], **columns: Any) -> list[float]:
-    """Training goes on exactly only with the random states of Python, numpy and torch."""
-    return [
-        reward + random.random() + float(np.random.rand()) + torch.rand(()).item()
-        for reward in even_digits(completions)
-    ]
 
 
 def kill_all() -> None:
@@ -131,7 +120,7 @@ class Command:
         self.folder = folder
         self.options = [
             *tiny_overrides(model, folder),
-            "--rollout.rewards=[interruptions.noisy_digits]",
+            "--rollout.rewards=[noisy.noisy_digits]",
             "--data.updates_per_epoch=2",
             "--trainer.max_epochs=3",
             "--trainer.check_val_every_n_epoch=2",
@@ -174,7 +163,7 @@ class Command:
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -16,20 +16,14 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
-from interruptions import (
-    Command,
-    SaveAt,
-    Settings,
-    callback,
-    differing,
-    finish,
-    noisy_digits,
-)
+from interruptions import Command, SaveAt, Settings, callback, differing, finish
+from noisy import noisy_digits
 from prl_lightning.callbacks import RolloutCallback, RunSummary
 from prl_lightning.callbacks.summary import read_metrics
 from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
+from prl_lightning.rewards import RewardLimits
 from prl_lightning.samplers import HFSampler
 from prl_lightning.trainer import PRLTrainer
 from runs import write_prompts
@@ -75,7 +69,12 @@ def train(
         eval_group_size=2,
         max_prompt_tokens=16,
     )
-    rollout = RolloutCallback([noisy_digits], HFSampler(), max_new_tokens=8)
+    rollout = RolloutCallback(
+        [noisy_digits],
+        HFSampler(),
+        max_new_tokens=8,
+        limits=RewardLimits(workers=0),  # the commands below have workers
+    )
     trainer = PRLTrainer(
         accelerator="cpu",
         accumulate_grad_batches=accumulate,
