@@ -57,7 +57,7 @@ def run_all(
         [sys.executable, "-m", *torchrun, "fit_all.py", str(root / "runs.json")],
         cwd=TESTS,
         env=environment(),
-        timeout=300,
+        timeout=900,
         check=True,
     )
     return {name: read(root / name) for name in runs}
@@ -81,7 +81,7 @@ def start_two(commands: list[tuple[list[str], dict[str, str]]]) -> None:
         for command, variables in commands
     ]
     try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()

@@ -97,7 +97,7 @@ def test_one_ranks_failure_ends_all_ranks(
         start_new_session=True,
     )
     last = tmp_path / "run" / "run" / "version_0" / "checkpoints" / "last.ckpt"
-    _, words = run.communicate(timeout=180)
+    _, words = run.communicate(timeout=300)
     ended = time.monotonic()
     assert run.returncode != 0
     # Its second iteration's checkpoint is the last thing that went well.
@@ -158,7 +158,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tied_model: str, tmp_path:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
     )
     assert done.returncode != 0
     assert "File too large" in done.stderr
