@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from prl_lightning.callbacks import (
 )
 from prl_lightning.check import complaints, describe, refuse
 from prl_lightning.data import PromptDataModule
-from prl_lightning.export import export_checkpoint
+from prl_lightning.export import export_checkpoint, refuse_existing
 from prl_lightning.module import PRLModule
 from prl_lightning.report import write_report
 from prl_lightning.strategies import FSDP2Strategy  # noqa: F401  (known by its name from here on)
@@ -114,6 +115,24 @@ class PRLCLI(LightningCLI):
         return found is not None
 
 
+def copy_configs(folder: Path = Path("configs")) -> None:
+    """Copy the package's configurations, to run and to change.
+
+    Args:
+        folder: is made.
+
+    Raises:
+        FileExistsError: it is there already.
+    """
+    refuse_existing(folder, "folder")
+    shutil.copytree(Path(__file__).with_name("configs"), folder)
+    print(f"prl fit --config {folder}/quickstart.yaml")
+
+
+# Commands that need no trainer.
+TOOLS = {"configs": copy_configs, "export": export_checkpoint, "report": write_report}
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command.
 
@@ -123,11 +142,14 @@ def main(args: Sequence[str] | None = None) -> None:
     for message in BESIDE_THE_POINT:
         warnings.filterwarnings("ignore", message)
     words = list(sys.argv[1:] if args is None else args)
-    if words[:1] == ["export"]:  # needs no trainer
-        auto_cli(export_checkpoint, args=words[1:], as_positional=False, prog="prl export")
-        return
-    if words[:1] == ["report"]:
-        auto_cli(write_report, args=words[1:], prog="prl report")
+    if words and words[0] in TOOLS:
+        # As positional: `prl report RUN`, but `prl export --ckpt_path X --out Y`.
+        auto_cli(
+            TOOLS[words[0]],
+            args=words[1:],
+            as_positional=words[0] == "report",
+            prog=f"prl {words[0]}",
+        )
         return
     if words[:1] == ["check"]:
         # As on the machine that it is for: devices are counted, not looked for.
@@ -147,8 +169,8 @@ def _command_line(args: list[str] | None, run: bool = True) -> PRLCLI:
         run=run,
         parser_kwargs={
             "epilog": "prl check --help: does a configuration fit together, and what does it ask "
-            "for; prl export --help: a checkpoint as a Hugging Face folder; prl report --help: a "
-            "run as one HTML file"
+            "for; prl report --help: a run as one HTML file; prl export --help: a checkpoint as a "
+            "Hugging Face folder; prl configs --help: the package's configurations, to change"
         },
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
