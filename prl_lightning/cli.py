@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,11 @@ def copy_configs(folder: Path = Path("configs")) -> None:
 
 
 # Commands that need no trainer.
-TOOLS = {"configs": copy_configs, "export": export_checkpoint, "report": write_report}
+TOOLS: dict[str, Callable[..., Any]] = {
+    "configs": copy_configs,
+    "export": export_checkpoint,
+    "report": write_report,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
