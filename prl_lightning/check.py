@@ -45,7 +45,7 @@ def complaints(
         sources = [*(data.train_sources if trains else []), *data.eval_sources.values()]
         checks += [source.check for source in sources]
     if trains and data.train_sources:
-        checks.append(lambda: data.sizes(trainer))
+        checks += [lambda: data.sizes(trainer), lambda: _check_importance(model, rollout)]
     if _is_there(model.policy_name, data):
         checks += [
             lambda: rollout.check_lengths(data, model),
@@ -109,6 +109,16 @@ def _messages(checks: list[Callable[[], Any]]) -> Iterator[str]:
             check()
         except (ValueError, FileNotFoundError) as error:
             yield str(error)
+
+
+def _check_importance(model: PRLModule, rollout: RolloutCallback) -> None:
+    cap = model.objective.importance_cap
+    if rollout.overlap and cap is not None:
+        raise ValueError(
+            f"model.objective.importance_cap={cap} has no effect with rollout.overlap=true: the "
+            "importance ratio starts from what the engine reported, so that between engine and "
+            "trainer nothing is left to correct. Leave one of them out."
+        )
 
 
 def _is_there(name: str, data: PromptDataModule) -> bool:

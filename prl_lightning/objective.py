@@ -21,6 +21,7 @@ from prl_lightning.steps import Steps
 from prl_lightning.types import RolloutBatch
 
 KL_IN_REWARD = ("reward_trajectory", "reward_step")
+K3 = ("reverse_k3", "forward_k3")
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,19 @@ class Objective:
         beta: weight of the KL, 1/eta of v1.
         divergence: generator of the process term: "reverse_kl", "reverse_k3", "forward_kl",
             "forward_k3" or a registered one.
-        baseline: subtract the expected process term of the tokens that follow (v2, for the k3
-            divergences; the paper sees no gain).
+        baseline: subtract the expected process term of the tokens that follow (v2, for the token
+            form of the k3 divergences; the paper sees no gain).
         kl_estimator: of kl="loss": "k1", "k2", "k3" or "k3+".
         steps: "token" (v2), a number of tokens, "newline" or "blank_line" (v1).
         log_ratio: policy of the process term: at this update ("current") or at sampling time
-            ("rollout"); equal with one update a rollout.
+            ("rollout"); equal with one update a rollout and no ``rollout.overlap``.
         unbiased_std: divide by n - 1 in the group's standard deviation, as the authors' code does.
         clip_low: the importance ratio is clipped below 1 - clip_low.
         clip_high: and above 1 + clip_high.
         aggregation: "token_mean", "sequence_mean" or "constant".
         max_length: tokens that "constant" divides by; needed for it alone.
-        importance_cap: truncated importance weight between engine and trainer; None is off.
+        importance_cap: truncated importance weight between engine and trainer; None is off. Not
+            with ``rollout.overlap``, where the engine's is the policy that the ratio starts from.
     """
 
     outcome: Literal["grpo", "dr_grpo", "rloo", "reward", "raft"] = "grpo"
@@ -76,17 +78,29 @@ class Objective:
             raise ValueError(
                 f"model.objective.importance_cap={self.importance_cap}: must be above 0, or null."
             )
-        if self.beta < 0:
-            raise ValueError(f"model.objective.beta={self.beta}: must not be negative.")
+        if not 0 <= self.beta < float("inf"):
+            raise ValueError(f"model.objective.beta={self.beta}: must be 0 or a positive number.")
+        for name, fits in (
+            ("clip_low", 0 <= self.clip_low <= 1),
+            ("clip_high", self.clip_high >= 0),
+        ):
+            if not fits:
+                raise ValueError(
+                    f"model.objective.{name}={getattr(self, name)}: the importance ratio is kept "
+                    "between 1 - clip_low and 1 + clip_high; clip_low between 0 and 1, clip_high "
+                    "not below 0."
+                )
         if self.kl != "process" and self.steps != "token":
             raise ValueError(
                 f"model.objective.steps={self.steps!r} has no effect with kl={self.kl!r}. Set kl "
                 "to 'process', or leave steps out."
             )
-        if self.kl != "process" and self.baseline:
+        has_its_place = self.kl == "process" and self.steps == "token"
+        if self.baseline and not (has_its_place and self.divergence in K3):
             raise ValueError(
-                f"model.objective.baseline has no effect with kl={self.kl!r}. Set kl to 'process', "
-                "or leave baseline out."
+                f"model.objective.baseline is that of kl='process', steps='token' and a divergence "
+                f"of {K3}, not of kl={self.kl!r}, steps={self.steps!r} and {self.divergence!r}. "
+                "Set these, or leave baseline out."
             )
         if (self.aggregation == "constant") != (self.max_length is not None):
             raise ValueError(

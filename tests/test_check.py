@@ -29,17 +29,22 @@ def test_contradictions_are_named_all_at_once(bare_model: str, tmp_path: Path) -
         "--rollout.max_new_tokens=100000",
         "--data.train=nowhere.jsonl",
         "--model.objective.steps=0",
+        "--model.objective.importance_cap=2",
+        "--rollout.overlap=true",
+        "--rollout.sampler=ProcessSampler",
+        "--rollout.sampler.sampler=HFSampler",
     ]
     with pytest.raises(ValueError, match="cannot be done") as raised:
         fit(*overrides)
     first, *found = str(raised.value).split("\n- ")
-    assert len(found) == 5
+    assert len(found) == 6
     for words in (
         r"model.pass_at has \[64\], but data.eval_group_size=4",
         r"\(16\) is not a multiple of trainer.accumulate_grad_batches \(3\)",
         "max_new_tokens=100000 = 100016 tokens, but the model takes",
         "no file 'nowhere.jsonl'",
         "model.objective.steps=0",
+        "importance_cap=2.0 has no effect with rollout.overlap=true",
     ):
         assert any(re.search(words, message) for message in found), words
     assert not (tmp_path / "run").exists()

@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
+from prl_lightning.objective import Objective
 from runs import fit, metrics_of, tiny_overrides
 
-METHODS = sorted((Path(__file__).parents[1] / "configs" / "methods").glob("*.yaml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
+METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
+
+
+def objective_of(config: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load(config.read_text())["model"]["objective"]
+    return settings
+
+
+@pytest.mark.parametrize("below", [CONFIGS / "paper" / "v1.yaml", *METHODS], ids=lambda f: f.stem)
+@pytest.mark.parametrize("method", METHODS, ids=lambda file: file.stem)
+def test_a_method_goes_over_any_configuration(method: Path, below: Path) -> None:
+    own = objective_of(method)
+    objective = Objective(**(objective_of(below) | own))
+    alone = Objective(**own)
+    assert (objective.outcome, objective.kl, objective.steps) == (
+        alone.outcome,
+        alone.kl,
+        alone.steps,
+    )
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda file: file.stem)

@@ -327,8 +327,8 @@ def test_the_baseline_is_what_later_tokens_cost_on_average() -> None:
         (Objective(kl="reward_step"), True, True),
         (Objective(kl="reward_trajectory"), True, True),
         (Objective(kl="reward_step", beta=0.0), False, False),
-        (Objective(baseline=True), True, True),
-        (Objective(baseline=True, beta=0.0), False, False),
+        (Objective(baseline=True, divergence="reverse_k3"), True, True),
+        (Objective(baseline=True, divergence="forward_k3", beta=0.0), False, False),
     ],
 )
 def test_what_an_objective_needs(
@@ -346,10 +346,19 @@ def test_kl_in_the_reward_without_log_ratios_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"beta": -0.1}, r"model\.objective\.beta=-0\.1: must not be negative"),
+        ({"beta": -0.1}, r"model\.objective\.beta=-0\.1: must be 0 or a positive number"),
+        ({"beta": float("nan")}, r"objective\.beta=nan: must be 0 or a positive number"),
+        ({"clip_low": -0.1}, r"clip_low=-0\.1: .*clip_low between 0 and 1"),
+        ({"clip_low": 2.0}, r"clip_low=2\.0: .*clip_low between 0 and 1"),
+        ({"clip_high": -0.1}, r"clip_high=-0\.1: .*not below 0"),
         ({"kl": "loss", "steps": 256}, r"steps=256 has no effect with kl='loss'.*'process'"),
         ({"kl": "none", "steps": "newline"}, r"steps='newline' has no effect with kl='none'"),
-        ({"kl": "none", "baseline": True}, r"baseline has no effect with kl='none'"),
+        ({"kl": "none", "baseline": True}, r"baseline is that of kl='process'.* kl='none'"),
+        (
+            {"baseline": True, "divergence": "reverse_k3", "steps": 4},
+            r"baseline is that of .*steps='token'.* steps=4",
+        ),
+        ({"baseline": True, "divergence": "forward_kl"}, r"baseline is .*not of .*'forward_kl'"),
         ({"aggregation": "constant"}, r"max_length goes with aggregation='constant'"),
         ({"max_length": 100}, r"aggregation='token_mean', max_length=100"),
         ({"kl": "proces"}, r"objective\.kl='proces': use one of .*'process'"),

@@ -30,7 +30,8 @@ def split_by_tokens(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollou
         size = 0
         for rollout in rollouts:
             prompt, own = len(rollout.prompt.token_ids), len(rollout.completion.token_ids)
-            has_prompt = chunks and chunks[-1][-1].prompt is rollout.prompt
+            # Equal, not identical: out of a checkpoint each rollout has a prompt of its own.
+            has_prompt = chunks and chunks[-1][-1].prompt == rollout.prompt
             size += own if has_prompt else prompt + own
             if not chunks or size > limit:
                 chunks.append([])

@@ -96,6 +96,20 @@ def test_any_number_of_ranks_goes_on_with_the_micro_batches_that_are_left(
         assert_same(list(left), list(filled(rollouts, rank, after))[position:])
 
 
+def test_groups_are_cut_as_they_were(tmp_path: Path) -> None:
+    """The prompt of a group counts once: the cut is 50 | 76 tokens, and would be 121 | 105."""
+    prompts = [Prompt([0] * 20, str(seed), seed=seed) for seed in range(4)]
+    lengths = [30, 30, 1, 1, 1, 1, 1, 1] * UPDATES
+    rollouts = [
+        Rollout(prompts[row // 4], Completion([1] * length, [-1.0] * length, True), "")
+        for row, length in enumerate(lengths)
+    ]
+    again = RolloutLoader(RolloutBuffer(UPDATES, MICRO_BATCHES))
+    again.load_state_dict(saved(rollouts, 0, 1, tmp_path / "state.pt"))
+    for loader in (filled(rollouts), again):
+        assert [len(chunk) for chunk in loader.buffer.micro_batch_rollouts] == [1, 7, 1, 7]
+
+
 def test_an_update_that_is_under_way_begins_again() -> None:
     loader = filled(epoch())
     for _ in zip(range(3), loader, strict=False):
