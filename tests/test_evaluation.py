@@ -42,6 +42,12 @@ def test_two_problems_by_hand(make_rollout: MakeRollout) -> None:
     assert found.pass_curve["high"] == pytest.approx([2 / 3, 1, 1])
 
 
+def test_a_reward_of_exactly_that_much_is_solved(make_rollout: MakeRollout) -> None:
+    metrics = SetMetrics(samples=2, pass_at=(), solved_at=0.5)
+    metrics.update(group(make_rollout, [0.5, 0.499], [None, None], [1, 1]))
+    assert metrics.results().metrics["mean@2"].mean == 0.5
+
+
 def test_results_begin_anew(make_rollout: MakeRollout) -> None:
     metrics = SetMetrics(samples=1, pass_at=(), solved_at=0.5)
     for reward in (1.0, 0.0):

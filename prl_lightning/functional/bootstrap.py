@@ -6,9 +6,7 @@ from torch import Tensor
 RESAMPLES = 2000
 
 
-def bootstrap_interval(
-    values: Tensor, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> Tensor:
+def bootstrap_interval(values: Tensor, level: float = 0.95, resamples: int = RESAMPLES) -> Tensor:
     """Percentile bootstrap interval of the mean over problems (Efron 1979).
 
     Problems are drawn with replacement, each with all of its samples: the interval says what other
@@ -17,8 +15,8 @@ def bootstrap_interval(
     Args:
         values: (P,) or (P, M), one row a problem; the columns are drawn together.
         level: share of the resampled means that lie inside.
-        resamples: how often P problems are drawn.
-        seed: of the draws; with it, the interval is a function of the values and their order.
+        resamples: how often P problems are drawn; always with the same random numbers, so that the
+            interval is a function of the values and their order.
 
     Returns:
         (2,) or (2, M) float64, lower and upper end; NaN without a problem.
@@ -35,7 +33,7 @@ def bootstrap_interval(
     values = values.double()
     if not len(values):
         return values.new_full((2, *values.shape[1:]), torch.nan)
-    generator = torch.Generator(values.device).manual_seed(seed)
+    generator = torch.Generator(values.device).manual_seed(0)
     # One at a time: P numbers in memory instead of P times the resamples.
     means = torch.stack([values[_draw(len(values), generator)].mean(0) for _ in range(resamples)])
     ends = means.new_tensor([(1 - level) / 2, (1 + level) / 2])

@@ -14,6 +14,7 @@ from torch import Tensor
 from prl_lightning.callbacks import RolloutCallback
 from prl_lightning.data import PromptDataModule
 from prl_lightning.functional import outcome_advantages
+from prl_lightning.models import max_model_tokens
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.samplers import HFSampler
@@ -46,12 +47,14 @@ def run(
     epochs: int = 2,
     accumulate: int = 2,
     learning_rate: float = 1e-2,
+    temperature: float = 1.0,
     callback: dict[str, Any] | None = None,
     **data: Any,
 ) -> tuple[PRLModule, Watch]:
     module = PRLModule(
         model,
         objective or Objective(beta=0.1),
+        temperature=temperature,
         optimizer=lambda params: torch.optim.SGD(params, lr=learning_rate),
         pass_at=(2,),
     )
@@ -195,10 +198,14 @@ def test_baseline_changes_advantages_only_once_policy_and_reference_differ(
     first, second = (batch.outcome_advantages for batch in watch.batches)
     assert first.ndim == second.ndim == 2
     mask = watch.batches[1].completion_mask
+    drift = (watch.batches[1].old_logprobs - watch.batches[1].ref_logprobs)[mask].double()
+    # One update a rollout: the policy that sampled is that of the update.
+    assert watch.values[1]["train/kl_ref"] == pytest.approx(drift.mean().item(), rel=1e-4)
     steps = (second[:, :-1] - second[:, 1:])[mask[:, 1:]]
     # beta * mean k3 a token, the same for every token of every row.
+    mean_k3 = ((-drift).exp() - 1 + drift).mean().item()
     assert steps.std() < 1e-4
-    assert steps.mean() > 1e-4
+    assert steps.mean().item() == pytest.approx(5.0 * mean_k3, rel=1e-3)
     assert (first[:, :-1] - first[:, 1:])[
         watch.batches[0].completion_mask[:, 1:]
     ].abs().max() < 1e-4
@@ -274,3 +281,52 @@ def test_logged_rollout_metrics_are_those_of_the_rollouts(tied_model: str, tmp_p
     assert values["rollout/cut_at_limit"] == pytest.approx(1 - finished.mean().item())
     assert values["rollout/tokens"] == lengths.sum().item()
     assert watch.batches[0].update_tokens == lengths.sum().item()
+    speed = values["rollout/tokens"] / values["rollout/sampling_seconds"]
+    assert values["rollout/tokens_per_second"] == pytest.approx(speed, rel=1e-3)
+
+
+def test_one_temperature_samples_scores_and_trains(tied_model: str, tmp_path: Path) -> None:
+    _, watch = run(
+        tied_model, tmp_path, temperature=0.5, learning_rate=0.0, epochs=1, updates_per_epoch=2
+    )
+    for batch in watch.batches:
+        mask = batch.completion_mask
+        torch.testing.assert_close(
+            batch.old_logprobs[mask], batch.rollout_logprobs[mask], rtol=1e-4, atol=1e-4
+        )
+    assert watch.values[0]["train/ratio_max"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_evaluation_samples_the_nucleus_alone(tied_model: str, tmp_path: Path) -> None:
+    """So small a one has a single token; the engine's log-probabilities are not the trainer's."""
+    heldout = str(write_prompts(tmp_path / "heldout.jsonl", count=3, seed=1))
+    module, _ = run(
+        tied_model, tmp_path, callback={"eval_top_p": 1e-6}, epochs=1, eval={"held": heldout}
+    )
+    rollouts = module.trainer.datamodule.eval_rollouts["held"].rollouts
+    texts = [rollout.text for rollout in rollouts]
+    assert len(texts) == 6
+    assert texts[::2] == texts[1::2]
+
+
+def test_a_row_may_be_as_long_as_the_model_takes(tied_model: str, tmp_path: Path) -> None:
+    limit = max_model_tokens(tied_model)
+    assert limit is not None
+    data = PromptDataModule(tied_model, train="x.jsonl", max_prompt_tokens=16)
+    for tokens in (limit - 16, limit - 15):
+        rollout = RolloutCallback([even_digits], HFSampler(), max_new_tokens=tokens)
+        if tokens + 16 == limit:
+            assert rollout.check_lengths(data, PRLModule(tied_model)) == limit
+        else:
+            with pytest.raises(ValueError, match=f"= {limit + 1} tokens.*takes {limit}"):
+                rollout.check_lengths(data, PRLModule(tied_model))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_new_tokens", 0), ("eval_temperature", 0.0), ("eval_top_p", 0.0), ("eval_top_p", 1.5)],
+)
+def test_what_nothing_can_be_sampled_with_is_an_error(field: str, value: float) -> None:
+    settings: dict[str, Any] = {field: value}
+    with pytest.raises(ValueError, match=rf"rollout\.{field}={value}: must be above 0"):
+        RolloutCallback([even_digits], HFSampler(), **settings)

@@ -85,6 +85,15 @@ def test_equal_rewards_give_zeros(kind: str, value: float, dtype: torch.dtype) -
     assert outcome_advantages(rewards, 7, kind).tolist() == [0.0] * 7
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_advantages_are_detached(kind: str) -> None:
+    rewards, delta = torch.rand(4, requires_grad=True), torch.rand(4, 3, requires_grad=True)
+    mask = torch.ones(4, 3)
+    assert not outcome_advantages(rewards, 4, kind).requires_grad
+    assert not kl_in_reward_trajectory(rewards, delta, mask, 0.1).requires_grad
+    assert not kl_in_reward_step_advantages(rewards, delta, mask, 0.1, 4, kind).requires_grad
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e30])
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_grpo_does_not_depend_on_scale_and_shift(scale: float, shift: float) -> None:

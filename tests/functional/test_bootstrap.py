@@ -53,3 +53,13 @@ def test_equal_values_have_no_width_and_no_values_no_interval() -> None:
 def test_a_level_is_a_share() -> None:
     with pytest.raises(ValueError, match=r"level=95: must lie between 0 and 1"):
         bootstrap_interval(torch.ones(2), level=95)
+    with pytest.raises(ValueError, match=r"level=0\.0: must lie between"):
+        bootstrap_interval(torch.ones(2), level=0.0)
+
+
+def test_so_many_means_are_drawn() -> None:
+    """Of a single one both ends are it; of two that differ they do."""
+    low, high = bootstrap_interval(torch.arange(100.0), resamples=1).tolist()
+    assert low == high
+    low, high = bootstrap_interval(torch.arange(100.0), resamples=2).tolist()
+    assert low < high

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +65,34 @@ def test_k3_of_nearly_equal_policies_does_not_cancel() -> None:
     torch.testing.assert_close(
         get_divergence("reverse_k3").future(delta), want, rtol=1e-3, atol=1e-10
     )
+
+
+E = math.exp
+EXTREMES = {
+    # δ and, by hand, f(u) and f(u) - f'(u)·u + constant; what is exponentiated is kept within ±20.
+    "reverse_kl": {15: (15, 15), -25: (-25, -25), 100: (100, 100), -100: (-100, -100)},
+    "reverse_k3": {
+        -15: (E(15) - 16, -15),
+        -25: (E(20) - 26, -25),
+        100: (99 + E(-20), 100),
+        -100: (E(20) - 101, -100),
+    },
+    "forward_kl": {15: (-15, -15), -25: (25, 25), 100: (-100, -100), -100: (100, 100)},
+    "forward_k3": {
+        -15: (15 * E(15) - E(15) + 1, 1 - E(15)),
+        -25: (20 * E(20) - E(20) + 1, 1 - E(20)),
+        100: (1 - 21 * E(-20), 1 - E(-20)),
+    },
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_a_log_ratio_is_bounded_where_it_is_exponentiated_and_only_there(name: str) -> None:
+    divergence = get_divergence(name)
+    for value, (future, own) in EXTREMES[name].items():
+        delta = torch.tensor(float(value), dtype=torch.float64)
+        assert divergence.future(delta).item() == pytest.approx(future, rel=1e-12)
+        assert divergence.own(delta).item() == pytest.approx(own, rel=1e-12)
 
 
 def test_a_registered_generator_is_found_by_name_and_as_an_object() -> None:

@@ -44,6 +44,27 @@ def test_kl_estimate_is_its_equation(estimator: str, policy: float, ref: float) 
     assert slope == pytest.approx(SLOPES[estimator](policy - ref), rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("delta", "value", "slope"),
+    [
+        (-15.0, math.exp(15) - 16, 1 - math.exp(15)),
+        (-25.0, math.exp(20) - 21, 0.0),  # bounded below by -20, and flat there
+        (100.0, 99.0, 1.0),  # but not above
+    ],
+)
+def test_k3_is_bounded_where_it_is_exponentiated(delta: float, value: float, slope: float) -> None:
+    logprobs = torch.tensor([[delta]], dtype=torch.float64, requires_grad=True)
+    found = kl_estimate(logprobs, torch.zeros(1, 1, dtype=torch.float64), "k3")
+    found.sum().backward()
+    assert logprobs.grad is not None
+    assert (found.item(), logprobs.grad.item()) == pytest.approx((value, slope), rel=1e-12)
+
+
+def test_k3_of_nearly_equal_policies_does_not_cancel() -> None:
+    found = kl_estimate(torch.tensor([[1e-3, -1e-3]]), torch.zeros(1, 2), "k3")
+    torch.testing.assert_close(found, torch.full((1, 2), 5e-7), rtol=1e-3, atol=1e-10)
+
+
 def test_k3_plus_has_exactly_the_value_of_k3() -> None:
     policy, ref = torch.randn(50, 4), torch.randn(50, 4)
     assert torch.equal(kl_estimate(policy, ref, "k3+"), kl_estimate(policy, ref, "k3"))

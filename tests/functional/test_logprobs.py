@@ -160,6 +160,13 @@ def test_autocast_is_used() -> None:
     assert torch.equal(low, want)
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    hidden, weight, targets = inputs(40, 30, 16, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = token_logprobs(hidden, weight, targets)
+    assert torch.equal(found, token_logprobs(hidden, weight, targets)[0])
+
+
 def test_weight_gradient_of_many_chunks_is_summed_in_float32() -> None:
     """512 equal gradients of 1/2, added one by one in bfloat16, stop growing at 128."""
     hidden = torch.ones(512, 1, dtype=torch.bfloat16)

@@ -84,6 +84,9 @@ def test_errors_name_the_field_the_value_and_the_mend() -> None:
         fixed_length_steps(mask, 0)
     with pytest.raises(ValueError, match=r"completion_ids holds 9 .*4 entries.*embedding"):
         delimiter_steps(torch.tensor([[0, 9, 1]]), mask, torch.zeros(4, dtype=torch.bool))
+    for outside in (-1, 4):
+        with pytest.raises(ValueError, match=f"completion_ids holds {outside} but"):
+            delimiter_steps(torch.tensor([[0, outside, 1]]), mask, torch.zeros(4).bool())
     with pytest.raises(ValueError, match=r"completion_ids has shape \(1, 2\)"):
         delimiter_steps(torch.zeros(1, 2).long(), mask, torch.zeros(4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"step_ends has shape \(1, 2\)"):

@@ -16,6 +16,7 @@ from prl_lightning.rewards.match import reference_texts, same_text
         (".5", 0.5, 1.0),
         ("0.0000001", 1e-7, 1.0),
         ("12345678901234567891", 12345678901234567890, 0.0),  # would be equal as floats
+        ("12345678901234567890", 12345678901234567890, 1.0),  # likewise
         ("yes", "Yes", 0.0),
         ("27 m", "27", 0.0),
         ("1,000", "1000", 0.0),
