@@ -42,7 +42,7 @@ class _OverProblems(Metric):
             were cut into batches.
         """
         values = self.per_problem()
-        order = values.reshape(len(values), -1).sum(1).argsort()
+        order = (values.sum(1) if values.ndim > 1 else values).argsort()
         return bootstrap_interval(values[order], level)
 
     def per_problem(self) -> Tensor:

@@ -95,6 +95,11 @@ class Objective:
                 f"model.objective.steps={self.steps!r} has no effect with kl={self.kl!r}. Set kl "
                 "to 'process', or leave steps out."
             )
+        if self.kl in KL_IN_REWARD and self.outcome == "raft":
+            raise ValueError(
+                f"model.objective.outcome='raft' asks whether a reward is above 0, which it can be "
+                f"by kl={self.kl!r} alone. Use another outcome, or another kl."
+            )
         has_its_place = self.kl == "process" and self.steps == "token"
         if self.baseline and not (has_its_place and self.divergence in K3):
             raise ValueError(
@@ -138,7 +143,7 @@ class Objective:
             group_size: G.
             log_ratios: (B, T), read where ``needs_log_ratios``.
             completion_mask: (B, T), likewise.
-            mean_kl: mean token KL of all rollouts, read for ``baseline``.
+            mean_kl: mean f(u) of a token of all rollouts, read for ``baseline``.
 
         Returns:
             (B,), or (B, T) for kl="reward_step" and with ``baseline``.

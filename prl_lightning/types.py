@@ -4,8 +4,9 @@ Shape letters: B completions, G group size, T completion tokens, S tokens of a w
 completion), V vocabulary, H hidden size.
 
 Four log-probabilities that are never mixed, all natural logarithms at the sampling temperature:
-``policy_logprobs`` (this update's policy, with gradient), ``old_logprobs`` (the trainer's policy at
-sampling time), ``rollout_logprobs`` (what the engine reported) and ``ref_logprobs``.
+``policy_logprobs`` (this update's policy, with gradient), ``old_logprobs`` (the policy that
+sampled, as the trainer has it; with ``rollout.overlap``, where the trainer is an update further, as
+the engine reported it), ``rollout_logprobs`` (what the engine reported) and ``ref_logprobs``.
 """
 
 from __future__ import annotations

@@ -359,6 +359,7 @@ def test_kl_in_the_reward_without_log_ratios_is_an_error() -> None:
             r"baseline is that of .*steps='token'.* steps=4",
         ),
         ({"baseline": True, "divergence": "forward_kl"}, r"baseline is .*not of .*'forward_kl'"),
+        ({"outcome": "raft", "kl": "reward_step"}, r"outcome='raft' asks whether .*'reward_step'"),
         ({"aggregation": "constant"}, r"max_length goes with aggregation='constant'"),
         ({"max_length": 100}, r"aggregation='token_mean', max_length=100"),
         ({"kl": "proces"}, r"objective\.kl='proces': use one of .*'process'"),

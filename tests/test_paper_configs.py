@@ -112,6 +112,34 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     return records
 
 
+SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
+ADDED = r" Let's think step by step and output the final answer within \boxed{}"
+SETTINGS = {  # of the papers' tables
+    "v1": {"steps": 256, "prompts": (128, 1), "limits": (1024, 3072), "samples": 8, "system": SYSTEM},
+    "v2": {"steps": "token", "prompts": (256, 4), "limits": (2048, 8192), "samples": 16, "system": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", SETTINGS)
+def test_settings_are_the_papers(version: str) -> None:
+    config = yaml.safe_load((CONFIGS / f"{version}.yaml").read_text())
+    model, data, rollout = config["model"], config["data"], config["rollout"]
+    objective = model["objective"]
+    assert (objective["outcome"], objective["kl"], objective["beta"]) == ("grpo", "process", 0.01)
+    assert model["optimizer"]["init_args"] == {"lr": 1e-6}
+    assert model["temperature"] == rollout["eval_temperature"] == 1.0
+    assert data["group_size"] == 5
+    assert data["format"]["template"] == "{prompt}" + ADDED
+    found = {
+        "steps": objective["steps"],
+        "prompts": (data["prompts_per_epoch"], data["updates_per_epoch"]),
+        "limits": (data["max_prompt_tokens"], rollout["max_new_tokens"]),
+        "samples": data["eval_group_size"],
+        "system": data["format"].get("system_prompt"),
+    }
+    assert found == SETTINGS[version]
+
+
 def test_every_file_is_tested() -> None:
     assert sorted(KINDS) == MODELS
 

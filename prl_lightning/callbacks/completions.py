@@ -57,7 +57,7 @@ class CompletionLog(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Before an epoch's first update, where the policy is still the one that sampled."""
+        """Before an epoch's first update, by the policy that it starts from."""
         if batch_idx or not self.every_n_epochs:
             return
         if trainer.current_epoch % self.every_n_epochs and not is_last_epoch(trainer):

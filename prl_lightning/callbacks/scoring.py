@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from prl_lightning.data import RolloutBuffer
-from prl_lightning.functional import kl_estimate
+from prl_lightning.functional import get_divergence
 from prl_lightning.module import PRLModule
 from prl_lightning.types import Rollout
 
@@ -39,8 +39,8 @@ def prepare_update(
     rewards = torch.tensor([rollout.reward for rollout in rollouts])
     if objective.needs_log_ratios:
         log_ratios, mask = _log_ratios(rollouts)
-        k3 = kl_estimate(log_ratios, torch.zeros_like(log_ratios), "k3")[mask]
-        total, count = sum_over_ranks(torch.stack([k3.sum(), mask.sum()]))
+        costs = get_divergence(objective.divergence).future(log_ratios)[mask]
+        total, count = sum_over_ranks(torch.stack([costs.sum(), mask.sum()]))
         advantages = objective.outcome_advantages(
             rewards, group_size, log_ratios, mask, mean_kl=total / count
         )

@@ -29,11 +29,12 @@ def outcome_advantages(
     | reward | r_i | REINFORCE |
     | raft | 1 if r_i > 0 else 0 | RAFT, arXiv 2304.06767 |
 
-    A group of two or more equal rewards has no outcome signal and gets zeros, whatever the kind. A
+    A group of two or more equal rewards has no outcome signal and gets zeros, whatever the kind; so
+    `reward` and `raft` leave out what their sources learn from a group that is right throughout. A
     group of one has nothing to be equal to: `reward` and `raft` are then plain, and the kinds that
     subtract a mean give zero. There is no epsilon: groups without spread are handled, and the
     others are divided by exactly their standard deviation, which makes the utility of 0/1 rewards
-    2·arcsin√p (PRL v2, arXiv 2601.10201, Proposition 3.1).
+    2·arcsin√p as groups grow (PRL v2, arXiv 2601.10201, Proposition 3.1).
 
     Args:
         rewards: (B,), groups contiguous.

@@ -54,7 +54,7 @@ def process_term(
 def process_baseline(
     log_ratios: Tensor, completion_mask: Tensor, mean_kl: float | Tensor | None = None
 ) -> Tensor:
-    """b_t = (T_i - t)·mean token KL: the expected sum of k3 over the tokens that follow t.
+    """b_t = (T_i - t)·mean token KL: the expected sum of f(u) over the tokens that follow t.
 
     PRL v2's optional baseline for the k3 divergences, whose terms are never negative; the paper
     sees no gain. To use it, add β·b to the outcome advantages: A - β(reg - b) = (A + βb) - β·reg.
@@ -63,8 +63,8 @@ def process_baseline(
     Args:
         log_ratios: δ, (B, T); not read outside the mask.
         completion_mask: (B, T), true on completion tokens.
-        mean_kl: mean token KL of the whole update. None takes this batch's mean k3, which depends
-            on how the update is cut into micro-batches.
+        mean_kl: mean of f(u) over the tokens of the whole update. None takes this batch's mean of
+            the reverse k3, which depends on how the update is cut into micro-batches.
 
     Returns:
         (B, T), zero outside the mask.

@@ -16,6 +16,7 @@ from prl_lightning.rewards.match import number_answers, reference_texts
 from prl_lightning.rewards.protocol import completion_text
 
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
+_BRACE = re.compile(r"\\[{}\\]|[{}]")  # \{ is text and closes nothing
 
 # Between boxes that are one answer: "\boxed{1}$ and $\boxed{2}", "x=\boxed{1}, x=\boxed{2}".
 _BETWEEN_BOXES = re.compile(
@@ -137,11 +138,15 @@ class MathReward:
             return 0.0
         if any(_tidy(answer) == _tidy(gold) for gold in golds):
             return 1.0
-        try:
-            return float(any(_equal(gold, answer) for gold in golds))
-        except Exception:  # sympy raises nearly everything; what matters is that it is counted
-            self.failures += 1
-            return 0.0
+        failed = False
+        for gold in golds:
+            try:
+                if _equal(gold, answer):
+                    return 1.0
+            except Exception:  # sympy raises nearly everything; what matters is that it is counted
+                failed = True
+        self.failures += failed
+        return 0.0
 
 
 def boxed_answer(text: str) -> str | None:
@@ -175,10 +180,10 @@ def boxed_answer(text: str) -> str | None:
 def _closing_braces(text: str) -> dict[int, int]:
     """Where each brace that is opened is closed, if it is; in one pass, whatever the text is."""
     closings, opened = {}, []
-    for brace in re.finditer(r"[{}]", text):
+    for brace in _BRACE.finditer(text):
         if brace[0] == "{":
             opened.append(brace.start())
-        elif opened:
+        elif brace[0] == "}" and opened:
             closings[opened.pop()] = brace.start()
     return closings
 

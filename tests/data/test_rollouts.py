@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -34,8 +35,10 @@ def rollouts_and_parts(draw: st.DrawFn, max_rows: int) -> tuple[list[Rollout], i
 
 
 def packed_tokens(rollouts: list[Rollout]) -> int:
-    prompts = {id(r.prompt): len(r.prompt.token_ids) for r in rollouts}
-    return sum(prompts.values()) + sum(len(r.completion.token_ids) for r in rollouts)
+    before = [None, *(r.prompt for r in rollouts)]
+    new = [r.prompt for r, last in zip(rollouts, before, strict=False) if r.prompt != last]
+    tokens = sum(len(prompt.token_ids) for prompt in new)
+    return tokens + sum(len(r.completion.token_ids) for r in rollouts)
 
 
 @settings(deadline=None)
@@ -105,6 +108,16 @@ def test_a_batch_by_hand() -> None:
     # One of the two has none: half a reference is none.
     assert batch.ref_logprobs is None
     assert (batch.update_tokens, batch.update_sequences) == (50, 20)
+
+
+def test_what_only_some_rollouts_have() -> None:
+    first, second = example()
+    first.answer, second.answer = None, 1
+    padding = replace(first, prompt=replace(first.prompt, is_padding=True))
+    mixed = collate([padding, second], 1, 1)
+    assert mixed.answers is None
+    assert not mixed.is_padding
+    assert collate([padding, padding], 1, 1).is_padding
 
 
 def test_advantages_per_token_are_padded() -> None:

@@ -48,6 +48,7 @@ def test_columns_are_drawn_together() -> None:
 def test_equal_values_have_no_width_and_no_values_no_interval() -> None:
     assert bootstrap_interval(torch.full((7,), 0.25)).tolist() == [0.25, 0.25]
     assert bootstrap_interval(torch.empty(0)).isnan().tolist() == [True, True]
+    assert bootstrap_interval(torch.empty(0, 3)).isnan().tolist() == [[True] * 3] * 2
 
 
 def test_a_level_is_a_share() -> None:

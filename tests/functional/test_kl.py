@@ -65,6 +65,13 @@ def test_k3_of_nearly_equal_policies_does_not_cancel() -> None:
     torch.testing.assert_close(found, torch.full((1, 2), 5e-7), rtol=1e-3, atol=1e-10)
 
 
+def test_differences_of_bfloat16_are_taken_in_float32() -> None:
+    found = kl_estimate(
+        torch.tensor([[-256.0]]).bfloat16(), torch.tensor([[-1.0]]).bfloat16(), "k1"
+    )
+    assert (found.dtype, found.item()) == (torch.float32, -255.0)
+
+
 def test_k3_plus_has_exactly_the_value_of_k3() -> None:
     policy, ref = torch.randn(50, 4), torch.randn(50, 4)
     assert torch.equal(kl_estimate(policy, ref, "k3+"), kl_estimate(policy, ref, "k3"))

@@ -224,11 +224,12 @@ def test_no_more_than_one_chunk_of_logits_exists(dtype: torch.dtype, temperature
 
 
 def test_automatic_chunks_bound_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prl_lightning.functional.logprobs._CHUNK_ELEMENTS", 5_000)
     hidden, weight, targets = inputs(64, 1000, 2)
-    with Recorder() as recorder:
-        token_logprobs(hidden, weight, targets)[0].sum().backward()
-    assert recorder.largest == 5_000
+    for elements, largest in ((5_000, 5_000), (500, 2_000)):  # no more than the weight
+        monkeypatch.setattr("prl_lightning.functional.logprobs._CHUNK_ELEMENTS", elements)
+        with Recorder() as recorder:
+            token_logprobs(hidden, weight, targets)[0].sum().backward()
+        assert recorder.largest == largest
 
 
 def test_no_tokens() -> None:

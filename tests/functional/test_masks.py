@@ -51,3 +51,5 @@ def test_dtype_is_fit_for_sums(dtype: torch.dtype, kept: torch.dtype) -> None:
 def test_shapes_that_disagree_are_named() -> None:
     with pytest.raises(ValueError, match=r"log_ratios has shape \(2, 3\).*\(2, 4\).*\(B, T\)"):
         keep_tokens(torch.zeros(2, 3), torch.ones(2, 4), "log_ratios")
+    with pytest.raises(ValueError, match=r"log_ratios has shape \(3,\).*\(3,\).*\(B, T\)"):
+        keep_tokens(torch.zeros(3), torch.ones(3), "log_ratios")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prl_lightning.functional import (
+    Divergence,
     divergence_names,
     fixed_length_steps,
     outcome_advantages,
@@ -47,6 +48,13 @@ def slow_process_term(batch: Batch, divergence: str) -> Tensor:
 def test_process_term_is_a_loop(divergence: str, batch: Batch) -> None:
     got = process_term(batch.log_ratios, batch.mask, divergence)
     torch.testing.assert_close(got, slow_process_term(batch, divergence), rtol=1e-12, atol=1e-12)
+
+
+def test_padding_costs_nothing_whatever_agreement_costs() -> None:
+    """The papers' generators are 0 at u = 1, where the padding is; this one is 1."""
+    generator = Divergence.from_generator(lambda u: u, torch.ones_like)
+    got = process_term(torch.zeros(1, 3), torch.tensor([[1, 1, 0]]), generator)
+    assert got.tolist() == [[1.0, 0.0, 0.0]]
 
 
 def test_process_term_by_hand() -> None:

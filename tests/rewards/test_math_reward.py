@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prl_lightning.rewards import MathReward
+from prl_lightning.rewards import ExactMatch, MathReward
 from prl_lightning.rewards.match import reference_texts
 from prl_lightning.rewards.math import boxed_answer
 
@@ -44,6 +44,8 @@ def judge(completion: Any, reference: Any) -> tuple[float | None, int]:
         (r"(-\infty, 2)", r"(-\infty,2)"),
         (r"\text{Evelyn}", r"\text{ Evelyn }"),
         (r"\frac{2}{3}", ["1", r"$\frac{2}{3}$"]),
+        (r"\frac{10}{2}", [r"\int_0^1 x dx", "5"]),  # the first cannot be judged
+        (r"4.5 \times 10^{33}", "4.5e+33"),
         ("1.6", r"Start with $s=\frac{1}{2}$, so that $s=\boxed{1.6}$ cm"),
         (r"4.5 \times 10^{33}", "4.5e33"),
         (r"3.61\times10^{-10}", "3.61e-10"),
@@ -78,6 +80,7 @@ def test_equal_answers_score_one(boxed: str, reference: Any) -> None:
         (r"1.2\times10^{-19}", "2.9e-19"),
         ("0.0000001001", "0.0000001"),  # 1e-3 of its size away
         ("0.0000104", "0.00001"),
+        ("0.0010004", "0.001"),
         ("0", "0.0000001"),
         (
             r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}",
@@ -122,6 +125,8 @@ def test_answer_outside_a_closed_box_scores_zero(completion: Any) -> None:
         (r"\fbox{3}", "3"),
         (r"\boxed {4}", "4"),
         (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{\left\{x=1\right.}", r"\left\{x=1\right."),
+        (r"\boxed{a \\}", r"a \\"),
         ("no box", None),
     ],
 )
@@ -138,6 +143,12 @@ def test_columns_in_the_order_of_the_conventions() -> None:
     assert reward([[{"role": "user", "content": "?"}]], [chat], answer=["2"]) == [1.0]
     with pytest.raises(ValueError, match=r"'answer', 'ground_truth' and 'solution'.*\['gold'\]"):
         reward(["?"], two, gold=["2"])
+
+
+@pytest.mark.parametrize("reward", [MathReward(), ExactMatch()])
+def test_every_completion_has_a_reference(reward: Any) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        reward(["?", "?"], ["1", "2"], answer=["1"])
 
 
 def test_row_without_reference_is_not_applicable_and_an_empty_one_an_error() -> None:
