@@ -115,9 +115,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 ADDED = r" Let's think step by step and output the final answer within \boxed{}"
 SETTINGS = {  # of the papers' tables
-    "v1": {"steps": 256, "prompts": (128, 1), "limits": (1024, 3072), "samples": 8, "system": SYSTEM},
-    "v2": {"steps": "token", "prompts": (256, 4), "limits": (2048, 8192), "samples": 16, "system": None},
-}  # fmt: skip
+    "v1": {"steps": 256, "prompts": (128, 1), "limits": (1024, 3072), "samples": 8},
+    "v2": {"steps": "token", "prompts": (256, 4), "limits": (2048, 8192), "samples": 16},
+}
 
 
 @pytest.mark.parametrize("version", SETTINGS)
@@ -135,9 +135,9 @@ def test_settings_are_the_papers(version: str) -> None:
         "prompts": (data["prompts_per_epoch"], data["updates_per_epoch"]),
         "limits": (data["max_prompt_tokens"], rollout["max_new_tokens"]),
         "samples": data["eval_group_size"],
-        "system": data["format"].get("system_prompt"),
     }
     assert found == SETTINGS[version]
+    assert data["format"].get("system_prompt") == (SYSTEM if version == "v1" else None)
 
 
 def test_every_file_is_tested() -> None:
