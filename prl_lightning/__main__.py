@@ -1,5 +1,5 @@
 """``python -m prl_lightning``, for launchers such as torchrun and SLURM."""
 
-from prl_lightning.cli import main
+from prl_lightning.cli import run_command
 
-main()
+run_command()

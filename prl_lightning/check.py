@@ -20,6 +20,10 @@ from prl_lightning.steps import StepSplitter
 MIB = 2**20
 
 
+class Refused(ValueError):
+    """Settings that cannot work together, all of them."""
+
+
 def complaints(
     trainer: Trainer,
     model: PRLModule,
@@ -45,8 +49,15 @@ def complaints(
         sources = [*(data.train_sources if trains else []), *data.eval_sources.values()]
         checks += [source.check for source in sources]
     if trains and data.train_sources:
-        checks += [lambda: data.sizes(trainer), lambda: _check_importance(model, rollout)]
+        checks += [
+            lambda: data.sizes(trainer),
+            lambda: _check_groups(model, data),
+            lambda: _check_importance(model, rollout),
+        ]
     if _is_there(model.policy_name, data):
+        unreadable = list(_messages([lambda: _read_config(model.policy_name)]))
+        if unreadable:
+            return [*_messages(checks), *unreadable]
         checks += [
             lambda: rollout.check_lengths(data, model),
             lambda: StepSplitter(model.objective.steps, load_tokenizer(model.policy_name)),
@@ -61,10 +72,10 @@ def refuse(found: list[str]) -> None:
         found: one message each.
 
     Raises:
-        ValueError: there is something.
+        Refused: there is something.
     """
     if found:
-        raise ValueError("\n- ".join(["What is asked for cannot be done:", *found]))
+        raise Refused("\n- ".join(["What is asked for cannot be done:", *found]))
 
 
 def describe(
@@ -107,7 +118,7 @@ def _messages(checks: list[Callable[[], Any]]) -> Iterator[str]:
     for check in checks:
         try:
             check()
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             yield str(error)
 
 
@@ -119,6 +130,22 @@ def _check_importance(model: PRLModule, rollout: RolloutCallback) -> None:
             "importance ratio starts from what the engine reported, so that between engine and "
             "trainer nothing is left to correct. Leave one of them out."
         )
+
+
+def _check_groups(model: PRLModule, data: PromptDataModule) -> None:
+    if data.group_size < 2 and model.objective.outcome in ("grpo", "dr_grpo", "rloo"):
+        raise ValueError(
+            f"data.group_size={data.group_size}, but model.objective.outcome="
+            f"{model.objective.outcome!r} compares the completions of a prompt. Sample 2 or more, "
+            "or set outcome to 'reward'."
+        )
+
+
+def _read_config(name: str) -> None:
+    try:
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except OSError as error:
+        raise OSError(f"model.policy={name!r} cannot be read: {error}") from error
 
 
 def _is_there(name: str, data: PromptDataModule) -> bool:

@@ -24,7 +24,7 @@ from prl_lightning.callbacks import (
     SaveOnSignal,
     UpdateGuard,
 )
-from prl_lightning.check import complaints, describe, refuse
+from prl_lightning.check import Refused, complaints, describe, refuse
 from prl_lightning.data import PromptDataModule
 from prl_lightning.export import export_checkpoint, refuse_existing
 from prl_lightning.module import PRLModule
@@ -38,6 +38,8 @@ BESIDE_THE_POINT = (
     r"It is recommended to use `self\.log\(.*sync_dist=True\)`",
     # On purpose: dropout in the trainer and none in the engine would be two policies.
     r"Found \d+ module\(s\) in eval mode at the start of training",
+    # `prl check` builds what `prl fit` would, from its own arguments.
+    r"LightningCLI's args parameter is intended to run from within Python",
     # Between Lightning and torch.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
@@ -145,6 +147,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     for message in BESIDE_THE_POINT:
         warnings.filterwarnings("ignore", message)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # rewards of one's own lie beside one's configuration
     words = list(sys.argv[1:] if args is None else args)
     if words and words[0] in TOOLS:
         # As positional: `prl report RUN`, but `prl export --ckpt_path X --out Y`.
@@ -163,6 +167,14 @@ def main(args: Sequence[str] | None = None) -> None:
         print(describe(*cli.parts()))
         return
     _command_line(None if args is None else words)
+
+
+def run_command() -> None:
+    """``prl``: what is asked for wrongly is a message, and not a traceback."""
+    try:
+        main()
+    except Refused as error:
+        raise SystemExit(f"prl: {error}") from None
 
 
 def _command_line(args: list[str] | None, run: bool = True) -> PRLCLI:
@@ -184,6 +196,7 @@ def _command_line(args: list[str] | None, run: bool = True) -> PRLCLI:
             "default_root_dir": "runs/prl",
             "logger": False,
             "log_every_n_steps": 1,
+            "num_sanity_val_steps": -1,  # the starting policy's evaluation
             # A rank reads the buffer that it has filled itself.
             "use_distributed_sampler": False,
         },
@@ -191,4 +204,4 @@ def _command_line(args: list[str] | None, run: bool = True) -> PRLCLI:
 
 
 if __name__ == "__main__":
-    main()
+    run_command()

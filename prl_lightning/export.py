@@ -32,6 +32,7 @@ def export_checkpoint(ckpt_path: str, out: str, dtype: str | None = None) -> Non
         ValueError: the checkpoint was not written by this package.
     """
     refuse_existing(Path(out), "out")
+    torch_dtype(dtype)
     path = Path(ckpt_path)
     if not path.exists():
         raise FileNotFoundError(f"ckpt_path={ckpt_path}: there is no such checkpoint.")
@@ -68,6 +69,18 @@ def refuse_existing(folder: Path, field: str) -> None:
         raise FileExistsError(f"{field}={folder} exists: name another folder, or remove it.")
 
 
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """A floating-point type by its name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    found = None if name is None else getattr(torch, name, None)
+    if name is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype={name}: use one such as bfloat16, float16 or float32.")
+    return found
+
+
 def save_policy(
     weights: dict[str, Tensor], name_or_path: str, folder: Path, dtype: str | None = None
 ) -> None:
@@ -85,7 +98,7 @@ def save_policy(
         FileExistsError: there is something at ``folder``.
     """
     refuse_existing(folder, "folder")
-    target = getattr(torch, dtype) if dtype else next(iter(weights.values())).dtype
+    target = torch_dtype(dtype) or next(iter(weights.values())).dtype
     config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     config.dtype = target
     with torch.device("meta"):

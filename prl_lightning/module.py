@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
@@ -42,7 +43,8 @@ class PRLModule(LightningModule):
         optimizer: called with the parameters.
         lr_scheduler: called with the optimizer; steps once an update.
         pass_at: the k of pass@k, at most ``data.eval_group_size``; pass@1 is mean@n.
-        solved_at: an evaluation completion counts as correct from this reward on.
+        solved_at: an evaluation completion counts as correct from this reward on, the weighted sum
+            of all reward functions.
     """
 
     def __init__(
@@ -78,7 +80,8 @@ class PRLModule(LightningModule):
         self.policy: torch.nn.Module | None = None
         self.reference: torch.nn.Module | None = None
         self.process_term = MeanStd()
-        self.eval_metrics = torch.nn.ModuleDict()
+        self.eval_metrics = torch.nn.ModuleList()  # a set may have any name, a module may not
+        self._eval_names: list[str] = []
         self.eval_results: dict[str, SetResults] = {}
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
@@ -104,6 +107,16 @@ class PRLModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name what the weights belong to, for ``prl export``."""
         checkpoint["policy_origin"] = {"name": self.policy_name, "lora": self.lora}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say where a checkpoint is of another policy, before its weights do not fit."""
+        origin = checkpoint.get("policy_origin")
+        if origin and origin != {"name": self.policy_name, "lora": self.lora}:
+            rank_zero_warn(
+                f"The checkpoint is of policy {origin['name']} with lora={origin['lora']}, and "
+                f"model.policy={self.policy_name}, model.lora={self.lora}. If they are not the "
+                "same, give this run a trainer.default_root_dir of its own."
+            )
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the policy, and a schedule stepped once an update."""
@@ -173,14 +186,16 @@ class PRLModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the Trainer says; FSDP1, which Lightning leaves to the model, included."""
-        if gradient_clip_val and isinstance(self.policy, FullyShardedDataParallel):
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if gradient_clip_val and by_norm and isinstance(self.policy, FullyShardedDataParallel):
             self.policy.clip_grad_norm_(gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the norm of the gradient, before any clipping."""
-        self._log_train({"grad_norm": total_norm(self.loaded_policy)}, weight=1)
+        """Log the norm of the gradient, before any clipping; a skipped update has none."""
+        if any(p.grad is not None for p in self.loaded_policy.parameters()):
+            self._log_train({"grad_norm": total_norm(self.loaded_policy)}, weight=1)
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
         """Log the process term over all tokens of the iteration.
@@ -228,12 +243,9 @@ class PRLModule(LightningModule):
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.check_metrics(data)
-        samples = data.eval_group_size
-        self.eval_metrics = torch.nn.ModuleDict(
-            {
-                name.replace(".", "_"): SetMetrics(samples, self.pass_at, self.solved_at)
-                for name in data.eval_rollouts
-            }
+        self._eval_names = list(data.eval_rollouts)
+        self.eval_metrics = torch.nn.ModuleList(
+            SetMetrics(data.eval_group_size, self.pass_at, self.solved_at) for _ in self._eval_names
         )
 
     def check_metrics(self, data: PromptDataModule) -> None:
@@ -256,7 +268,7 @@ class PRLModule(LightningModule):
 
     def validation_step(self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count what one prompt's group has right."""
-        self._set_metrics[dataloader_idx].update(batch)
+        cast(SetMetrics, self.eval_metrics[dataloader_idx]).update(batch)
 
     test_step = validation_step
 
@@ -268,15 +280,11 @@ class PRLModule(LightningModule):
         """Log the results of every set."""
         self._log_eval("test")
 
-    @property
-    def _set_metrics(self) -> list[SetMetrics]:
-        return [cast(SetMetrics, metrics) for metrics in self.eval_metrics.values()]
-
     def _log_eval(self, stage: str) -> None:
         # Every rank computes them over all ranks.
         self.eval_results = {
-            name: metrics.results()
-            for name, metrics in zip(self.eval_metrics, self._set_metrics, strict=True)
+            name: cast(SetMetrics, metrics).results()
+            for name, metrics in zip(self._eval_names, self.eval_metrics, strict=True)
         }
         values = {
             f"{stage}/{name}/{metric}": estimate.mean

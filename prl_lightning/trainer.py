@@ -60,6 +60,8 @@ class PRLTrainer(Trainer):
 def last_checkpoint(trainer: Trainer) -> Path | None:
     """The newest complete ``last*.ckpt`` of the runs that this one would lie beside.
 
+    Where there is none at all the newest of any name, as Lightning writes it by itself.
+
     Args:
         trainer: knows the folders of its root, its loggers and its checkpoint callbacks.
     """
@@ -75,8 +77,11 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
         for callback in trainer.checkpoint_callbacks
         if isinstance(callback, ModelCheckpoint) and callback.dirpath
     }
-    found = [path for folder in folders for path in folder.glob("last*.ckpt") if _is_complete(path)]
-    return max(found, key=_written_at, default=None)
+    for pattern in ("last*.ckpt", "[!.]*.ckpt"):  # half a checkpoint's name begins with a dot
+        found = [path for folder in folders for path in folder.glob(pattern) if _is_complete(path)]
+        if found:
+            return max(found, key=_written_at)
+    return None
 
 
 def _is_complete(checkpoint: Path) -> bool:

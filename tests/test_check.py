@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from prl_lightning.check import Refused
 from prl_lightning.cli import main
 from runs import QUICKSTART, fit, tiny_overrides
 
@@ -48,6 +49,21 @@ def test_contradictions_are_named_all_at_once(bare_model: str, tmp_path: Path) -
     ):
         assert any(re.search(words, message) for message in found), words
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--model.policy=no/such/folder/as.this", r"policy='no/such/folder/as\.this' cannot"),
+        ("--data.group_size=1", r"data\.group_size=1, but .*outcome='grpo' compares"),
+        ("--data.train=heldout.jsonl:test", r"heldout\.jsonl:test names a split, but a file has"),
+    ],
+)
+def test_a_contradiction_is_named(
+    change: str, message: str, tied_model: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Refused, match=message):
+        main(["check", "--config", str(QUICKSTART), *tiny_overrides(tied_model, tmp_path), change])
 
 
 def test_an_evaluation_is_not_bothered_by_what_only_training_needs(

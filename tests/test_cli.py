@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,20 +117,59 @@ def test_validate_the_last_checkpoint(tied_model: str, tmp_path: Path) -> None:
     assert after["val/tiny/mean@4"] == before["val/tiny/mean@4"][-1:]
 
 
-def test_users_own_data_and_model_are_three_lines(tied_model: str, tmp_path: Path) -> None:
-    overrides = tiny_overrides(tied_model, tmp_path)
-    own = tmp_path / "own.yaml"
-    own.write_text(
-        f"model: {{policy: {tied_model}, pass_at: [2]}}\n"
-        f"data: {{prepare: null, train: {tmp_path}/train.jsonl, eval: {{own: "
-        f"{tmp_path}/heldout.jsonl}}, prompts_per_epoch: 4}}\n"
-        "rollout: {max_new_tokens: 12}\n"
+def prl(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The installed command, in a folder of the user's."""
+    command = [str(Path(sys.executable).with_name("prl")), *words]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def without_rewards(model: str, folder: Path) -> list[str]:
+    """The tests' own rewards are on no path of a user's."""
+    return [flag for flag in tiny_overrides(model, folder) if "sample_rewards" not in flag]
+
+
+def test_a_reward_beside_the_configuration_is_found(tied_model: str, tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "def short(completions, **columns):\n    return [float(len(c) < 5) for c in completions]\n"
     )
-    speed = [flag for flag in overrides if flag.startswith(("--trainer", "--rollout.sampler"))]
-    fit("--config", str(own), *speed)
+    one = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    overrides = [
+        *without_rewards(tied_model, tmp_path),
+        "--rollout.rewards=[my_rewards.short]",
+        *one,
+    ]
+    done = prl(tmp_path, "fit", "--config", str(QUICKSTART), *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "rollout/reward" in metrics_of(tmp_path)
+
+
+def test_what_is_refused_is_a_message_and_no_traceback(tied_model: str, tmp_path: Path) -> None:
+    wrong = ["--data.train=nowhere.jsonl", "--model.pass_at=[64]"]
+    overrides = [*without_rewards(tied_model, tmp_path), *wrong]
+    done = prl(tmp_path, "check", "--config", str(QUICKSTART), *overrides)
+    assert done.returncode == 1
+    assert "prl: What is asked for cannot be done:\n- model.pass_at has [64]" in done.stderr
+    assert "nowhere.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_users_own_data_and_model_are_a_file(tied_model: str, tmp_path: Path) -> None:
+    fit(*tiny_overrides(tied_model, tmp_path), config=QUICKSTART.with_name("own.yaml"))
     metrics = metrics_of(tmp_path)
-    assert "val/own/mean@16" in metrics
-    assert max(metrics["rollout/completion_length_max"]) <= 12
+    assert "val/tiny/mean@4" in metrics
+    config = yaml.safe_load((tmp_path / "run" / "version_0" / "config.yaml").read_text())
+    assert config["trainer"]["precision"] == "bf16-mixed"
+
+
+def test_evaluation_sets_have_any_name(tied_model: str, tmp_path: Path) -> None:
+    overrides = tiny_overrides(tied_model, tmp_path)
+    held = tmp_path / "heldout.jsonl"
+    sets = f"--data.eval={{train: {held}, a.b: {held}, a_b: {held}, c/d: {held}}}"
+    fit(*overrides, sets, "--trainer.max_epochs=1")
+    assert {f"val/{name}/mean@4" for name in ("train", "a.b", "a_b", "c/d")} <= set(
+        metrics_of(tmp_path)
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prl_lightning.callbacks import HFExport
 from prl_lightning.cli import main
 from prl_lightning.data import collate
 from prl_lightning.export import export_checkpoint
@@ -81,6 +83,13 @@ def test_vllm_loads_the_folder_and_gives_the_same_logprobs(
     with torch.no_grad():
         logprobs, _ = LogprobModel(AutoModelForCausalLM.from_pretrained(folder))(batch, 1.0)
     assert (logprobs - batch.rollout_logprobs).abs().max() < 1e-4
+
+
+def test_a_dtype_that_is_none_is_an_error_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dtype=bf16: use one such as bfloat16"):
+        export_checkpoint("nowhere.ckpt", str(tmp_path / "out"), dtype="bf16")
+    with pytest.raises(ValueError, match="dtype=bf16: use one such as bfloat16"):
+        HFExport(dtype="bf16").setup(Trainer(logger=False), LightningModule(), "fit")
 
 
 def test_a_dtype_can_be_asked_for(checkpoint: Path, tmp_path: Path) -> None:

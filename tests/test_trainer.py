@@ -201,3 +201,6 @@ def test_the_newest_whole_one_of_all_runs_is_last(tmp_path: Path) -> None:
     assert last_checkpoint(trainer) == folder
     (folder / "meta.pt").unlink()
     assert last_checkpoint(trainer) == paths[-2]
+    for path in paths:
+        path.unlink()
+    assert last_checkpoint(trainer) == own / "epoch=9.ckpt"

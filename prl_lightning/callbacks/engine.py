@@ -105,9 +105,9 @@ class EngineLink:
         if self._ahead is not None:
             wait([self._ahead.drawn])  # the engine does one thing at a time
         if not self._is_started:
+            self._is_started = True  # also half of an engine is to be stopped
             with isolate_rng():  # an engine that seeds itself seeds the whole process
                 self.sampler.start(module.policy_name, max_model_tokens)
-            self._is_started = True
         if self._has_weights_of != trainer.global_step:
             self.sampler.load_weights(module.weights())
             self._has_weights_of = trainer.global_step

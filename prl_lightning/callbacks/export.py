@@ -7,8 +7,8 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from prl_lightning.callbacks.parts import prl_module
-from prl_lightning.export import refuse_existing, save_policy
+from prl_lightning.callbacks.parts import prl_module, run_folder
+from prl_lightning.export import refuse_existing, save_policy, torch_dtype
 
 
 class HFExport(Callback):
@@ -30,17 +30,22 @@ class HFExport(Callback):
 
         Raises:
             FileExistsError: there is something at ``folder``.
+            ValueError: there is no such ``dtype``.
         """
-        if stage == "fit" and self.folder:
-            refuse_existing(Path(self.folder), "HFExport.folder")
+        if stage == "fit":
+            torch_dtype(self.dtype)
+            refuse_existing(self._target(trainer), "HFExport.folder")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder."""
         module = prl_module(pl_module)
-        default = Path(trainer.log_dir or trainer.default_root_dir) / "huggingface"
-        folder = Path(self.folder) if self.folder else default
+        folder = self._target(trainer)
         keep = trainer.is_global_zero
         weights = {name: tensor.cpu() for name, tensor in module.weights() if keep}
         if keep:
             save_policy(weights, module.policy_name, folder, self.dtype)
         rank_zero_info(f"The policy is in {folder}")
+
+    def _target(self, trainer: Trainer) -> Path:
+        run = run_folder(trainer) or Path(trainer.default_root_dir)
+        return Path(self.folder) if self.folder else run / "huggingface"

@@ -71,8 +71,9 @@ class Rewarder:
         """
         texts = [rollout.text for rollout in rollouts]
         groups = [texts[i : i + group_size] for i in range(0, len(texts), group_size)]
-        for start, numbers in enumerate(self.rewards.answers(groups) or []):
-            for rollout, number in zip(rollouts[start * group_size :], numbers, strict=False):
+        numbers = [number for group in self.rewards.answers(groups) or [] for number in group]
+        if numbers:
+            for rollout, number in zip(rollouts, numbers, strict=True):
                 rollout.answer = number
 
     def _note_failures(

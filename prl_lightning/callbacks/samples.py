@@ -37,7 +37,7 @@ def fingerprint(
         config: of the sampling.
     """
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    digest.update(f"{type(sampler).__name__} {sampler.dtype}".encode())
+    digest.update(sampler.identity().encode())
     for name, tensor in weights:
         some = tensor.detach().flatten()[:: max(1, tensor.numel() // ENTRIES)]
         digest.update(name.encode())
@@ -58,9 +58,12 @@ class SampleStore:
         self.rank = rank
         self._groups: dict[str, list[Completion]] = {}
         for file in sorted(folder.glob("part-*.parquet")):
+            groups: dict[str, list[Completion]] = {}
             for row in read_table(file):
                 completion = Completion(row["token_ids"], row["logprobs"], row["finished"])
-                self._groups.setdefault(row["prompt"], []).append(completion)
+                groups.setdefault(row["prompt"], []).append(completion)
+            # Two evaluations at once may both have drawn a prompt's: they are not added up.
+            self._groups.update(groups)
 
     def __contains__(self, prompt: Prompt) -> bool:
         """Whether the prompt has its completions."""

@@ -76,10 +76,10 @@ class RunSummary(Callback):
 
     def _text(self, trainer: Trainer, folder: Path, curves: dict[str, Curve]) -> str:
         evaluations = {name: values for name, (_, values) in curves.items() if "@" in name}
-        sets = {name.split("/")[1] for name in evaluations}
+        sets = {name.partition("/")[2].rpartition("/")[0] for name in evaluations}
         lines = ["", f"Done: {trainer.global_step} updates."]
         for name, values in sorted(evaluations.items(), key=lambda item: _order(item[0])):
-            _, where, metric = name.split("/")
+            where, _, metric = name.partition("/")[2].rpartition("/")
             label = metric if len(sets) == 1 else f"{where} {metric}"
             lines.append(f"{label}: {values[0]:.2f} -> {values[-1]:.2f}")
         checkpoint = _checkpoint(trainer)
@@ -95,7 +95,7 @@ class RunSummary(Callback):
                 "",
                 "Next: evaluate it again with",
                 f"  prl validate --config {folder / 'config.yaml'} --ckpt_path {checkpoint}",
-                "or put your own data and model into the config (README, 'Your own').",
+                "or put your own data and model into the config (README, 'Your own data').",
             ]
         return "\n".join(lines)
 

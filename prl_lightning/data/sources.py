@@ -58,8 +58,13 @@ class Source:
 
         Raises:
             FileNotFoundError: a file that is not there.
+            ValueError: a split of a file.
         """
         file = Path(self.path).expanduser()
+        if file.suffix in FORMATS and self.split != "train":
+            raise ValueError(
+                f"data: {self.path}:{self.split} names a split, but a file has none. Leave it out."
+            )
         if file.suffix in FORMATS and not file.is_file():
             raise FileNotFoundError(f"data: there is no file {self.path!r}.")
 
@@ -107,6 +112,8 @@ class PromptFormat:
             of its own where there is no chat template. A row's own system message goes before it.
         template: text around the problem, which replaces ``{prompt}`` in it.
         chat_template: apply the tokenizer's chat template. None: where the tokenizer has one.
+        chat_template_args: what the chat template takes beside the messages, such as
+            ``{enable_thinking: false}``.
         columns: this package's name of a column -> its name in the data, such as
             ``{prompt: problem, answer: solution}``; or several names, of which the first that a
             source has is taken, so that sources with different columns go together.
@@ -116,6 +123,7 @@ class PromptFormat:
     template: str = "{prompt}"
     chat_template: bool | None = None
     columns: Mapping[str, str | list[str]] = field(default_factory=dict)
+    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a template that would drop the problem."""
@@ -181,7 +189,7 @@ class PromptFormat:
             if self.system_prompt is not None and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": self.system_prompt})
             text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages, tokenize=False, add_generation_prompt=True, **self.chat_template_args
             )
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
         head = "" if self.system_prompt is None else f"{self.system_prompt}\n\n"

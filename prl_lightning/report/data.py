@@ -32,7 +32,8 @@ def find_run(run_dir: str) -> Path:
     """Find the folder that has the files of a run.
 
     Args:
-        run_dir: that folder, or the one above it, whose newest ``version_*`` is taken.
+        run_dir: that folder, or the one above it, whose newest ``version_*`` is taken: of those
+            that have trained, if any has.
 
     Returns:
         The folder.
@@ -43,13 +44,22 @@ def find_run(run_dir: str) -> Path:
     folder = Path(run_dir)
     versions = [path for path in folder.glob("version_*") if path.name[8:].isdecimal()]
     versions.sort(key=lambda path: int(path.name[8:]), reverse=True)
-    for candidate in (folder, *versions):
-        if any((candidate / name).exists() for name in HOW_TO_GET):
-            return candidate
+    candidates = [
+        candidate
+        for candidate in (folder, *versions)
+        if any((candidate / name).exists() for name in HOW_TO_GET)
+    ]
+    if candidates:
+        return next(filter(_has_trained, candidates), candidates[0])
     raise FileNotFoundError(
         f"run_dir={run_dir}: has none of {', '.join(HOW_TO_GET)}, nor has a version_* folder in "
         "it. Name the folder of a run, such as runs/prl/version_0."
     )
+
+
+def _has_trained(folder: Path) -> bool:
+    curves = folder / METRICS
+    return curves.exists() and "train/" in curves.read_text().partition("\n")[0]
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -62,8 +62,9 @@ class MathReward:
 
     The reference answers come from the first of the columns `answer`, `ground_truth` (verl) and
     `solution` (TRL) that is there. One is a text (put in a box; if it holds a box, as a worked
-    solution does, that box counts), a number (27.0 is 27) or a list, any one of which is right;
-    `None` makes the reward `None`. Several boxes joined by commas, "and" or "or" are one answer.
+    solution does, that box counts, and otherwise what follows GSM8K's `####`), a number (27.0 is
+    27) or a list, any one of which is right; `None` makes the reward `None`. Several boxes joined
+    by commas, "and" or "or" are one answer.
 
     Attributes:
         failures: How many completions of the last call could not be judged: math-verify raised, or
@@ -132,7 +133,7 @@ class MathReward:
     def _reward(self, completion: str, reference: Any) -> float | None:
         if reference is None:
             return None
-        golds = [boxed_answer(text) or text for text in reference_texts(reference)]
+        golds = [boxed_answer(text) or _marked(text) for text in reference_texts(reference)]
         answer = boxed_answer(completion)
         if not answer:
             return 0.0
@@ -175,6 +176,11 @@ def boxed_answer(text: str) -> str | None:
         answers.insert(0, text[opening.end() : end].strip())
         next_start = opening.start()
     return ", ".join(dict.fromkeys(answers)) if answers else None
+
+
+def _marked(reference: str) -> str:
+    """A reference answer without the worked solution before it, as GSM8K has it."""
+    return reference.rpartition("####")[2].strip() or reference
 
 
 def _closing_braces(text: str) -> dict[int, int]:

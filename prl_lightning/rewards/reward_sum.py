@@ -18,7 +18,7 @@ from prl_lightning.rewards.protocol import (
     in_form_of,
     required_columns,
 )
-from prl_lightning.rewards.tasks import Reply, RewardLimits, Task
+from prl_lightning.rewards.tasks import Failure, Reply, RewardLimits, Task
 from prl_lightning.rewards.workers import RewardWorkers
 
 if TYPE_CHECKING:  # loaded where sums are made: the processes of the functions do without it
@@ -147,20 +147,24 @@ class RewardSum:
 
         Returns:
             For each group numbers, the same for the same answer and `NO_ANSWER` where there is
-            none, by the first function that has a method `answers(texts)`; `None` if no function
-            has one. Where that method fails, every completion counts as an answer of its own.
+            none, by the first function that has a method `answers(completions)`; `None` if no
+            function has one. Where that method fails, every completion counts as an answer of its
+            own.
         """
         index = next((i for i, f in enumerate(self.functions) if hasattr(f, "answers")), None)
         if index is None:
             return None
         if self.limits is None:
             function: Any = self.functions[index]
-            return [function.answers(texts) for texts in groups]
+            return [function.answers(completions=list(texts)) for texts in groups]
         tasks = [
             Task(index, "answers", {"completions": list(texts)}, self.limits.seconds * len(texts))
             for texts in groups
         ]
-        replies = self._run(tasks)
+        replies = [
+            _numbered(reply, len(texts))
+            for texts, reply in zip(groups, self._run(tasks), strict=True)
+        ]
         failed = [reply.failure for reply in replies if reply.failure]
         if failed:
             warnings.warn(
@@ -240,3 +244,10 @@ def _check_lengths(size: int, columns: Mapping[str, Sequence[Any]]) -> None:
                 f"column '{name}' has {len(values)} values for {size} completions: "
                 "every column holds one value per completion"
             )
+
+
+def _numbered(reply: Reply, size: int) -> Reply:
+    if reply.failure or (isinstance(reply.values, list) and len(reply.values) == size):
+        return reply
+    words = f"answers() returned {reply.values!r:.100} for {size} completions"
+    return Reply(failure=Failure("ValueError", words))

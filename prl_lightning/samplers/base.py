@@ -39,12 +39,19 @@ class Sampler(ABC):
     """An engine. One is made by the configuration, started once, and then reused every epoch.
 
     Attributes:
-        dtype: the precision it computes in, such as "float32".
+        dtype: the precision it computes in; "float32" is held to a smaller engine gap.
         is_concurrent: whether ``generate`` may run in a thread while the trainer trains.
     """
 
     dtype: str
     is_concurrent = False
+
+    def identity(self) -> str:
+        """What its completions depend on, beside weights, prompt and ``SamplingConfig``.
+
+        An evaluation takes an earlier one's completions where this is the same.
+        """
+        return f"{type(self).__name__} {self.dtype}"
 
     @abstractmethod
     def start(self, model: str, max_model_tokens: int) -> None:
@@ -62,7 +69,8 @@ class Sampler(ABC):
 
         Args:
             weights: (name, tensor) under the names of the Hugging Face model; a tied output head
-                is sent as well, under its own name.
+                is sent as well, under its own name. To be read to its end on every rank, because
+                each step of it may gather a sharded tensor.
         """
 
     @abstractmethod
@@ -78,7 +86,11 @@ class Sampler(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """Give the engine's memory back; ``start`` may be called again."""
+        """Give the engine's memory back; ``start`` may be called again.
+
+        Also called after a ``start`` that has failed and, where ``is_concurrent``, while
+        ``generate`` runs in another thread, which it ends.
+        """
 
 
 def local_rank() -> int:

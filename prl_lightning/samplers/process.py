@@ -39,6 +39,11 @@ class ProcessSampler(Sampler):
         self.dtype = self.sampler.dtype
         self.gpus = gpus
         self._pool: ProcessPoolExecutor | None = None
+        self._process_id: int | None = None
+
+    def identity(self) -> str:
+        """See ``Sampler.identity``: that of the engine in the process."""
+        return self.sampler.identity()
 
     def start(self, model: str, max_model_tokens: int) -> None:
         """See ``Sampler.start``.
@@ -82,10 +87,11 @@ class ProcessSampler(Sampler):
     def stop(self) -> None:
         """See ``Sampler.stop``; what is being drawn is dropped."""
         if self._pool is not None:
-            with suppress(ProcessLookupError):  # it has ended by itself
-                os.kill(self._process_id, signal.SIGKILL)
+            if self._process_id is not None:
+                with suppress(ProcessLookupError):  # it has ended by itself
+                    os.kill(self._process_id, signal.SIGKILL)
             self._pool.shutdown(cancel_futures=True)
-            self._pool = None
+            self._pool = self._process_id = None
 
     def _in_process(self, function: Any, *args: Any) -> Any:
         if self._pool is None:

@@ -56,6 +56,10 @@ class VLLMSampler(Sampler):
         self._llm: Any = None
         self._is_asleep = False
 
+    def identity(self) -> str:
+        """See ``Sampler.identity``: an argument may be a quantization."""
+        return f"{super().identity()} {sorted(self.engine_args.items())}"
+
     def start(self, model: str, max_model_tokens: int) -> None:
         """See ``Sampler.start``.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from prl_lightning.callbacks.samples import SampleStore, fingerprint
 from prl_lightning.cli import main
 from prl_lightning.metrics import MeanAtN, PassAtK
-from prl_lightning.samplers import HFSampler, SamplingConfig
+from prl_lightning.samplers import HFSampler, ProcessSampler, SamplingConfig, VLLMSampler
 from prl_lightning.tables import read_table
 from prl_lightning.types import Completion, Prompt
 from runs import QUICKSTART, fit, tiny_overrides
@@ -153,6 +153,11 @@ def test_one_entry_of_the_weights_makes_another_fingerprint() -> None:
     same = [fingerprint(iter(weights(0)), sampler, CONFIG) for _ in range(2)]
     assert same[0] == same[1]
     assert fingerprint(iter(weights(1e-6)), sampler, CONFIG) != same[0]
+    # A process around an engine changes nothing, and another engine does.
+    assert fingerprint(iter(weights(0)), ProcessSampler(sampler), CONFIG) == same[0]
+    plain, quantized = VLLMSampler(), VLLMSampler(engine_args={"quantization": "fp8"})
+    others = [fingerprint(iter(weights(0)), other, CONFIG) for other in (plain, quantized)]
+    assert len({same[0], *others}) == 3
 
 
 def test_what_is_kept_comes_back_whole(tmp_path: Path) -> None:
@@ -170,3 +175,7 @@ def test_what_is_kept_comes_back_whole(tmp_path: Path) -> None:
         "part-00000-00000.parquet",
         "part-00001-00000.parquet",
     ]
+    # Two evaluations at once have both drawn a prompt's: it has no more than one of them.
+    drawn = tmp_path / "part-00000-00000.parquet"
+    drawn.with_name("part-00000-00001.parquet").write_bytes(drawn.read_bytes())
+    assert SampleStore(tmp_path, rank=0)[prompts[0]] == groups[0]

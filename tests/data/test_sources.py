@@ -187,6 +187,11 @@ def test_two_columns_can_change_places(tmp_path: Path) -> None:
         (PromptFormat(), CHAT_TEMPLATE, "<s>[user]1+1?[assistant]"),
         (PromptFormat(chat_template=False), CHAT_TEMPLATE, "<s>1+1?"),
         (
+            PromptFormat(chat_template_args={"enable_thinking": False}),
+            "{{ messages[0].content }}{% if not enable_thinking %}!{% endif %}",
+            "1+1?!",
+        ),
+        (
             PromptFormat(system_prompt="Think.", template="Q: {prompt}"),
             CHAT_TEMPLATE,
             "<s>[system]Think.[user]Q: 1+1?[assistant]",

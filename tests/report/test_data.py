@@ -216,6 +216,15 @@ def test_the_newest_version_of_a_run(tmp_path: Path) -> None:
     assert read_run(tmp_path / "version_10")["name"] == f"{tmp_path.name}/version_10"
 
 
+def test_the_newest_version_that_has_trained(tmp_path: Path) -> None:
+    """A run's folder also has its later evaluations."""
+    for version, columns in ((1, "step,train/loss"), (2, "step,train/loss"), (3, "step,val/x")):
+        (tmp_path / f"version_{version}").mkdir()
+        (tmp_path / f"version_{version}" / "metrics.csv").write_text(f"{columns}\n0,1\n")
+    assert find_run(str(tmp_path)).name == "version_2"
+    assert find_run(str(tmp_path / "version_3")).name == "version_3"
+
+
 def test_nothing_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"run_dir={tmp_path}: has none of metrics.csv"):
         find_run(str(tmp_path))

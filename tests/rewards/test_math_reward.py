@@ -46,6 +46,7 @@ def judge(completion: Any, reference: Any) -> tuple[float | None, int]:
         (r"\frac{2}{3}", ["1", r"$\frac{2}{3}$"]),
         (r"\frac{10}{2}", [r"\int_0^1 x dx", "5"]),  # the first cannot be judged
         (r"4.5 \times 10^{33}", "4.5e+33"),
+        ("72", "Half of 48 is 24.\n48+24 = <<48+24=72>>72.\n#### 72"),
         ("1.6", r"Start with $s=\frac{1}{2}$, so that $s=\boxed{1.6}$ cm"),
         (r"4.5 \times 10^{33}", "4.5e33"),
         (r"3.61\times10^{-10}", "3.61e-10"),

@@ -18,7 +18,8 @@ import pytest
 from prl_lightning.rewards import MathReward, RewardLimits, RewardScores, RewardSum, math
 from rewards.hostile import HOSTILE
 
-TIGHT = RewardLimits(seconds=1.0, memory_mib=256, failure_value=-1.0, workers=2)
+TIGHT = RewardLimits(seconds=2.0, memory_mib=256, failure_value=-1.0, workers=2)
+PATIENT = RewardLimits(seconds=120.0, failure_value=-1.0, workers=2)
 BYTES = 8 << 30
 
 
@@ -149,8 +150,7 @@ def test_more_hanging_calls_than_workers_do_not_stall_the_others(
     scored: Any, tmp_path: Path
 ) -> None:
     """Twenty that wait for each other, on two workers: they only end if all of them have begun."""
-    patient = RewardLimits(seconds=120.0, failure_value=-1.0, workers=2)
-    scores = scored([f"meet {tmp_path} 20"] * 20 + ["good"] * 20, limits=patient)
+    scores = scored([f"meet {tmp_path} 20"] * 20 + ["good"] * 20, limits=PATIENT)
     assert scores.total.tolist() == [2.0] * 20 + [1.0] * 20
 
 
@@ -220,6 +220,22 @@ def test_from_a_thread_and_without_the_alarm(scored: Any) -> None:
     assert found[0].total.tolist() == [-1.0, 1.0]
 
 
+def test_a_wrong_number_of_answers_is_a_failure() -> None:
+    class Short:
+        def __call__(self, completions: Sequence[str], **columns: Any) -> list[float]:
+            return [0.0 for _ in completions]
+
+        def answers(self, completions: Sequence[str]) -> list[int]:
+            return [0]
+
+    rewards = RewardSum([Short()], limits=TIGHT)
+    try:
+        with pytest.warns(UserWarning, match=r"answers\(\) returned \[0\] for 2 completions"):
+            assert rewards.answers([["a", "b"], ["c"]]) == [[0, 1], [0]]
+    finally:
+        rewards.stop()
+
+
 def test_answers_that_cannot_be_compared_are_all_different() -> None:
     class Stubborn(Whole):
         def answers(self, completions: Sequence[str]) -> list[int]:
@@ -263,7 +279,8 @@ class KillsOnce:
 def test_a_process_killed_from_outside_costs_no_reward(
     whom: str, scored: Any, tmp_path: Path
 ) -> None:
-    scores = scored(["a", "b", "kill", "c"] * 3, KillsOnce(tmp_path / "killed", whom))
+    kills = KillsOnce(tmp_path / "killed", whom)
+    scores = scored(["a", "b", "kill", "c"] * 3, kills, PATIENT)
     assert scores.total.tolist() == [1.0] * 12
     assert scores.failures == {"KillsOnce": 0}
 
