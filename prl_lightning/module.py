@@ -21,7 +21,7 @@ from prl_lightning.functional import get_divergence, kl_estimate, process_reward
 from prl_lightning.metrics import MeanStd
 from prl_lightning.models import load_policy, load_tokenizer, named_weights
 from prl_lightning.objective import Objective
-from prl_lightning.sharding import plain_name, shard, total_norm
+from prl_lightning.sharding import leave_frozen_out, shard, total_norm
 from prl_lightning.steps import StepSplitter
 from prl_lightning.types import RolloutBatch
 
@@ -83,8 +83,7 @@ class PRLModule(LightningModule):
         self.eval_metrics = torch.nn.ModuleList()  # a set may have any name, a module may not
         self._eval_names: list[str] = []
         self.eval_results: dict[str, SetResults] = {}
-        self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
+        leave_frozen_out(self)
 
     # Loading
 
@@ -344,24 +343,3 @@ class PRLModule(LightningModule):
 
 def _num_tokens(batch: RolloutBatch) -> int:
     return int(batch.completion_mask.sum())
-
-
-def _drop_frozen(module: torch.nn.Module, state: dict[str, Any], *_: Any) -> None:
-    """Reference and weights under an adapter do not change: a checkpoint has no need of them."""
-    for name in _frozen(module) & state.keys():
-        del state[name]
-
-
-def _expect_no_frozen(module: torch.nn.Module, incompatible: Any) -> None:
-    frozen = _frozen(module)
-    missing = [name for name in incompatible.missing_keys if name not in frozen]
-    incompatible.missing_keys[:] = missing
-
-
-def _frozen(module: torch.nn.Module) -> set[str]:
-    """Names of parameters that are not trained."""
-    return {
-        plain_name(name)
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if not parameter.requires_grad
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,3 +83,33 @@ def total_norm(model: nn.Module) -> Tensor:
         torch.distributed.all_reduce(squares)
         norm = squares.sqrt()
     return norm
+
+
+def leave_frozen_out(module: nn.Module) -> None:
+    """Keep what is not trained out of a module's state: it does not change.
+
+    Args:
+        module: its reference, and the weights under an adapter, are frozen when a state is taken.
+    """
+    module.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    for name in _frozen(module) & state.keys():
+        del state[name]
+
+
+def _expect_no_frozen(module: nn.Module, incompatible: Any) -> None:
+    frozen = _frozen(module)
+    missing = [name for name in incompatible.missing_keys if name not in frozen]
+    incompatible.missing_keys[:] = missing
+
+
+def _frozen(module: nn.Module) -> set[str]:
+    """Names of parameters that are not trained."""
+    return {
+        plain_name(name)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }

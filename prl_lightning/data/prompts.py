@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,71 +12,16 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import ConcatDataset
 
+from prl_lightning.data.format import PromptFormat
 from prl_lightning.data.loader import RolloutLoader
 from prl_lightning.data.rollouts import RolloutBuffer
-from prl_lightning.data.sources import PromptFormat, PromptSet, Source
+from prl_lightning.data.sizes import EpochSizes
+from prl_lightning.data.sources import PromptSet, Source
 from prl_lightning.models import load_tokenizer
 from prl_lightning.types import Prompt
 
 # Which stream of prompts a seed is of.
 TRAIN, EVAL = 0, 1
-
-
-@dataclass(frozen=True)
-class EpochSizes:
-    """The arithmetic of an epoch; every division is exact, or this is not made.
-
-    Attributes:
-        prompts: an epoch, over all ranks.
-        group_size: completions a prompt.
-        updates: optimizer updates an epoch.
-        ranks: processes.
-        micro_batches: an update on each rank (the Trainer's accumulate_grad_batches).
-
-    Raises:
-        ValueError: something does not divide; the message is the arithmetic.
-    """
-
-    prompts: int
-    group_size: int
-    updates: int
-    ranks: int
-    micro_batches: int
-
-    def __post_init__(self) -> None:
-        """Check the divisions in the order in which an epoch is cut."""
-        for name, size in (
-            ("data.prompts_per_epoch", self.prompts),
-            ("data.group_size", self.group_size),
-            ("data.updates_per_epoch", self.updates),
-        ):
-            if size < 1:
-                raise ValueError(f"{name}={size}: must be at least 1.")
-        steps = (
-            ("data.prompts_per_epoch", self.prompts, "data.updates_per_epoch", self.updates),
-            ("prompts an update", self.prompts // self.updates, "ranks", self.ranks),
-            (
-                "completions an update on each rank",
-                self.prompts * self.group_size // (self.updates * self.ranks),
-                "trainer.accumulate_grad_batches",
-                self.micro_batches,
-            ),
-        )
-        for what, size, by, parts in steps:
-            if size % parts:
-                raise ValueError(f"{what} ({size}) is not a multiple of {by} ({parts}): {self}")
-
-    def __str__(self) -> str:
-        """The arithmetic in one line."""
-        completions = self.prompts * self.group_size
-        update = completions / self.updates
-        rank = update / self.ranks
-        return (
-            f"{self.prompts} prompts x {self.group_size} completions = {completions} an epoch; "
-            f"/ {self.updates} updates = {update:g} an update; / {self.ranks} ranks = {rank:g} a "
-            f"rank; / {self.micro_batches} micro-batches = {rank / self.micro_batches:g} "
-            "completions in each"
-        )
 
 
 class PromptDataModule(LightningDataModule):
@@ -132,6 +77,7 @@ class PromptDataModule(LightningDataModule):
         self.train_rollouts: RolloutBuffer | None = None
         self.eval_rollouts: dict[str, RolloutBuffer] = {}
         self._eval_prompts: dict[str, list[Prompt]] = {}
+        self._turn: int | None = None  # which pass over the data _order is of
 
     def prepare_data(self) -> None:
         """Make or fetch the data, once on every node."""
@@ -237,7 +183,7 @@ class PromptDataModule(LightningDataModule):
         """Row of the prompt at a position of the endless stream: each pass has its own order."""
         size = len(self._train_prompts)
         turn, place = divmod(position, size)
-        if getattr(self, "_turn", None) != turn:
+        if self._turn != turn:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
             self._turn, self._order = turn, torch.randperm(size, generator=generator)
         return int(self._order[place])

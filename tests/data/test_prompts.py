@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prl_lightning.data import PromptDataModule
-from prl_lightning.data.prompts import EpochSizes
+from prl_lightning.data.sizes import EpochSizes
 from prl_lightning.types import Prompt
 
 from .tokenizers import character_tokenizer

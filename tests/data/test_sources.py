@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from prl_lightning.data import sources
-from prl_lightning.data.sources import PromptFormat, PromptSet, Source
+from prl_lightning.data.format import PromptFormat
+from prl_lightning.data.sources import PromptSet, Source
 
 from .tokenizers import CHAT_TEMPLATE, character_tokenizer
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from prl_lightning.rewards import MathReward, RewardLimits, RewardScores, RewardSum, math
+from prl_lightning.rewards import MathReward, RewardLimits, RewardScores, RewardSum, equality
 from rewards.hostile import HOSTILE
 
 TIGHT = RewardLimits(seconds=2.0, memory_mib=256, failure_value=-1.0, workers=2)
@@ -317,7 +317,7 @@ class Unguarded(MathReward):
 
     def warm_up(self) -> None:
         super().warm_up()
-        math._is_unreasonable = lambda answer: False
+        equality._is_unreasonable = lambda answer: False
 
 
 @pytest.mark.parametrize("function", [MathReward(), Unguarded()])
