@@ -35,5 +35,7 @@ def read_table(file: Path) -> list[dict[str, Any]]:
     """
     import pyarrow.parquet
 
-    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
+    # Of an open file: a path with "=" in it would be read as a partition.
+    with file.open("rb") as opened:
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(opened).to_pylist()
     return rows

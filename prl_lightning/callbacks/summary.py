@@ -7,11 +7,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
 
 from prl_lightning.callbacks.parts import run_folder
 
@@ -113,21 +113,18 @@ def _checkpoint(trainer: Trainer) -> str:
     return callback.last_model_path or callback.best_model_path
 
 
-def _complete_rows(file: Path) -> Iterator[tuple[int, dict[str, Tensor | float]]]:
+def _complete_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Step and metrics of each row; a kill may have cut the last one."""
     lines = file.read_text().splitlines(keepends=True)
     for row in csv.DictReader(line for line in lines if line.endswith("\n")):
-        values: dict[str, Tensor | float] = {
-            name: float(value) for name, value in row.items() if value and name != "step"
-        }
-        yield int(row["step"]), values
+        yield (
+            int(row["step"]),
+            {name: float(value) for name, value in row.items() if value and name != "step"},
+        )
 
 
 def read_metrics(file: Path) -> dict[str, Curve]:
-    """Read a ``metrics.csv`` of Lightning's CSVLogger.
-
-    A run that goes on, or was killed, may have half a row at the end, whose last number is half a
-    number; that row is left out.
+    """Read a ``metrics.csv`` of Lightning's CSVLogger, without the half row that a kill leaves.
 
     Args:
         file: rows of step and metrics, each row with some of them.
@@ -136,13 +133,12 @@ def read_metrics(file: Path) -> dict[str, Curve]:
         Steps and values of every metric, in the order of the rows.
     """
     curves: dict[str, Curve] = defaultdict(lambda: ([], []))
-    rows = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    for row in csv.DictReader(rows):
+    for step, row in _complete_rows(file):
         for name, value in row.items():
-            if value and name not in ("step", "epoch"):
+            if name != "epoch":
                 steps, values = curves[name]
-                steps.append(int(row["step"]))
-                values.append(float(value))
+                steps.append(step)
+                values.append(value)
     return dict(curves)
 
 

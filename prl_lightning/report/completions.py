@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-COMPLETIONS = "completions"
+from prl_lightning.callbacks.completions import FOLDER
+from prl_lightning.tables import read_table
 
 # Of one epoch, in whole groups: twelve epochs of this are some 20 MB.
 MAX_TOKENS = 30_000
@@ -24,7 +25,7 @@ def completion_files(folder: Path) -> list[Path]:
         Files in the order of their epochs.
     """
     return sorted(
-        (folder / COMPLETIONS).glob("epoch=*.parquet"), key=lambda file: (len(file.name), file.name)
+        (folder / FOLDER).glob("epoch=*.parquet"), key=lambda file: (len(file.name), file.name)
     )
 
 
@@ -38,11 +39,7 @@ def read_epoch(file: Path) -> dict[str, Any]:
         Rewards and lengths of all completions, and the groups, those with most signal first. What
         is beyond ``MAX_TOKENS`` is counted, not kept.
     """
-    import pyarrow.parquet as parquet
-
-    # Of an open file: a path with "=" in it would be read as a partition.
-    with file.open("rb") as opened:
-        rows: list[dict[str, Any]] = parquet.read_table(opened).to_pylist()
+    rows = read_table(file)
     groups = [_group(list(members)) for _, members in groupby(rows, key=lambda row: row["group"])]
     kept: list[dict[str, Any]] = []
     tokens = 0

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prl_lightning.callbacks.completions import FOLDER as COMPLETIONS
+from prl_lightning.callbacks.evaluation import EVALUATIONS
 from prl_lightning.callbacks.summary import METRICS, Curve, read_metrics
-from prl_lightning.report.completions import COMPLETIONS, completion_files, read_epoch
+from prl_lightning.report.completions import completion_files, read_epoch
 
-EVALUATIONS = "evaluations.jsonl"
 CONFIG = "config.yaml"
 
 # A page of more opens slowly.
