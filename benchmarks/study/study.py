@@ -75,8 +75,6 @@ class Run:
         command = [sys.executable, "-m", "prl_lightning", word, "--config", f"{HERE}/study.yaml"]
         if self.method != "base":
             command += ["--config", f"{ROOT}/configs/methods/{self.method}.yaml"]
-            # v1's own deviation is n - 1; here all methods have one.
-            command += ["--model.objective.unbiased_std", "false"]
         if self.beta:
             command += ["--model.objective.beta", str(self.beta)]
         if self.steps:
