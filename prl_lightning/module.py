@@ -18,6 +18,7 @@ from prl_lightning.adapters import adapters_off
 from prl_lightning.data import PromptDataModule
 from prl_lightning.evaluation import SetMetrics, SetResults
 from prl_lightning.functional import get_divergence, kl_estimate, process_rewards
+from prl_lightning.functional.masks import keep_tokens
 from prl_lightning.metrics import MeanStd
 from prl_lightning.models import load_policy, load_tokenizer, named_weights
 from prl_lightning.objective import Objective
@@ -138,16 +139,19 @@ class PRLModule(LightningModule):
 
         # Lightning averages over micro-batches and ranks; the loss is already a share of the sum.
         loss = loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        self._log_tokens(batch, {"entropy": entropy, "advantage": stats.pop("advantage")})
+        self._log_train({"ratio_max": stats.pop("ratio_max")}, weight=1, reduce_fx="max")
+        tokens = int(batch.completion_mask.sum())  # once, for it waits for the device
+        by_token = {"entropy": entropy, "advantage": stats.pop("advantage")}
         if "process_term" in stats:
             self.process_term.update(stats.pop("process_term"), batch.completion_mask)
         if ref_logprobs is not None:
-            for name, kind in (("kl_ref", "k1"), ("kl_ref_k3", "k3")):
-                drift = kl_estimate(policy_logprobs.detach(), ref_logprobs, kind)
-                self._log_tokens(batch, {name: drift}, prog_bar=kind == "k1")
+            on_policy = policy_logprobs.detach()
+            by_token["kl_ref_k3"] = kl_estimate(on_policy, ref_logprobs, "k3")
+            drift = _token_mean(kl_estimate(on_policy, ref_logprobs, "k1"), batch, tokens)
+            self._log_train({"kl_ref": drift}, weight=tokens, prog_bar=True)
+        means = {name: _token_mean(value, batch, tokens) for name, value in by_token.items()}
+        self._log_train(stats | means, weight=tokens)
         self._log_train({"loss": loss.detach()}, weight=1)
-        self._log_train({"ratio_max": stats.pop("ratio_max")}, weight=1, reduce_fx="max")
-        self._log_train(stats, weight=_num_tokens(batch))
         return loss
 
     @torch.no_grad()
@@ -213,12 +217,6 @@ class PRLModule(LightningModule):
         if self.policy is None:
             raise RuntimeError("the policy is loaded in configure_model, by the Trainer")
         return self.policy
-
-    def _log_tokens(self, batch: RolloutBatch, values: dict[str, Tensor], **options: Any) -> None:
-        """Log token means; weighted by tokens, an epoch's mean is that of all its tokens."""
-        mask = batch.completion_mask
-        means = {name: value[mask].mean() for name, value in values.items()}
-        self._log_train(means, weight=_num_tokens(batch), **options)
 
     def _log_train(self, values: dict[str, Tensor], weight: int, **options: Any) -> None:
         """Log one value an epoch, which is one iteration."""
@@ -341,5 +339,9 @@ class PRLModule(LightningModule):
         return found
 
 
-def _num_tokens(batch: RolloutBatch) -> int:
-    return int(batch.completion_mask.sum())
+def _token_mean(values: Tensor, batch: RolloutBatch, tokens: int) -> Tensor:
+    """Mean of (B, T) values over a micro-batch's completion tokens, of which there are so many.
+
+    Weighted by their number, an epoch's mean is that of all its tokens.
+    """
+    return keep_tokens(values, batch.completion_mask, "values").sum() / tokens

@@ -113,7 +113,8 @@ class RolloutCallback(Callback):
             ValueError: a reward's column is missing, or prompt and completion exceed the model.
         """
         data, module = prompt_data(trainer), prl_module(pl_module)
-        self.rewards.check_columns(data.reward_columns)
+        for where, columns in data.reward_columns.items():
+            self.rewards.check_columns(columns, where)
         self._max_tokens = self.check_lengths(data, module)
         self._stop_token_ids = stop_token_ids(module.policy_name, data.tokenizer)
         self.engine.forget_weights()

@@ -153,13 +153,17 @@ class PromptDataModule(LightningDataModule):
         return 1 if self.trainer is None else self.trainer.world_size
 
     @property
-    def reward_columns(self) -> set[str]:
-        """Columns that every set of prompts in use has."""
-        prompts = list(self._eval_prompts.values())
-        columns = [set(some[0].columns) for some in prompts if some]
+    def reward_columns(self) -> dict[str, set[str]]:
+        """Columns that reward functions can have of each set of prompts in use, by its field.
+
+        The last are those of all sets together, which are rewarded at once.
+        """
+        sets = {f"data.eval.{name}": prompts for name, prompts in self._eval_prompts.items()}
+        columns = {where: set(some[0].columns) for where, some in sets.items() if some}
         if self.train_rollouts is not None:
-            columns.append(self._train_columns)
-        return set.intersection(*columns) if columns else set()
+            columns["data.train"] = self._train_columns
+        shared = set.intersection(*columns.values()) if columns else set()
+        return columns | {"every set": shared}
 
     def next_prompts(self) -> list[Prompt]:
         """This rank's prompts of the next epoch, update by update."""

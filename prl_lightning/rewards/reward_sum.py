@@ -119,11 +119,12 @@ class RewardSum:
             self._workers.stop()
             self._workers = None
 
-    def check_columns(self, column_names: Collection[str]) -> None:
+    def check_columns(self, column_names: Collection[str], where: str = "the data") -> None:
         """Check, before anything is sampled, that every function finds the columns it needs.
 
         Args:
             column_names: Names of the dataset's columns.
+            where: What has them, for the message.
 
         Raises:
             ValueError: If a function needs one that is not there; names both and the mend.
@@ -134,7 +135,7 @@ class RewardSum:
                 if available.isdisjoint(alternatives):
                     wanted = " or ".join(f"'{column}'" for column in alternatives)
                     raise ValueError(
-                        f"reward function '{name}' needs the column {wanted}, but the data has "
+                        f"reward function '{name}' needs the column {wanted}, but {where} has "
                         f"{sorted(column_names)}: rename the column with data.format.columns, "
                         "or give the function's parameter a default"
                     )

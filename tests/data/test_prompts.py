@@ -106,7 +106,7 @@ def test_several_sources_are_one_stream(make_data: MakeData) -> None:
     for epoch in epochs(data, 3):
         assert sorted(epoch) == ["a0", "a1", "a2", "a3", "a4", "b0", "b1", "b2"]
     # A reward can count on the columns that all of them have.
-    assert data.reward_columns == {"answer"}
+    assert data.reward_columns["data.train"] == {"answer"}
 
 
 # Ranks
@@ -168,9 +168,15 @@ def test_ranks_share_the_prompts_of_each_update_with_the_seeds_of_one(
 
 
 def test_reward_columns_are_those_that_training_and_evaluation_share(make_data: MakeData) -> None:
-    assert make_data().reward_columns == {"answer", "train"}
-    assert make_data(eval_sets=("a",)).reward_columns == {"answer"}
-    assert make_data(stage="validate", eval_sets=("a",)).reward_columns == {"answer", "a"}
+    train, held = {"answer", "train"}, {"answer", "a"}
+    assert make_data().reward_columns == {"data.train": train, "every set": train}
+    assert make_data(eval_sets=("a",)).reward_columns == {
+        "data.train": train,
+        "data.eval.a": held,
+        "every set": {"answer"},
+    }
+    alone = make_data(stage="validate", eval_sets=("a",)).reward_columns
+    assert alone == {"data.eval.a": held, "every set": held}
 
 
 # Sizes
