@@ -117,6 +117,16 @@ class PRLCLI(LightningCLI):
         return found is not None
 
 
+class CheckCLI(PRLCLI):
+    """Takes what ``prl fit`` takes, and what a run has written down, and runs nothing."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Accept what belongs to the run alone."""
+        super().add_arguments_to_parser(parser)
+        for name in ("ckpt_path", "weights_only"):
+            parser.add_argument(f"--{name}", default=None, help="of prl fit; not looked at here")
+
+
 def copy_configs(folder: Path = Path("configs")) -> None:
     """Copy the package's configurations, to run and to change.
 
@@ -162,7 +172,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if words[:1] == ["check"]:
         # As on the machine that it is for: devices are counted, not looked for.
         here = [] if torch.cuda.is_available() else ["--trainer.accelerator=cpu"]
-        cli = _command_line([*words[1:], *here], run=False)
+        cli = _command_line([*words[1:], *here], CheckCLI, run=False)
         refuse(complaints(*cli.parts()))
         print(describe(*cli.parts()))
         return
@@ -177,8 +187,8 @@ def run_command() -> None:
         raise SystemExit(f"prl: {error}") from None
 
 
-def _command_line(args: list[str] | None, run: bool = True) -> PRLCLI:
-    return PRLCLI(
+def _command_line(args: list[str] | None, kind: type[PRLCLI] = PRLCLI, run: bool = True) -> PRLCLI:
+    return kind(
         PRLModule,
         PromptDataModule,
         args=args,

@@ -51,6 +51,15 @@ def test_contradictions_are_named_all_at_once(bare_model: str, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+def test_check_takes_what_fit_takes_and_what_it_has_written(
+    tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(*tiny_overrides(tied_model, tmp_path))
+    written = tmp_path / "run" / "version_0" / "config.yaml"
+    main(["check", "--config", str(written), "--ckpt_path=last"])
+    assert "4 prompts x 4 completions" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
