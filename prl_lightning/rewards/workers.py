@@ -75,7 +75,9 @@ class RewardWorkers:
             while len(replies) < len(tasks):
                 while waiting and self._has_room():
                     index = waiting.popleft()
-                    self._give(index, tasks[index])
+                    # Not to one that waits: where the process that all were forked from has been
+                    # killed, they are all about to end.
+                    self._give(index, tasks[index], to_new=index in given_again)
                 for index, reply in self._next_replies(others_wait=bool(waiting)):
                     if reply.failure == DIED and index not in given_again:
                         # Perhaps it was killed for what it had no part in: memory is short, say.
@@ -103,10 +105,11 @@ class RewardWorkers:
     def _num_aside(self) -> int:
         return sum(worker.is_aside for worker in self._busy.values())
 
-    def _give(self, index: int, task: Task) -> None:
+    def _give(self, index: int, task: Task, to_new: bool) -> None:
         call = pickle.dumps((task.function, task.method, task.arguments, task.seed))
         while True:
-            worker = self._idle.pop() if self._idle else self._server.fork()
+            has_one = self._idle and not to_new
+            worker = self._idle.pop() if has_one else self._server.fork()
             try:
                 worker.connection.send_bytes(call)
                 break

@@ -285,6 +285,27 @@ def test_a_process_killed_from_outside_costs_no_reward(
     assert scores.failures == {"KillsOnce": 0}
 
 
+class NeedsNewProcess:
+    """Dies in a process that has worked before, once the others have nothing to do."""
+
+    served = 0
+
+    def __call__(self, completions: Sequence[str], **columns: Any) -> list[float]:
+        self.served += 1
+        if completions == ["new"] and self.served > 1:
+            time.sleep(1.0)
+            os._exit(3)
+        if completions[0].startswith("meet"):
+            return obey(completions)
+        return [1.0 for _ in completions]
+
+
+def test_a_call_whose_process_has_died_gets_a_new_one(scored: Any, tmp_path: Path) -> None:
+    """The other one was forked from the same process, and may be about to die of the same cause."""
+    scores = scored([f"meet {tmp_path} 2"] * 2 + ["new"], NeedsNewProcess(), PATIENT)
+    assert scores.total.tolist() == [2.0, 2.0, 1.0]
+
+
 TRAINER = """
 import sys
 from prl_lightning.rewards import RewardLimits, RewardSum
