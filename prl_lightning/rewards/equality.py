@@ -42,9 +42,23 @@ _TYPICAL = (
 )
 
 
+_EQUAL = (
+    ("12", "12.0"),
+    ("0.25", r"\frac{1}{4}"),
+    (r"\frac{1}{2}", r"\frac{3}{6}"),
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    ("x^2 + 5x - 2", "5x + x^2 - 2"),
+    (r"\frac{\pi}{2}", r"2\pi / 4"),
+    ("(3, -4, 5)", r"(3.0, -4, \frac{10}{2})"),
+    ("(1, 2]", r"\left(1.0, 2\right]"),
+)
+
+
 def warm_up() -> None:
     """Import math-verify and sympy and let them build their tables: seconds, once."""
     for left, right in pairwise(_TYPICAL):
+        is_same(left, right)
+    for left, right in _EQUAL:
         is_same(left, right)
 
 
