@@ -165,9 +165,9 @@ def test_users_own_data_and_model_are_a_file(tied_model: str, tmp_path: Path) ->
 def test_evaluation_sets_have_any_name(tied_model: str, tmp_path: Path) -> None:
     overrides = tiny_overrides(tied_model, tmp_path)
     held = tmp_path / "heldout.jsonl"
-    sets = f"--data.eval={{train: {held}, a.b: {held}, a_b: {held}, c/d: {held}}}"
+    sets = f"--data.eval={{train: {held}, a.b: {held}, a_b: {held}, c/d: {held}, e@4: {held}}}"
     fit(*overrides, sets, "--trainer.max_epochs=1")
-    assert {f"val/{name}/mean@4" for name in ("train", "a.b", "a_b", "c/d")} <= set(
+    assert {f"val/{name}/mean@4" for name in ("train", "a.b", "a_b", "c/d", "e@4")} <= set(
         metrics_of(tmp_path)
     )
 

@@ -64,7 +64,10 @@ class EngineLink:
     def take_ahead(self, prompts: list[Prompt], config: SamplingConfig) -> Drawn | None:
         """What was drawn ahead for these prompts, waited for; None where nothing was."""
         ahead = self._ahead
-        if ahead is None or (ahead.prompts, ahead.config) != (prompts, config):
+        if ahead is None or (_drawn_as(ahead.prompts), ahead.config) != (
+            _drawn_as(prompts),
+            config,
+        ):
             return None
         self._ahead = None
         return ahead.drawn.result()
@@ -160,6 +163,11 @@ class EngineLink:
             )
         self._gap = {"engine_gap": mean, "engine_gap_max": largest}
         return self._gap
+
+
+def _drawn_as(prompts: list[Prompt]) -> list[tuple[list[int], int]]:
+    """What an engine sees of prompts; a NaN in another column is not even equal to itself."""
+    return [(prompt.token_ids, prompt.seed) for prompt in prompts]
 
 
 def _check_drawn(

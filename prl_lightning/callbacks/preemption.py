@@ -30,7 +30,7 @@ class SaveOnSignal(Callback):
 
     def __init__(self) -> None:
         self._signal: int | None = None
-        self._noted_at = 0.0
+        self._sigterm_at: float | None = None
         self._checked_step = 0
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,11 +61,14 @@ class SaveOnSignal(Callback):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._signal == signum == signal.SIGTERM and now - self._noted_at > SAME_REQUEST_SECONDS:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
+        if signum == signal.SIGTERM:
+            if self._sigterm_at is None:
+                self._sigterm_at = now
+            elif now - self._sigterm_at > SAME_REQUEST_SECONDS:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
         if self._signal is None:
-            self._signal, self._noted_at = signum, now
+            self._signal = signum
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):

@@ -39,11 +39,12 @@ def prepare_update(
     rewards = torch.tensor([rollout.reward for rollout in rollouts])
     if objective.needs_log_ratios:
         log_ratios, mask = _log_ratios(rollouts)
-        costs = get_divergence(objective.divergence).future(log_ratios)[mask]
-        total, count = sum_over_ranks(torch.stack([costs.sum(), mask.sum()]))
-        advantages = objective.outcome_advantages(
-            rewards, group_size, log_ratios, mask, mean_kl=total / count
-        )
+        mean_kl = None
+        if objective.baseline:
+            costs = get_divergence(objective.divergence).future(log_ratios)[mask]
+            total, count = sum_over_ranks(torch.stack([costs.sum(), mask.sum()]))
+            mean_kl = total / count
+        advantages = objective.outcome_advantages(rewards, group_size, log_ratios, mask, mean_kl)
     else:
         advantages = objective.outcome_advantages(rewards, group_size)
     for rollout, advantage in zip(rollouts, advantages, strict=True):

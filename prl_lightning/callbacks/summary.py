@@ -75,7 +75,11 @@ class RunSummary(Callback):
         print(self._text(trainer, folder, curves))
 
     def _text(self, trainer: Trainer, folder: Path, curves: dict[str, Curve]) -> str:
-        evaluations = {name: values for name, (_, values) in curves.items() if "@" in name}
+        evaluations = {
+            name: values
+            for name, (_, values) in curves.items()
+            if name.rpartition("@")[2].isdecimal()
+        }
         sets = {name.partition("/")[2].rpartition("/")[0] for name in evaluations}
         lines = ["", f"Done: {trainer.global_step} updates."]
         for name, values in sorted(evaluations.items(), key=lambda item: _order(item[0])):
@@ -102,7 +106,7 @@ class RunSummary(Callback):
 
 def _order(name: str) -> tuple[str, int]:
     """Sort "val/set/pass@16" behind "val/set/pass@4"."""
-    metric, _, number = name.partition("@")
+    metric, _, number = name.rpartition("@")
     return metric, int(number)
 
 

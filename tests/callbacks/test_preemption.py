@@ -100,12 +100,16 @@ def test_slurm_is_asked_for_another_turn(
     assert (calls.read_text() if calls.exists() else "") == job
 
 
-def test_a_second_sigterm_ends_the_process_but_an_echo_does_not() -> None:
-    script = """
+@pytest.mark.parametrize("before", [[], ["signal.SIGUSR1"]], ids=["alone", "after SLURM's"])
+def test_a_second_sigterm_ends_the_process_but_an_echo_does_not(before: list[str]) -> None:
+    script = f"""
 import os, signal, time
 import prl_lightning.callbacks.preemption as preemption
 preemption.SAME_REQUEST_SECONDS = 0.5
-signal.signal(signal.SIGTERM, preemption.SaveOnSignal()._note)
+callback = preemption.SaveOnSignal()
+signal.signal(signal.SIGTERM, callback._note)
+for signum in [{", ".join(before)}]:
+    callback._note(signum, None)
 for wait in (0.0, 0.0, 1.0):
     time.sleep(wait)
     os.kill(os.getpid(), signal.SIGTERM)
