@@ -28,8 +28,8 @@ class ProcessSampler(Sampler):
 
     Args:
         sampler: the engine; vLLM by default.
-        gpus: one for each of the trainer's processes on a machine, by its local rank; the engine
-            sees this one alone. By default it sees those the trainer sees.
+        gpus: one for each of the trainer's processes on a machine, by its local rank, counted among
+            those that the trainer sees; the engine sees this one alone. By default, all of them.
     """
 
     is_concurrent = True
@@ -49,7 +49,8 @@ class ProcessSampler(Sampler):
         """See ``Sampler.start``.
 
         Raises:
-            ValueError: there are fewer ``gpus`` than processes on this machine.
+            ValueError: there are fewer ``gpus`` than processes on this machine, or one of them is
+                not seen.
         """
         environment = {}
         if self.gpus:
@@ -59,7 +60,7 @@ class ProcessSampler(Sampler):
                     f"ProcessSampler.gpus={list(self.gpus)} has none for local rank {rank}. Name "
                     "one GPU for each of the trainer's processes on a machine."
                 )
-            environment["CUDA_VISIBLE_DEVICES"] = str(self.gpus[rank])
+            environment["CUDA_VISIBLE_DEVICES"] = _of_machine(self.gpus[rank])
         self._pool = ProcessPoolExecutor(
             max_workers=1,
             mp_context=multiprocessing.get_context("spawn"),
@@ -103,6 +104,19 @@ class ProcessSampler(Sampler):
                 f"the process of {type(self.sampler).__name__} has ended while it was needed. Its "
                 "last words are above; without any it was killed, mostly for memory."
             ) from error
+
+
+def _of_machine(gpu: int) -> str:
+    """A GPU as the machine counts them, of which this process may see only some."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not visible:
+        return str(gpu)
+    if gpu >= len(visible.split(",")):
+        raise ValueError(
+            f"ProcessSampler.gpus has {gpu}, but CUDA_VISIBLE_DEVICES={visible}. They are counted "
+            "from 0 among these."
+        )
+    return visible.split(",")[gpu]
 
 
 # In the other process

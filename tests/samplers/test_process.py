@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prl_lightning.samplers import ProcessSampler, Sampler, SamplingConfig
+from prl_lightning.samplers.process import _of_machine
 from prl_lightning.types import Completion, Prompt
 
 CONFIG = SamplingConfig(n=1, temperature=1.0, max_new_tokens=1, stop_token_ids=(1,))
@@ -46,7 +47,8 @@ class Telling(Sampler):
 
 
 @pytest.fixture
-def sampler() -> Iterator[ProcessSampler]:
+def sampler(monkeypatch: pytest.MonkeyPatch) -> Iterator[ProcessSampler]:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     started = ProcessSampler(Telling(), gpus=[3])
     started.start("model", 8)
     yield started
@@ -76,6 +78,15 @@ def test_it_works_elsewhere_and_leaves_the_policys_tensors_alone(sampler: Proces
     assert (gpu, total) == (3, 10)
     assert not weight.is_shared()
     assert "CUDA_VISIBLE_DEVICES" not in os.environ or os.environ["CUDA_VISIBLE_DEVICES"] != "3"
+
+
+def test_gpus_are_counted_among_those_that_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _of_machine(1) == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5e")
+    assert _of_machine(1) == "GPU-5e"
+    with pytest.raises(ValueError, match=r"gpus has 2, but CUDA_VISIBLE_DEVICES=4,GPU-5e"):
+        _of_machine(2)
 
 
 def test_an_error_there_is_raised_here_and_it_goes_on(sampler: ProcessSampler) -> None:
