@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 from prl_lightning.functional import (
+    Totals,
     importance_weights,
     kl_in_reward_step_advantages,
     kl_in_reward_trajectory,
@@ -17,6 +19,7 @@ from prl_lightning.functional import (
     prl_advantages,
     process_baseline,
 )
+from prl_lightning.functional.process import per_token
 from prl_lightning.steps import Steps
 from prl_lightning.types import RolloutBatch
 
@@ -74,42 +77,47 @@ class Objective:
             value, choices = getattr(self, name), get_args(hint)
             if get_origin(hint) is Literal and value not in choices:
                 raise ValueError(f"model.objective.{name}={value!r}: use one of {choices}.")
+        refused = [*self._out_of_range(), *self._contradictions()]
+        if refused:
+            raise ValueError("\n".join(f"model.objective.{line}" for line in refused))
+
+    def _out_of_range(self) -> Iterator[str]:
         if self.importance_cap is not None and self.importance_cap <= 0:
-            raise ValueError(
-                f"model.objective.importance_cap={self.importance_cap}: must be above 0, or null."
-            )
+            yield f"importance_cap={self.importance_cap}: must be above 0, or null."
         if not 0 <= self.beta < float("inf"):
-            raise ValueError(f"model.objective.beta={self.beta}: must be 0 or a positive number.")
+            yield f"beta={self.beta}: must be 0 or a positive number."
         for name, fits in (
             ("clip_low", 0 <= self.clip_low <= 1),
             ("clip_high", self.clip_high >= 0),
         ):
             if not fits:
-                raise ValueError(
-                    f"model.objective.{name}={getattr(self, name)}: the importance ratio is kept "
-                    "between 1 - clip_low and 1 + clip_high; clip_low between 0 and 1, clip_high "
-                    "not below 0."
+                yield (
+                    f"{name}={getattr(self, name)}: the importance ratio is kept between "
+                    "1 - clip_low and 1 + clip_high; clip_low between 0 and 1, clip_high not "
+                    "below 0."
                 )
+
+    def _contradictions(self) -> Iterator[str]:
         if self.kl != "process" and self.steps != "token":
-            raise ValueError(
-                f"model.objective.steps={self.steps!r} has no effect with kl={self.kl!r}. Set kl "
-                "to 'process', or leave steps out."
+            yield (
+                f"steps={self.steps!r} has no effect with kl={self.kl!r}. Set kl to 'process', or "
+                "leave steps out."
             )
         if self.kl in KL_IN_REWARD and self.outcome == "raft":
-            raise ValueError(
-                f"model.objective.outcome='raft' asks whether a reward is above 0, which it can be "
-                f"by kl={self.kl!r} alone. Use another outcome, or another kl."
+            yield (
+                f"outcome='raft' asks whether a reward is above 0, which it can be by "
+                f"kl={self.kl!r} alone. Use another outcome, or another kl."
             )
         has_its_place = self.kl == "process" and self.steps == "token"
         if self.baseline and not (has_its_place and self.divergence in K3):
-            raise ValueError(
-                f"model.objective.baseline is that of kl='process', steps='token' and a divergence "
-                f"of {K3}, not of kl={self.kl!r}, steps={self.steps!r} and {self.divergence!r}. "
-                "Set these, or leave baseline out."
+            yield (
+                f"baseline is that of kl='process', steps='token' and a divergence of {K3}, not of "
+                f"kl={self.kl!r}, steps={self.steps!r} and {self.divergence!r}. Set these, or "
+                "leave baseline out."
             )
         if (self.aggregation == "constant") != (self.max_length is not None):
-            raise ValueError(
-                "model.objective.max_length goes with aggregation='constant', and only with it: "
+            yield (
+                "max_length goes with aggregation='constant', and only with it: "
                 f"aggregation={self.aggregation!r}, max_length={self.max_length}."
             )
 
@@ -154,9 +162,10 @@ class Objective:
         if log_ratios is None or completion_mask is None:
             raise ValueError("these advantages need log_ratios and completion_mask")
         if self.baseline:
+            if mean_kl is None:
+                raise ValueError("the baseline needs mean_kl")
             outcome = outcome_advantages(rewards, group_size, kind, unbiased_std=unbiased)
-            baseline = process_baseline(log_ratios, completion_mask, mean_kl)
-            return outcome[:, None] + self.beta * baseline
+            return outcome[:, None] + self.beta * process_baseline(completion_mask, mean_kl)
         if self.kl == "reward_trajectory":
             shaped = kl_in_reward_trajectory(rewards, log_ratios, completion_mask, self.beta)
             return outcome_advantages(shaped, group_size, kind, unbiased_std=unbiased)
@@ -185,9 +194,7 @@ class Objective:
         mask = batch.completion_mask
         on_policy = policy_logprobs.detach()
         old_logprobs = on_policy if batch.old_logprobs is None else batch.old_logprobs
-        outcome = batch.outcome_advantages
-        if outcome.ndim == 1:
-            outcome = outcome[:, None].expand(mask.shape)
+        outcome = per_token(batch.outcome_advantages, mask, "outcome_advantages")
         advantages, tokens = outcome, {}
         if ref_logprobs is not None and self.kl == "process":
             at_policy = old_logprobs if self.log_ratio == "rollout" else on_policy
@@ -200,6 +207,7 @@ class Objective:
         weights = None
         if self.importance_cap is not None:
             weights = importance_weights(old_logprobs, batch.rollout_logprobs, self.importance_cap)
+        totals = Totals(batch.update_tokens, batch.update_sequences, self.max_length)
         loss, stats = policy_loss(
             policy_logprobs,
             old_logprobs,
@@ -208,10 +216,8 @@ class Objective:
             self.clip_low,
             self.clip_high,
             aggregation=self.aggregation,
+            totals=totals,
             token_weights=weights,
-            num_tokens=batch.update_tokens,
-            num_sequences=batch.update_sequences,
-            max_length=self.max_length,
         )
         if ref_logprobs is not None and self.kl == "loss":
             loss = loss + self.beta * kl_loss(
@@ -220,8 +226,6 @@ class Objective:
                 mask,
                 self.kl_estimator,
                 aggregation=self.aggregation,
-                num_tokens=batch.update_tokens,
-                num_sequences=batch.update_sequences,
-                max_length=self.max_length,
+                totals=totals,
             )
         return loss, stats | tokens

@@ -23,6 +23,24 @@ def objective_of(config: Path) -> dict[str, Any]:
     return settings
 
 
+# METHOD's table of what is compared, one row a file; what is not named is the default.
+TABLE = {
+    "grpo": Objective(outcome="grpo", kl="none"),
+    "grpo-kl-loss": Objective(outcome="grpo", kl="loss", kl_estimator="k3", beta=0.01),
+    "grpo-kl-reward-trajectory": Objective(outcome="grpo", kl="reward_trajectory", beta=0.01),
+    "grpo-kl-reward-step": Objective(outcome="grpo", kl="reward_step", beta=0.01),
+    "raft": Objective(outcome="raft", kl="none"),
+    "prl": Objective(outcome="grpo", kl="process", beta=0.01, steps=256),
+    "prl-newline": Objective(outcome="grpo", kl="process", beta=0.01, steps="newline"),
+    "frpo": Objective(outcome="grpo", kl="process", beta=0.01, divergence="reverse_kl"),
+    "frpo-k3": Objective(outcome="grpo", kl="process", beta=0.01, divergence="reverse_k3"),
+}
+
+
+def test_methods_are_the_papers() -> None:
+    assert {file.stem: Objective(**objective_of(file)) for file in METHODS} == TABLE
+
+
 @pytest.mark.parametrize("below", [CONFIGS / "paper" / "v1.yaml", *METHODS], ids=lambda f: f.stem)
 @pytest.mark.parametrize("method", METHODS, ids=lambda file: file.stem)
 def test_a_method_goes_over_any_configuration(method: Path, below: Path) -> None:

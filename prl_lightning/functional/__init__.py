@@ -5,7 +5,7 @@ from prl_lightning.functional.advantages import (
     kl_in_reward_trajectory,
     outcome_advantages,
 )
-from prl_lightning.functional.aggregation import aggregate
+from prl_lightning.functional.aggregation import Totals, aggregate
 from prl_lightning.functional.bootstrap import bootstrap_interval
 from prl_lightning.functional.divergences import (
     Divergence,
@@ -30,6 +30,7 @@ from prl_lightning.functional.steps import delimiter_steps, fixed_length_steps
 __all__ = [
     "MAX_LOG_RATIO",
     "Divergence",
+    "Totals",
     "aggregate",
     "bootstrap_interval",
     "delimiter_steps",

@@ -1,11 +1,11 @@
 """How a value per token becomes one number.
 
-Every loss is a mean or a sum over an update, however the update is cut: pass the update's totals
-(`num_tokens`, `num_sequences`), and the losses of its micro-batches or ranks add up to the loss of
-the whole.
+Every loss is a mean or a sum over an update, however the update is cut: pass the update's `Totals`,
+and the losses of its micro-batches or ranks add up to the loss of the whole.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,14 +15,29 @@ from prl_lightning.functional.masks import keep_tokens
 Count = int | float | Tensor
 
 
+@dataclass(frozen=True)
+class Totals:
+    """What the sums of an update are divided by.
+
+    Attributes:
+        num_tokens: completion tokens of the whole update; None counts those at hand.
+        num_sequences: completions of the whole update; None counts those at hand that have a token.
+        max_length: the completion limit in tokens, which `constant` alone reads and needs.
+    """
+
+    num_tokens: Count | None = None
+    num_sequences: Count | None = None
+    max_length: Count | None = None
+
+
+AT_HAND = Totals()
+
+
 def aggregate(
     values: Tensor,
     completion_mask: Tensor,
     kind: str = "token_mean",
-    *,
-    num_tokens: Count | None = None,
-    num_sequences: Count | None = None,
-    max_length: Count | None = None,
+    totals: Totals = AT_HAND,
 ) -> Tensor:
     """One number from a value per token.
 
@@ -36,9 +51,7 @@ def aggregate(
         values: (B, T); not read outside the mask.
         completion_mask: (B, T), true on completion tokens.
         kind: one of the table.
-        num_tokens: completion tokens of the whole update; None counts this batch's.
-        num_sequences: completions of the whole update; None counts this batch's that have a token.
-        max_length: the completion limit in tokens, which only `constant` reads and needs.
+        totals: of the update; by default of these values alone.
 
     Returns:
         A scalar; 0 if there are no tokens.
@@ -57,39 +70,35 @@ def aggregate(
         )
     values = keep_tokens(values, completion_mask, "values")
     lengths = completion_mask.bool().sum(-1)
-    tokens = _divisor(lengths.sum() if num_tokens is None else num_tokens, values)
-    sequences = _divisor((lengths > 0).sum() if num_sequences is None else num_sequences, values)
-    return AGGREGATIONS[kind](values, lengths, tokens, sequences, max_length)
+    return AGGREGATIONS[kind](values, lengths, totals)
 
 
-def _divisor(count: Count, values: Tensor) -> Tensor:
-    """Return the count, or 1 for 0: nothing over nothing is a loss of 0, not a NaN."""
-    count = torch.as_tensor(count, dtype=values.dtype, device=values.device)
+def _token_mean(values: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
+    return values.sum() / _divisor(totals.num_tokens, lengths.sum(), values)
+
+
+def _sequence_mean(values: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
+    means = values.sum(-1) / lengths.clamp(min=1)
+    return means.sum() / _divisor(totals.num_sequences, (lengths > 0).sum(), values)
+
+
+def _constant(values: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
+    if totals.max_length is None:
+        # The batch's width is no substitute: it depends on padding and on the cut of the update.
+        raise ValueError("max_length is None: aggregation 'constant' needs the completion limit")
+    sequences = _divisor(totals.num_sequences, (lengths > 0).sum(), values)
+    return values.sum() / (sequences * totals.max_length)
+
+
+def _divisor(total: Count | None, at_hand: Tensor, values: Tensor) -> Tensor:
+    """Return the total, or 1 for 0: nothing over nothing is a loss of 0, not a NaN."""
+    count = torch.as_tensor(
+        at_hand if total is None else total, dtype=values.dtype, device=values.device
+    )
     return torch.where(count == 0, torch.ones_like(count), count)
 
 
-def _token_mean(
-    values: Tensor, lengths: Tensor, tokens: Tensor, sequences: Tensor, max_length: Count | None
-) -> Tensor:
-    return values.sum() / tokens
-
-
-def _sequence_mean(
-    values: Tensor, lengths: Tensor, tokens: Tensor, sequences: Tensor, max_length: Count | None
-) -> Tensor:
-    return (values.sum(-1) / lengths.clamp(min=1)).sum() / sequences
-
-
-def _constant(
-    values: Tensor, lengths: Tensor, tokens: Tensor, sequences: Tensor, max_length: Count | None
-) -> Tensor:
-    if max_length is None:
-        # The batch's width is no substitute: it depends on padding and on the cut of the update.
-        raise ValueError("max_length is None: aggregation 'constant' needs the completion limit")
-    return values.sum() / (sequences * max_length)
-
-
-AGGREGATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Count | None], Tensor]] = {
+AGGREGATIONS: dict[str, Callable[[Tensor, Tensor, Totals], Tensor]] = {
     "token_mean": _token_mean,
     "sequence_mean": _sequence_mean,
     "constant": _constant,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from prl_lightning.functional.aggregation import Count, aggregate
+from prl_lightning.functional.aggregation import AT_HAND, Totals, aggregate
 from prl_lightning.functional.masks import (
     MAX_LOG_RATIO,
     at_least_float32,
@@ -84,9 +84,7 @@ def kl_loss(
     estimator: str = "k3",
     *,
     aggregation: str = "token_mean",
-    num_tokens: Count | None = None,
-    num_sequences: Count | None = None,
-    max_length: Count | None = None,
+    totals: Totals = AT_HAND,
 ) -> Tensor:
     """`kl_estimate` aggregated: the 'KL-loss' that PRL v2 (arXiv 2601.10201) compares with.
 
@@ -99,9 +97,7 @@ def kl_loss(
         completion_mask: (B, T), true on completion tokens; nothing is read outside it.
         estimator: one of `kl_estimate`.
         aggregation: a kind of `aggregate`.
-        num_tokens: as in `aggregate`.
-        num_sequences: as in `aggregate`.
-        max_length: as in `aggregate`.
+        totals: of the update; by default of these completions alone.
 
     Returns:
         A scalar.
@@ -120,11 +116,4 @@ def kl_loss(
         keep_tokens(ref_logprobs, completion_mask, "ref_logprobs"),
         estimator,
     )
-    return aggregate(
-        estimates,
-        completion_mask,
-        aggregation,
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
-        max_length=max_length,
-    )
+    return aggregate(estimates, completion_mask, aggregation, totals)

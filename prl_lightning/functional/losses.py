@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prl_lightning.functional.aggregation import Count, aggregate
+from prl_lightning.functional.aggregation import AT_HAND, Totals, aggregate
 from prl_lightning.functional.masks import (
     MAX_LOG_RATIO,
     at_least_float32,
@@ -22,10 +22,8 @@ def policy_loss(
     clip_high: float = 0.2,
     *,
     aggregation: str = "token_mean",
+    totals: Totals = AT_HAND,
     token_weights: Tensor | None = None,
-    num_tokens: Count | None = None,
-    num_sequences: Count | None = None,
-    max_length: Count | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-min(ρ·A, clip(ρ, 1 - ε_low, 1 + ε_high)·A), aggregated; ρ = π/π_old.
 
@@ -42,10 +40,8 @@ def policy_loss(
         clip_low: ε_low.
         clip_high: ε_high.
         aggregation: a kind of `aggregate`.
+        totals: of the update; by default of these completions alone.
         token_weights: (B, T), multiplies each token's loss; see `importance_weights`.
-        num_tokens: as in `aggregate`.
-        num_sequences: as in `aggregate`.
-        max_length: as in `aggregate`.
 
     Returns:
         The loss, a scalar, and its stats, detached scalars over the completion tokens:
@@ -71,14 +67,7 @@ def policy_loss(
     losses = torch.maximum(plain, clipped)
     if token_weights is not None:
         losses = losses * keep_tokens(token_weights.detach(), completion_mask, "token_weights")
-    loss = aggregate(
-        losses,
-        completion_mask,
-        aggregation,
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
-        max_length=max_length,
-    )
+    loss = aggregate(losses, completion_mask, aggregation, totals)
     return loss, _ratio_stats(ratio.detach(), (clipped > plain).detach(), completion_mask.bool())
 
 

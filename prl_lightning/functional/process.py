@@ -51,9 +51,7 @@ def process_term(
     return take_at_step_end(reg, completion_mask, step_ends)
 
 
-def process_baseline(
-    log_ratios: Tensor, completion_mask: Tensor, mean_kl: float | Tensor | None = None
-) -> Tensor:
+def process_baseline(completion_mask: Tensor, mean_kl: Tensor) -> Tensor:
     """b_t = (T_i - t)·mean token KL: the expected sum of f(u) over the tokens that follow t.
 
     PRL v2's optional baseline for the k3 divergences, whose terms are never negative; the paper
@@ -61,27 +59,18 @@ def process_baseline(
     T_i depends on later actions, so unlike the process term it biases the gradient.
 
     Args:
-        log_ratios: δ, (B, T); not read outside the mask.
         completion_mask: (B, T), true on completion tokens.
-        mean_kl: mean of f(u) over the tokens of the whole update. None takes this batch's mean of
-            the reverse k3, which depends on how the update is cut into micro-batches.
+        mean_kl: scalar, mean of f(u) over the tokens of the whole rollout.
 
     Returns:
-        (B, T), zero outside the mask.
-
-    Raises:
-        ValueError: if shapes disagree.
+        (B, T) in the dtype of `mean_kl`, zero outside the mask.
 
     Example:
         >>> import torch
-        >>> process_baseline(torch.zeros(1, 3), torch.ones(1, 3), mean_kl=0.5)
+        >>> process_baseline(torch.ones(1, 3), mean_kl=torch.tensor(0.5))
         tensor([[1.0000, 0.5000, 0.0000]])
     """
-    delta = keep_tokens(log_ratios.detach(), completion_mask, "log_ratios")
-    tokens = completion_mask.bool().to(delta.dtype)
-    if mean_kl is None:
-        # k3 of δ = 0 is 0, so the padding adds nothing to the sum.
-        mean_kl = get_divergence("reverse_k3").future(delta).sum() / tokens.sum().clamp(min=1)
+    tokens = completion_mask.bool().to(mean_kl.dtype)
     return tokens * later_sums(tokens) * mean_kl
 
 

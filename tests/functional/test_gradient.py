@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prl_lightning.functional import (
     Divergence,
+    Totals,
     kl_in_reward_step_advantages,
     kl_in_reward_trajectory,
     kl_loss,
@@ -102,8 +103,7 @@ class World:
             self.mask,
             aggregation="constant",
             token_weights=weights,
-            num_sequences=1,
-            max_length=1,
+            totals=Totals(num_sequences=1, max_length=1),
         )
         assert stats["ratio_max"] == 1  # on-policy
         return -self.gradient(loss)
@@ -236,8 +236,7 @@ def group_gradient(world: World, rows: Tensor, advantages: Tensor) -> Tensor:
         advantages,
         world.mask[rows],
         aggregation="constant",
-        num_sequences=256,
-        max_length=1,
+        totals=Totals(num_sequences=256, max_length=1),
     )
     return -world.gradient(loss)
 
@@ -295,8 +294,7 @@ def kl_loss_gradient(world: World, estimator: str) -> Tensor:
             world.mask[i, None],
             estimator,
             aggregation="constant",
-            num_sequences=1,
-            max_length=1,
+            totals=Totals(num_sequences=1, max_length=1),
         )
         for i in range(len(policy))
     ]

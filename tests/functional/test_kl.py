@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prl_lightning.functional import (
+    Totals,
     kl_estimate,
     kl_loss,
 )
@@ -97,7 +98,7 @@ def test_kl_loss_is_a_loop(estimator: str, kind: str, batch: Batch) -> None:
     for i, positions in enumerate(batch.rows()):
         for t in positions:
             values[i, t] = VALUES[estimator]((policy[i, t] - ref[i, t]).item())
-    got = kl_loss(policy, ref, batch.mask, estimator, aggregation=kind, max_length=9)
+    got = kl_loss(policy, ref, batch.mask, estimator, aggregation=kind, totals=Totals(max_length=9))
     want = slow_aggregate(values, batch, kind, 9)
     assert got.item() == pytest.approx(want, rel=1e-9, abs=1e-12)
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prl_lightning.functional import (
+    Totals,
     importance_weights,
     kl_loss,
     policy_loss,
@@ -25,10 +26,10 @@ def test_padding_and_row_order_change_nothing(kind: str, batch: Batch, pad: int)
         return torch.nn.functional.pad(values[order], (pad, 2 * pad), value=fill)
 
     tensors = [batch.noise(salt) for salt in range(3)]
-    want, stats = policy_loss(*tensors, batch.mask, aggregation=kind, max_length=16)
+    want, stats = policy_loss(*tensors, batch.mask, aggregation=kind, totals=Totals(max_length=16))
     padded = [other(values, math.nan) for values in tensors]
     mask = other(batch.mask.int(), 0)
-    got, other_stats = policy_loss(*padded, mask, aggregation=kind, max_length=16)
+    got, other_stats = policy_loss(*padded, mask, aggregation=kind, totals=Totals(max_length=16))
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(other_stats, stats, rtol=1e-10, atol=1e-12)
 
@@ -136,7 +137,7 @@ def test_no_tokens_give_a_zero_loss_with_a_zero_gradient(kind: str) -> None:
     policy = torch.full((2, 3), math.nan, requires_grad=True)
     nothing = torch.full((2, 3), math.nan)
     loss, stats = policy_loss(
-        policy, nothing, nothing, torch.zeros(2, 3), aggregation=kind, max_length=8
+        policy, nothing, nothing, torch.zeros(2, 3), aggregation=kind, totals=Totals(max_length=8)
     )
     loss.backward()
     assert loss.item() == 0
