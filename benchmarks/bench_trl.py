@@ -5,7 +5,8 @@
 
 TRL generates with transformers, as it does on a machine without a GPU. "default" trains on the
 whole batch at once, "tuned" in micro-batches of 16 with a static cache; gradient checkpointing is
-off in both. Both sides keep a reference and do one update an iteration.
+off in both. "ours compiled" has ``model.compile`` on. All keep a reference and do one update an
+iteration.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,8 @@ def _force_lengths(model: Any, work: Work) -> None:
 def commands_of(args: argparse.Namespace, work: Work) -> dict[str, list[str]]:
     sizes = [*sizes_of(work), "--iterations", str(args.iterations)]
     return {
-        "ours": ["bench_step.py", *sizes, *(["--compile"] if args.compile else [])],
+        "ours": ["bench_step.py", *sizes],
+        "ours compiled": ["bench_step.py", *sizes, "--compile"],
         "trl default": ["bench_trl.py", *sizes, "--only", "default"],
         "trl tuned": ["bench_trl.py", *sizes, "--only", "tuned"],
     }
@@ -126,13 +129,17 @@ def compare(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     def memory(name: str) -> float:
         return statistics.median([result["peak_rss_mib"] for result in results[name]])
 
-    peers = [name for name in results if name != "ours"]
+    def ratios(measure: Callable[[str], float]) -> dict[str, dict[str, float]]:
+        peers = [name for name in results if name.startswith("trl")]
+        ours = [name for name in results if name.startswith("ours")]
+        return {name: {peer: measure(name) / measure(peer) for peer in peers} for name in ours}
+
     return {
         "seconds": {name: seconds(name) for name in results},
         "peak_rss_mib": {name: memory(name) for name in results},
-        "ratio_of_seconds": {name: seconds("ours") / seconds(name) for name in peers},
-        "ratio_of_memory": {name: memory("ours") / memory(name) for name in peers},
-        "ours": results["ours"],
+        "ratio_of_seconds": ratios(seconds),
+        "ratio_of_memory": ratios(memory),
+        "runs": results,
     }
 
 
@@ -141,7 +148,6 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--iterations", default=3, type=int, help="of each process")
     parser.add_argument("--rounds", default=2, type=int)
-    parser.add_argument("--compile", action="store_true", help="compile the blocks of ours")
     parser.add_argument("--only", choices=("default", "tuned"), help="TRL alone")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
