@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 VARIANT = ["method", "beta", "steps"]
-MEASURES = ["mean@16", "pass@16", "pass@64", "maj@16", "entropy", "kl_ref"]
+SAME = ["mean@16", "pass@16", "pass@64", "maj@16"]
+MEASURES = [*SAME, *(f"longer_{name}" for name in SAME), "entropy", "kl_ref"]
 PAIRED = ["mean@16", "pass@16", "longer_mean@16", "longer_pass@16"]
 CURVES = {
     "reward": "reward of the sampled completions",
@@ -18,8 +20,8 @@ CURVES = {
     "kl_ref": "KL to the reference, a token",
     "completion_length": "tokens of a completion",
 }
-# Student's t, 97.5%, by degrees of freedom (any statistical table).
-T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+# Student's t, 97.5%, for 1, 2, 3 and so on degrees of freedom (any statistical table).
+T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160]
 
 COLORS = list(matplotlib.colormaps["tab20"].colors[::2]) + ["black", "#ffb000", "#606060"]
 
@@ -27,7 +29,9 @@ COLORS = list(matplotlib.colormaps["tab20"].colors[::2]) + ["black", "#ffb000", 
 def half_width(values: pd.Series[float]) -> float:
     """Half of the 95% interval of a mean over seeds; NaN for one seed."""
     freedom = len(values) - 1
-    return T975.get(freedom, float("nan")) * float(values.std(ddof=1)) / len(values) ** 0.5
+    if freedom == 0:
+        return float("nan")
+    return T975[freedom - 1] * float(values.std(ddof=1)) / len(values) ** 0.5
 
 
 def read_results(file: Path) -> pd.DataFrame:
@@ -110,18 +114,25 @@ def draw_betas(results: pd.DataFrame, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def report(results: Path, curves: Path, folder: Path) -> None:
+def report(results: Path, curves: Path, folder: Path, seeds: Sequence[int]) -> None:
     """Write table.md, curves-<beta>.png and betas.png.
 
     Args:
         results: CSV of the runs.
         curves: CSV of their iterations.
         folder: where to.
+        seeds: those that the choice of the leaders was made on; the others are a table of their
+            own, and in no picture.
     """
     runs = read_results(results)
-    text = table(runs)
+    is_new = ~runs.seed.isin(seeds)
+    text = table(runs[~is_new])
+    if is_new.any():
+        text += f"\nOn seeds that nothing was chosen on:\n\n{table(runs[is_new])}"
     (folder / "table.md").write_text(text)
+    runs = runs[~is_new]
     iterations = read_results(curves)
+    iterations = iterations[iterations.seed.isin(seeds)]
     # A run that was broken off between its curves and its row has them twice.
     iterations = iterations.drop_duplicates([*VARIANT, "seed", "iteration"], keep="last")
     for beta in sorted(set(runs.beta) - {0.0}):
