@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from math import inf
 from typing import Any, Literal, cast
 
 import torch
@@ -34,7 +35,7 @@ class PRLModule(LightningModule):
         policy: Hugging Face id or folder of the causal LM to train.
         objective: the method; see Objective.
         reference: Hugging Face id or folder of the reference; by default the policy as it starts.
-        track_reference: keep a reference, to log the drift from it, where the objective needs none.
+        track_reference: keep a reference even if the objective needs none, to log the drift.
         lora: train a LoRA adapter with these arguments of ``peft.LoraConfig``, such as
             ``{r: 16, target_modules: all-linear}``. The reference is then the policy with the
             adapter off, unless another one is named.
@@ -84,6 +85,7 @@ class PRLModule(LightningModule):
         self.eval_metrics = torch.nn.ModuleList()  # a set may have any name, a module may not
         self._eval_names: list[str] = []
         self.eval_results: dict[str, SetResults] = {}
+        self.loaded_at: dict[str, int] = {}  # step and epoch of the checkpoint that was loaded
         leave_frozen_out(self)
 
     # Loading
@@ -109,7 +111,8 @@ class PRLModule(LightningModule):
         checkpoint["policy_origin"] = {"name": self.policy_name, "lora": self.lora}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say where a checkpoint is of another policy, before its weights do not fit."""
+        """Note its step, and say where it is of another policy before its weights do not fit."""
+        self.loaded_at = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}
         origin = checkpoint.get("policy_origin")
         if origin and origin != {"name": self.policy_name, "lora": self.lora}:
             rank_zero_warn(
@@ -279,18 +282,21 @@ class PRLModule(LightningModule):
 
     def _log_eval(self, stage: str) -> None:
         # Every rank computes them over all ranks.
-        self.eval_results = {
+        results = {
             name: cast(SetMetrics, metrics).results()
             for name, metrics in zip(self._eval_names, self.eval_metrics, strict=True)
         }
+        # A sanity check of some batches is not an evaluation; of all, it is the base model's.
+        is_partial = self.trainer.sanity_checking and self.trainer.num_sanity_val_steps != inf
+        self.eval_results = {} if is_partial else results
         values = {
             f"{stage}/{name}/{metric}": estimate.mean
             for name, results in self.eval_results.items()
             for metric, estimate in results.metrics.items()
         }
         if self.trainer.sanity_checking:
-            # Lightning drops these values; here the sanity check is the base model's evaluation.
-            for logger in self.trainer.loggers:
+            # Lightning drops these values.
+            for logger in self.trainer.loggers if values else ():
                 logger.log_metrics(values, step=0)
         else:
             self.log_dict(values)

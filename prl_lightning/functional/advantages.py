@@ -36,6 +36,10 @@ def outcome_advantages(
     others are divided by exactly their standard deviation, which makes the utility of 0/1 rewards
     2·arcsin√p as groups grow (PRL v2, arXiv 2601.10201, Proposition 3.1).
 
+    A mean that contains the completion's own reward shrinks the expected gradient of the outcome,
+    and not that of a process term beside it: dr_grpo is (G - 1)/G of rloo, whose expected gradient
+    is E[r]'s. raft's zeros count as tokens and completions where a loss is a mean.
+
     Args:
         rewards: (B,), groups contiguous.
         group_size: G, completions of one prompt; divides B.

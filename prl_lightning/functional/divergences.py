@@ -19,7 +19,7 @@ TensorFunction = Callable[[Tensor], Tensor]
 class Divergence:
     """One f-divergence: reg_t = own(δ_t) + Σ_{j>t} future(δ_j).
 
-    Written in δ rather than u, so that each can be computed without cancellation or overflow.
+    Written in δ rather than u, so that neither overflows nor loses a small δ in rounding.
 
     Attributes:
         future: δ -> f(u), elementwise.
@@ -61,12 +61,12 @@ def _bounded(delta: Tensor) -> Tensor:
 
 
 def _ratio(delta: Tensor) -> Tensor:
-    """U = π_ref/π = exp(-δ)."""
+    """The ratio u = π_ref/π = exp(-δ)."""
     return (-_bounded(delta)).exp()
 
 
 def _ratio_minus_one(delta: Tensor) -> Tensor:
-    """U - 1, exact also where policy and reference nearly agree."""
+    """The ratio less one, exact also where policy and reference nearly agree."""
     return (-_bounded(delta)).expm1()
 
 

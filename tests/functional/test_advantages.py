@@ -69,6 +69,18 @@ def test_one_right_of_four(kind: str, want: list[float]) -> None:
     assert outcome_advantages(rewards, 4, kind).tolist() == pytest.approx([*want, 0, 0, 0, 0])
 
 
+@quick
+@given(batch=batches())
+def test_dr_grpo_is_rloo_shrunk(batch: Batch) -> None:
+    """r - Σ/G = (G - 1)/G·(r - (Σ - r)/(G - 1))."""
+    group = max(2, batch.group_size)
+    rewards = batch.rewards[: len(batch.rewards) // group * group]
+    shrunk = outcome_advantages(rewards, group, "rloo") * (group - 1) / group
+    torch.testing.assert_close(
+        outcome_advantages(rewards, group, "dr_grpo"), shrunk, rtol=1e-9, atol=1e-12
+    )
+
+
 def test_unbiased_std_divides_by_one_less() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0])
     biased = outcome_advantages(rewards, 4)
