@@ -2,8 +2,10 @@
 
     python benchmarks/bench_rewards.py --out benchmarks/results/rewards.json
 
-Those that hang wait (as code that was told to sleep does) or compute (as sympy on a power of a sum
-does, with a core each). Rates are right completions judged as such, a second.
+Those that hang wait (as code that was told to sleep does) or compute (as sympy does, with a core
+each). Rates are right completions judged as such, a second: of all the time, and
+of the time until the last right one is judged. What follows that is the tail, in which hanging ones
+are waited for, and which is as long whether there are a hundred completions or a million.
 """
 
 from __future__ import annotations
@@ -11,90 +13,120 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from sympy import Symbol
+
 from prl_lightning.rewards import MathReward, RewardLimits, RewardSum
 from report import publish
 
-COMPUTES = r"\boxed{(1+x)^{100000}}"
+COMPUTES = "compute"
 WAITS = "wait"
 
-# Pairs that are equal, and not by their letters.
+# Pairs that are equal, and not by their letters; none has the form of one that the verifier is
+# warmed up with.
 PAIRS = [
-    (r"\frac{{{b}}}{{{a}}}", r"\frac{{2 \cdot {b}}}{{2 \cdot {a}}}"),
-    (r"{a}\sqrt{{3}}", r"\sqrt{{3 \cdot {a}^2}}"),
-    (r"x^2 + {a}x + {b}", r"{b} + x^2 + {a}x"),
-    (r"\frac{{\pi}}{{{a}}}", r"2\pi / ({a} \cdot 2)"),
-    (r"({a}, {b}, {c})", r"({a}.0, {b}, \frac{{2 \cdot {c}}}{{2}})"),
-    (r"\left({a}, {c}\right]", r"({a}.0, {c}]"),
+    (r"{a}\pi + {b}", r"{b} + \pi \cdot {a}"),
+    (r"\frac{{{a}\sqrt{{2}}}}{{{p}}}", r"\sqrt{{2}} \cdot \frac{{{a}}}{{{p}}}"),
+    (r"\log_{{2}}({a})", r"\frac{{\ln {a}}}{{\ln 2}}"),
+    (r"{a}n(n+{b})", r"n^2 \cdot {a} + {ab}n"),
+    (r"\left\{{{a}, {b}, {c}\right\}}", r"\{{{c}, {b}, \frac{{{a}}}{{1}}\}}"),
+    (r"{a} + {b}i", r"{b}i + {a}"),
+    (r"2^{{{a}}}", r"4 \cdot 2^{{{a} - 2}}"),
+    (r"y = {a}x - {b}", r"{a}x - y = {b}"),
+    (r"[-{a}, {b})", r"\left[-{a}, {b}.0\right)"),
+    (r"\frac{{{a}}}{{x + {b}}}", r"{a}(x + {b})^{{-1}}"),
+    (r"\sin({a})", r"\cos(\frac{{\pi}}{{2}} - {a})"),
 ]
 
 
-class WaitingMathReward(MathReward):
-    """Takes forever where it is told to."""
+class TimedMathReward(MathReward):
+    """What is right is worth the seconds since the start; takes forever where it is told to."""
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], *args: Any, **columns: Any
     ) -> list[float | None]:
         if completions == [WAITS]:
             time.sleep(1e6)
-        return super().__call__(prompts, completions, *args, **columns)
+        while completions == [COMPUTES]:
+            ((1 + Symbol("x")) ** 1000).expand()
+        values = super().__call__(prompts, completions, *args, **columns)
+        since = time.monotonic() - columns["started"][0]
+        return [value and since for value in values]
 
 
-def rate(rewards: RewardSum, number: int, share: float = 0.0, hanging: str = "") -> float:
+@dataclass
+class Taken:
+    """Seconds until the last right completion is judged, and until the end."""
+
+    right: int
+    steady: float
+    whole: float
+
+    def rates(self) -> tuple[float, float]:
+        return self.right / self.whole, self.right / self.steady
+
+
+def judge(rewards: RewardSum, number: int, share: float = 0.0, hanging: str = "") -> Taken:
     """No two answers are alike, so that nothing is remembered."""
     every = round(1 / share) if share else number + 1
     texts, answers = [], []
     for i in range(number):
         gold, answer = PAIRS[i % len(PAIRS)]
-        numbers = {"a": i + 2, "b": 2 * i + 5, "c": 3 * i + 8}
+        numbers = {"a": i + 2, "b": 2 * i + 5, "c": 3 * i + 8, "p": 2 * i + 7}
+        numbers["ab"] = numbers["a"] * numbers["b"]
         answers.append(gold.format(**numbers))
         is_hanging = i % every == every - 1
         texts.append(hanging if is_hanging else rf"\boxed{{{answer.format(**numbers)}}}")
     start = time.monotonic()
-    scores = rewards.score(["?"] * number, texts, {"answer": answers})
-    taken = time.monotonic() - start
-    right = number - texts.count(hanging)
-    assert scores.total.sum() == right, scores.failures
-    return right / taken
+    columns = {"answer": answers, "started": [start] * number}
+    scores = rewards.score(["?"] * number, texts, columns)
+    whole = time.monotonic() - start
+    # Every one that hangs is killed for its time, and every other one is right.
+    hung = [i for i, text in enumerate(texts) if text == hanging]
+    assert [call.index for call in scores.failed_calls] == hung
+    assert {call.failure.kind for call in scores.failed_calls} <= {"time"}
+    assert int((scores.total > 0).sum()) == number - len(hung)
+    return Taken(number - len(hung), float(scores.total.max()), whole)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What hanging completions cost the others.")
     parser.add_argument("--completions", type=int, default=2048)
-    parser.add_argument("--seconds", type=float, default=1.0, help="limit of a completion")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[1.0, 5.0], help="limits")
     parser.add_argument("--share", type=float, default=0.05, help="of those that hang")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
-    rows = []
-    for repeat in range(args.repeats):  # in turn: the machine drifts
-        limits = RewardLimits(seconds=args.seconds)
-        rewards = RewardSum([WaitingMathReward()], limits=limits)
-        rate(rewards, 64)  # loads the verifier
-        rows.append(
-            [
-                rate(rewards, args.completions),
-                rate(rewards, args.completions, args.share, WAITS),
-                rate(rewards, args.completions, args.share, COMPUTES),
-            ]
-        )
-        rewards.stop()
-        print(repeat, [round(value) for value in rows[-1]], flush=True)
-    publish(
-        {
-            "completions": args.completions,
-            "limit_seconds": args.seconds,
-            "share_hanging": args.share,
-            "per_second": round(median(row[0] for row in rows)),
-            "rate_with_waiting": round(median(row[1] / row[0] for row in rows), 3),
-            "rate_with_computing": round(median(row[2] / row[0] for row in rows), 3),
-        },
-        args.out,
-    )
+    result: dict[str, Any] = {"completions": args.completions, "share_hanging": args.share}
+    for seconds in args.seconds:
+        rows = []
+        for repeat in range(args.repeats):  # in turn: the machine drifts
+            rewards = RewardSum([TimedMathReward()], limits=RewardLimits(seconds=seconds))
+            judge(rewards, 64)  # loads the verifier
+            none = judge(rewards, args.completions)
+            waiting = judge(rewards, args.completions, args.share, WAITS)
+            computing = judge(rewards, args.completions, args.share, COMPUTES)
+            rewards.stop()
+            rows.append((none, waiting, computing))
+            print(seconds, repeat, none, waiting, computing, flush=True)
+        result[f"limit_{seconds:g}_seconds"] = summary(rows)
+    publish(result, args.out)
+
+
+def summary(rows: list[tuple[Taken, Taken, Taken]]) -> dict[str, float]:
+    found: dict[str, float] = {"per_second": round(median(row[0].rates()[0] for row in rows))}
+    for place, name in ((1, "waiting"), (2, "computing")):
+        for which, what in ((0, "rate"), (1, "steady_rate")):
+            ratios = (row[place].rates()[which] / row[0].rates()[which] for row in rows)
+            found[f"{what}_with_{name}"] = round(median(ratios), 3)
+        tails = (row[place].whole - row[place].steady for row in rows)
+        found[f"tail_seconds_with_{name}"] = round(median(tails), 2)
+    return found
 
 
 if __name__ == "__main__":

@@ -54,11 +54,31 @@ _EQUAL = (
 )
 
 
+class UnreasonableError(ValueError):
+    """An answer that would take math-verify minutes, and was not given to it."""
+
+
 def warm_up() -> None:
-    """Import math-verify and sympy and let them build their tables: seconds, once."""
-    for left, right in pairwise(_TYPICAL):
-        is_same(left, right)
+    """Import math-verify and sympy and let them build their tables: seconds, once.
+
+    Raises:
+        RuntimeError: If math-verify does not find equal what is equal, as with a version that does
+            not fit: every answer would score 0.
+    """
     for left, right in _EQUAL:
+        try:
+            trouble = "" if is_equal(left, right) else "they differ to it"
+        except ImportError:
+            raise
+        except Exception as error:
+            trouble = f"{type(error).__name__}: {error}"
+        if trouble:
+            raise RuntimeError(
+                f"math-verify does not find {left!r} and {right!r} equal ({trouble}), so that "
+                "right answers would score 0: install the versions of math-verify and "
+                "latex2sympy2_extended that this package asks for"
+            )
+    for left, right in pairwise(_TYPICAL):
         is_same(left, right)
 
 
@@ -76,12 +96,12 @@ def is_equal(gold: str, answer: str) -> bool:
         answer: Another.
 
     Raises:
-        ValueError: If one of them would take math-verify minutes; it also raises whatever sympy
-            raises.
+        UnreasonableError: If one of them would take math-verify minutes; it also raises whatever
+            sympy raises.
     """
     for text in (gold, answer):
         if _is_unreasonable(text):
-            raise ValueError(f"not given to math-verify: {text[:80]!r}")
+            raise UnreasonableError(f"not given to math-verify: {text[:80]!r}")
     from math_verify import verify
 
     left, right = _parse(gold), _parse(answer)
@@ -93,6 +113,8 @@ def is_same(first: str, answer: str) -> bool:
     """Equality of two completions' answers, neither of which is the reference."""
     try:
         return is_equal(first, answer)
+    except MemoryError:
+        raise
     except Exception:  # counted where the completions are rewarded
         return False
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -16,9 +16,17 @@ from multiprocessing.reduction import send_handle
 from typing import Any
 
 import cloudpickle
-import psutil
+
+from prl_lightning.rewards.processes import kill_tree, lower_priority, usage
+from prl_lightning.rewards.tasks import Task
 
 _START_SECONDS = 300.0
+_ANSWER_SECONDS = 60.0  # for what takes milliseconds, on whatever machine
+_END_SECONDS = 10.0
+
+# How often a call is looked at: as often as that, and less often the longer it takes.
+_LOOK_SECONDS = 0.005
+_LOOK_SHARE = 0.1
 
 
 @dataclass(eq=False)
@@ -27,60 +35,80 @@ class Worker:
 
     Attributes:
         connection: To it.
-        process: Its number, and that of its process group.
+        process: Its number, and that of its process group; `None` until it has said it.
         index: Of the task that it has.
-        started: When it was given that, in seconds of the monotonic clock.
-        looked: When it was last looked at.
-        seconds: What the task may take.
-        is_aside: Whether it goes on beside those that have a core to themselves.
-        is_low: Whether its priority has been lowered.
+        task: That task.
+        deadline: When it is killed, in seconds of the monotonic clock.
+        next_look: When to look at it.
+        is_aside: Whether it leaves its core to others, since it waits or is low.
+        is_low: Whether its priority has been lowered, which cannot be undone.
     """
 
     connection: Connection
-    process: int
+    process: int | None = None
     index: int = -1
-    started: float = 0.0
-    looked: float = 0.0
-    seconds: float = 0.0
+    task: Task | None = None
+    deadline: float = 0.0
+    next_look: float = 0.0
     is_aside: bool = False
     is_low: bool = False
+    _started: float = 0.0
     _used_before: float | None = None
 
-    def begin(self, index: int, seconds: float) -> None:
-        """Note that it has been given a task.
+    def begin(self, index: int, task: Task) -> None:
+        """Note that it has been given a task; its time begins once the process is there.
 
         Args:
             index: Of the task.
-            seconds: Its limit.
+            task: To carry out.
         """
-        self.index, self.seconds, self.is_aside, self._used_before = index, seconds, False, None
-        self.started = self.looked = time.monotonic()
+        self.index, self.task, self.is_aside, self._used_before = index, task, False, None
+        self._start_clock()
 
-    def is_stuck(self, seconds: float) -> bool:
-        """Whether it waits for something, or has computed for too long and gets a low priority.
+    def meet(self) -> None:
+        """Read the first words of a new process.
+
+        Raises:
+            EOFError: If it has ended.
+            OSError: Likewise.
+        """
+        self.process = int(self.connection.recv_bytes())
+        self._start_clock()
+
+    def look(self, patience: float, has_room: bool) -> None:
+        """See whether it leaves its core to others, and make it do so where it has taken too long.
 
         Args:
-            seconds: Of a processor's time since this was first asked that are too long.
+            patience: Seconds of a core that its call may take before.
+            has_room: Whether one more may go on beside those that have a core.
         """
-        self.looked = time.monotonic()
-        with suppress(psutil.NoSuchProcess, ProcessLookupError):  # which its connection will tell
-            process = psutil.Process(self.process)
-            if process.status() != psutil.STATUS_RUNNING:
-                return True
-            times = process.cpu_times()
-            used = times.user + times.system
-            if self._used_before is None:
-                self._used_before = used
-            if used - self._used_before >= seconds:
-                os.setpriority(os.PRIO_PGRP, self.process, 19)
-                self.is_low = True
-        return self.is_low
+        now = time.monotonic()
+        self.next_look = now + max(_LOOK_SECONDS, _LOOK_SHARE * (now - self._started))
+        if self.process is None or self.is_low:
+            return
+        used, computes = usage(self.process)
+        if self._used_before is None:
+            self._used_before = used
+        is_late = used - self._used_before >= patience
+        if computes and is_late and (has_room or self.is_aside):
+            lower_priority(self.process)
+            self.is_low = True
+        self.is_aside = self.is_low or (not computes and (has_room or self.is_aside))
 
     def kill(self) -> None:
         """End it, and what it has started."""
-        self.connection.close()
-        with suppress(ProcessLookupError):
-            os.killpg(self.process, signal.SIGKILL)
+        with suppress(EOFError, OSError):
+            if self.process is None and self.connection.poll():
+                self.meet()
+        self.connection.close()  # which ends one that has not said its number yet
+        if self.process is not None:
+            kill_tree(self.process)
+
+    def _start_clock(self) -> None:
+        self._started = time.monotonic()
+        self.next_look = self._started + _LOOK_SECONDS
+        seconds = self.task.seconds if self.task and self.process else _ANSWER_SECONDS
+        self.deadline = self._started + seconds
 
 
 class ForkServer:
@@ -110,7 +138,7 @@ class ForkServer:
                 f"the reward functions cannot be sent to a process of their own ({error}): define "
                 "them in a module, without what belongs to this process, or set limits.workers=0"
             ) from error
-        ours, theirs = socket.socketpair()
+        ours, theirs = _pair(_START_SECONDS)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment.setdefault("OMP_NUM_THREADS", "1")  # there is a worker a core
         self._process = subprocess.Popen(
@@ -126,7 +154,9 @@ class ForkServer:
         self._control.send_bytes(load)
 
     def fork(self) -> Worker:
-        """A worker; starts the process where it is not there, or no longer.
+        """Ask for a worker, and do not wait for it; it can be given its task already.
+
+        Starts the process where it is not there, or no longer.
 
         Raises:
             TypeError: See `start`.
@@ -140,31 +170,34 @@ class ForkServer:
         try:
             return self._fork()
         except (EOFError, OSError) as error:
+            self._process.kill()  # if it lives, it does not answer
             raise RuntimeError(
                 "the process of the reward functions has ended, with exit code "
-                f"{self._process.wait(_START_SECONDS)}: look above for its last words; out of "
-                "memory is the usual reason"
+                f"{self._process.wait()}: look above for its last words; out of memory is the "
+                "usual reason"
             ) from error
 
     def _fork(self) -> Worker:
         assert self._process is not None
         if not self._is_loaded:
             self._wait_until_loaded()
-        ours, theirs = socket.socketpair()
-        connection = Connection(ours.detach())
+        ours, theirs = _pair(_ANSWER_SECONDS)
+        worker = Worker(Connection(ours.detach()))
         with theirs:
             send_handle(self._control, theirs.fileno(), self._process.pid)
-            worker = Worker(connection, int(self._control.recv_bytes()))
-        connection.recv_bytes()  # it leads a process group from here on
         return worker
 
     def stop(self) -> None:
-        """End it; workers that are left end by themselves."""
-        if self._process is not None:
-            self._control.close()
+        """End it, and with it the workers that are left and all that they have started."""
+        if self._process is None:
+            return
+        self._control.close()
+        try:
+            self._process.wait(_END_SECONDS if self._is_loaded else 0)
+        except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            self._process = None
+        self._process = None
 
     def _wait_until_loaded(self) -> None:
         if not self._control.poll(_START_SECONDS):
@@ -173,3 +206,12 @@ class ForkServer:
         if trouble:
             raise RuntimeError(f"the reward functions cannot be loaded in a process:\n{trouble}")
         self._is_loaded = True
+
+
+def _pair(seconds: float) -> tuple[socket.socket, socket.socket]:
+    """Sockets to and from another process; what is not sent within so long is an `OSError`."""
+    ours, theirs = socket.socketpair()
+    limit = struct.pack("ll", int(seconds), 0)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    return ours, theirs

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from prl_lightning.rewards.equality import is_equal, is_same, tidy, warm_up
+from prl_lightning.rewards.equality import UnreasonableError, is_equal, is_same, tidy, warm_up
 from prl_lightning.rewards.match import number_answers, reference_texts
 from prl_lightning.rewards.protocol import completion_text
 
@@ -34,6 +34,8 @@ class MathReward:
     Attributes:
         failures: How many completions of the last call could not be judged: math-verify raised, or
             an answer was so large that it was not asked. They score 0.
+        errors: What math-verify raised for them; see `RewardSum`. An answer that is too large is
+            the completion's fault, and none.
 
     Example:
         >>> reward = MathReward()
@@ -47,6 +49,7 @@ class MathReward:
 
     def __init__(self) -> None:
         self.failures = 0
+        self.errors: list[Exception] = []
 
     def __call__(
         self,
@@ -79,12 +82,16 @@ class MathReward:
                 "MathReward needs reference answers in one of the columns 'answer', 'ground_truth' "
                 f"and 'solution', but was called with {sorted(columns)}"
             )
-        self.failures = 0
+        self.failures, self.errors = 0, []
         pairs = zip(completions, given[0], strict=True)
         return [self._reward(completion_text(text), reference) for text, reference in pairs]
 
     def warm_up(self) -> None:
-        """Import math-verify and sympy and let them build their tables: seconds, once."""
+        """Import math-verify and sympy and let them build their tables: seconds, once.
+
+        Raises:
+            RuntimeError: If math-verify does not find equal what is equal.
+        """
         warm_up()
 
     def answers(self, completions: Sequence[str]) -> list[int]:
@@ -103,14 +110,17 @@ class MathReward:
             return 0.0
         if any(tidy(answer) == tidy(gold) for gold in golds):
             return 1.0
-        failed = False
+        errors: list[Exception] = []
         for gold in golds:
             try:
                 if is_equal(gold, answer):
                     return 1.0
-            except Exception:  # sympy raises nearly everything; what matters is that it is counted
-                failed = True
-        self.failures += failed
+            except MemoryError:  # no property of the answer alone
+                raise
+            except Exception as error:  # sympy raises nearly everything
+                errors.append(error)
+        self.failures += bool(errors)
+        self.errors += [error for error in errors if not isinstance(error, UnreasonableError)][:1]
         return 0.0
 
 

@@ -20,6 +20,8 @@ RewardFunction: TypeAlias = Callable[..., Sequence[float | None]]
 
 NO_ANSWER = -1  # the number of a completion without an answer, among those of `answers`
 
+_LARGEST = 3.4028234663852886e38  # of float32, in which rewards are summed
+
 # What every reward function can ask for without the dataset having a column of that name.
 PROVIDED = frozenset({"prompts", "completions", "completion_ids"})
 
@@ -105,7 +107,7 @@ def checked_rewards(name: str, returned: Any, size: int) -> list[float]:
         size: How many completions it was called with.
 
     Returns:
-        `size` finite rewards, NaN for `None`.
+        `size` rewards that are finite in float32, NaN for `None`.
 
     Raises:
         ValueError: If it is not `size` finite numbers or `None`.
@@ -135,9 +137,9 @@ def _number(name: str, index: int, value: Any) -> float:
     if value is None:
         return math.nan
     number = value.item() if hasattr(value, "item") else value  # numpy and torch scalars
-    if isinstance(number, Real) and math.isfinite(number):
+    if isinstance(number, Real) and abs(number) <= _LARGEST:
         return float(number)
     raise ValueError(
-        f"reward function '{name}' returned {value!r} for completion {index}: "
-        "return a finite number, or None where it does not apply"
+        f"reward function '{name}' returned {value!r:.100} for completion {index}: "
+        "return a finite number below 3.4e38, or None where it does not apply"
     )

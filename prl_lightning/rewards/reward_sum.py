@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from prl_lightning.rewards.answers import GroupAnswers, compare_here, compare_in_workers
 from prl_lightning.rewards.calls import FailedCall, Judged, call_here, call_in_workers
+from prl_lightning.rewards.cores import usable_cores
 from prl_lightning.rewards.protocol import (
     PROVIDED,
     RewardFunction,
@@ -18,7 +19,7 @@ from prl_lightning.rewards.protocol import (
     in_form_of,
     required_columns,
 )
-from prl_lightning.rewards.tasks import Failure, Reply, RewardLimits, Task
+from prl_lightning.rewards.tasks import Reply, RewardLimits, Task
 from prl_lightning.rewards.workers import RewardWorkers
 
 if TYPE_CHECKING:  # loaded where sums are made: the processes of the functions do without it
@@ -52,10 +53,12 @@ class RewardSum:
         functions: Reward functions: functions, or objects that can be called as one. Such an object
             may have an attribute `columns`, the columns it needs beyond those in its signature (a
             tuple of names; an entry that is itself a tuple means "one of these"), an attribute
-            `failures`, the number of completions that its last call could not judge, a method
-            `answers`, see `RewardSum.answers`, and a method `warm_up`, see `RewardWorkers`. One
-            with a true attribute `needs_batch` is called once with all completions; within limits,
-            any other is called with one completion at a time.
+            `failures`, the number of completions that its last call could not judge, an attribute
+            `errors`, the exceptions that its last call has caught (within limits, the first of them
+            is the call's failure, as if it had not been caught), a method `answers`, see
+            `RewardSum.answers`, and a method `warm_up`, see `RewardWorkers`. One with a true
+            attribute `needs_batch` is called once with all completions; within limits, any other
+            is called with one completion at a time.
         weights: One weight per function; `None` weighs each by 1.
         limits: Call the functions in processes of their own, within these limits; `None` calls
             them here, all completions at once, without any limit.
@@ -100,6 +103,8 @@ class RewardSum:
     def start(self, ranks: int = 1) -> None:
         """Begin to load the functions in their process; without it, the first call does.
 
+        Without limits, their methods `warm_up` are called here.
+
         Args:
             ranks: Processes of this machine that have workers, and share its cores.
 
@@ -107,9 +112,11 @@ class RewardSum:
             TypeError: If a function cannot be sent to another process.
         """
         if self.limits is None:
+            for function in self.functions:
+                if hasattr(function, "warm_up"):
+                    function.warm_up()
             return
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        number = self.limits.workers or max(1, cores // ranks)
+        number = self.limits.workers or max(1, usable_cores() // ranks)
         self._workers = RewardWorkers(self.functions, self.limits.memory_mib, number)
         self._workers.start()
 
@@ -140,44 +147,32 @@ class RewardSum:
                         "or give the function's parameter a default"
                     )
 
-    def answers(self, groups: Sequence[Sequence[str]]) -> list[list[int]] | None:
+    @property
+    def answering(self) -> str | None:
+        """The name of the function that tells answers apart, if there is one."""
+        pairs = zip(self.names, self.functions, strict=True)
+        return next((name for name, function in pairs if hasattr(function, "answers")), None)
+
+    def answers(
+        self, groups: Sequence[Sequence[str]], left_out: Collection[tuple[int, int]] = ()
+    ) -> GroupAnswers | None:
         """Say which completions of a prompt have the same answer, for a majority vote.
 
         Args:
             groups: The texts of each prompt.
+            left_out: The group and the place in it of completions that are not compared, since
+                that may take as long as judging them did. Each has an answer of its own.
 
         Returns:
-            For each group numbers, the same for the same answer and `NO_ANSWER` where there is
-            none, by the first function that has a method `answers(completions)`; `None` if no
-            function has one. Where that method fails, every completion counts as an answer of its
-            own.
+            Numbers for each group, by the first function that has a method
+            `answers(completions)`; `None` if no function has one.
         """
-        index = next((i for i, f in enumerate(self.functions) if hasattr(f, "answers")), None)
-        if index is None:
+        if self.answering is None:
             return None
+        index = self.names.index(self.answering)
         if self.limits is None:
-            function: Any = self.functions[index]
-            return [function.answers(completions=list(texts)) for texts in groups]
-        tasks = [
-            Task(index, "answers", {"completions": list(texts)}, self.limits.seconds * len(texts))
-            for texts in groups
-        ]
-        replies = [
-            _numbered(reply, len(texts))
-            for texts, reply in zip(groups, self._run(tasks), strict=True)
-        ]
-        failed = [reply.failure for reply in replies if reply.failure]
-        if failed:
-            warnings.warn(
-                f"the answers of {len(failed)} of {len(groups)} groups could not be compared "
-                f"({failed[0].kind}: {failed[0].message}): each completion of them counts as an "
-                "answer of its own",
-                stacklevel=2,
-            )
-        return [
-            list(range(len(texts))) if reply.failure else reply.values
-            for texts, reply in zip(groups, replies, strict=True)
-        ]
+            return compare_here(self.functions[index], groups)
+        return compare_in_workers(index, groups, left_out, self.limits, self._run)
 
     def score(
         self,
@@ -245,10 +240,3 @@ def _check_lengths(size: int, columns: Mapping[str, Sequence[Any]]) -> None:
                 f"column '{name}' has {len(values)} values for {size} completions: "
                 "every column holds one value per completion"
             )
-
-
-def _numbered(reply: Reply, size: int) -> Reply:
-    if reply.failure or (isinstance(reply.values, list) and len(reply.values) == size):
-        return reply
-    words = f"answers() returned {reply.values!r:.100} for {size} completions"
-    return Reply(failure=Failure("ValueError", words))

@@ -32,7 +32,7 @@ class RewardLimits:
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name, fits, range_ in (
-            ("seconds", self.seconds > 0, "above 0"),
+            ("seconds", 0 < self.seconds < float("inf"), "above 0 and finite"),
             ("memory_mib", self.memory_mib > 0, "above 0"),
             ("failure_value", abs(self.failure_value) < float("inf"), "finite"),
             ("max_failures", 0 <= self.max_failures <= 1, "a share between 0 and 1"),
@@ -84,8 +84,15 @@ class Reply:
         values: What the function returned, arrays as lists.
         failures: Its attribute of that name after the call.
         failure: Why there are no values, or `None`.
+        used: Seconds of a core that the call took.
     """
 
     values: Any = None
     failures: int = 0
     failure: Failure | None = None
+    used: float = 0.0
+
+
+DIED = Failure(
+    "died", "its process has died twice: a crash, an exit, or the system's out-of-memory killer"
+)

@@ -14,18 +14,26 @@ import json
 import os
 import pickle
 import random
-import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import Any
 
 import cloudpickle
 
-_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl(2)
+from prl_lightning.rewards.memory import Allowance
+from prl_lightning.rewards.processes import descendants
+
+# Of Linux' prctl(2).
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+_SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
+
+_END_SECONDS = 5.0
 
 
 def serve(handle: int) -> None:
@@ -34,7 +42,15 @@ def serve(handle: int) -> None:
     Args:
         handle: Of the socket to the trainer's process. Its end is this process's end.
     """
-    control = Connection(handle)
+    # What workers have started becomes a child of this process where they end before it.
+    _set_process(_SET_CHILD_SUBREAPER, 1)
+    try:
+        _serve(Connection(handle))
+    finally:
+        _end_descendants()
+
+
+def _serve(control: Connection) -> None:
     try:
         functions, memory_mib = cloudpickle.loads(control.recv_bytes())
         for function in functions:
@@ -51,29 +67,61 @@ def serve(handle: int) -> None:
             connection = Connection(recv_handle(control))
         except EOFError:  # the trainer has ended
             return
-        process = os.fork()
-        if process == 0:
-            control.close()
-            _work(connection, functions, memory_mib)
-            os._exit(0)
+        if os.fork() == 0:
+            try:
+                control.close()
+                _work(connection, functions, memory_mib)
+            except OSError:  # the trainer has ended, or does not want it any more
+                pass
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
         connection.close()
-        control.send_bytes(str(process).encode())
+
+
+def _end_descendants() -> None:
+    """Also those in groups and sessions of their own, and those of workers that are dead."""
+    until = time.monotonic() + _END_SECONDS
+    while (found := descendants(os.getpid())) and time.monotonic() < until:
+        for process in found:
+            with suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 def _work(connection: Connection, functions: Sequence[Any], memory_mib: int) -> None:
     os.setpgid(0, 0)  # so that it can be killed with what it starts
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
-    _limit_memory(memory_mib)
-    connection.send_bytes(b"")
+    _set_process(_SET_DEATH_SIGNAL, signal.SIGKILL)
+    allowance = Allowance(memory_mib)
+    connection.send_bytes(str(os.getpid()).encode())
+    called: set[int] = set()
     while True:
         try:
             index, method, arguments, seed = pickle.loads(connection.recv_bytes())
-        except (EOFError, ConnectionResetError):
+        except EOFError:
             return
         _seed(seed)
-        connection.send_bytes(_reply(functions[index], method, arguments))
+        before = _used_seconds()
+        reply = _reply(functions[index], method, arguments)
+        if "failure" not in reply and allowance.was_used_up():
+            # Whatever it returned: it may have caught the error, as math-verify does, and gone on.
+            reply = {"failure": _described(MemoryError())}
+        is_low = allowance.is_low(is_first=index not in called)
+        called.add(index)
+        about = {"used": _used_seconds() - before, "is_last": is_low}
+        connection.send_bytes(_json(reply | about))
+
+
+def _set_process(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value)
+
+
+def _used_seconds() -> float:
+    """Of a core, by this process and by its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def _seed(seed: int) -> None:
@@ -85,31 +133,29 @@ def _seed(seed: int) -> None:
         sys.modules["torch"].manual_seed(seed)
 
 
-def _reply(function: Any, method: str, arguments: dict[str, Any]) -> bytes:
-    """JSON: nothing that a reward function returns is unpickled by the trainer."""
+def _reply(function: Any, method: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """For JSON: nothing that a reward function returns is unpickled by the trainer."""
     try:
         returned = getattr(function, method)(**arguments)
         values = returned.tolist() if hasattr(returned, "tolist") else returned
-        failures = int(getattr(function, "failures", 0)) if method == "__call__" else 0
-        reply = {"values": values, "failures": failures}
-        return json.dumps(reply, default=lambda value: value.item()).encode()
+        _json(values)  # or it fails here, where that is the function's failure
+        if method != "__call__":
+            return {"values": values}
+        if errors := getattr(function, "errors", ()):
+            raise errors[0]
+        return {"values": values, "failures": int(getattr(function, "failures", 0))}
     except BaseException as error:  # SystemExit too: a worker ends when it is told to
-        shown = traceback.format_exc(limit=-8)
-        failure = {"kind": type(error).__name__, "message": str(error)[:1000]}
-        return json.dumps({"failure": failure | {"traceback": shown[-4000:]}}).encode()
+        return {"failure": _described(error)}
 
 
-def _limit_memory(mib: int) -> None:
-    """Let the process take so much more than it has already."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform != "linux":
-        return
-    with open("/proc/self/status") as status:
-        used = next(int(line.split()[1]) for line in status if line.startswith("VmData:"))
-    limit = (used + mib * 1024) * 1024
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    if hard == resource.RLIM_INFINITY or limit < hard:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+def _json(value: Any) -> bytes:
+    return json.dumps(value, default=lambda number: number.item()).encode()
+
+
+def _described(error: BaseException) -> dict[str, str]:
+    shown = "".join(traceback.format_exception(error, limit=-8)) if error.__traceback__ else ""
+    kind, message = type(error).__name__, str(error)[:1000]
+    return {"kind": kind, "message": message, "traceback": shown[-4000:]}
 
 
 if __name__ == "__main__":

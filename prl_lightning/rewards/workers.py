@@ -5,25 +5,17 @@ from __future__ import annotations
 import json
 import pickle
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from prl_lightning.rewards.attempts import Attempts, Patience
 from prl_lightning.rewards.fork_server import ForkServer, Worker
-from prl_lightning.rewards.tasks import Failure, Reply, Task
+from prl_lightning.rewards.tasks import DIED, Failure, Reply, Task
 
-# A call that waits, or has computed for this share of its limit, no longer keeps others waiting: it
-# goes on beside them, one of so many, and at the lowest priority if it computes. Not sooner: one
-# that only has much to do must not starve. Of the answers in the papers' evaluation sets, the one
-# that takes math-verify longest takes it half a second.
-_STUBBORN = 0.1
-_MAX_ASIDE = 32
-_LOOK_SECONDS = 0.005
-
-DIED = Failure(
-    "died", "its process has died twice: a crash, an exit, or the system's out-of-memory killer"
-)
+# So many calls for every worker may go on beside those that have a core: they wait, as for an
+# answer from the network, or have computed for longer than any that came to an end.
+_ASIDE = 16
 
 
 class RewardWorkers:
@@ -45,6 +37,7 @@ class RewardWorkers:
         self._server = ForkServer(functions, memory_mib)
         self._idle: list[Worker] = []
         self._busy: dict[Connection, Worker] = {}
+        self._patience = Patience()
 
     def start(self) -> None:
         """Begin to load the functions in their process; without it, the first task does.
@@ -69,21 +62,20 @@ class RewardWorkers:
             RuntimeError: If the functions cannot be loaded there.
         """
         replies: dict[int, Reply] = {}
-        waiting = deque(range(len(tasks)))
-        given_again: set[int] = set()
+        attempts = Attempts(len(tasks), self.number)
         try:
             while len(replies) < len(tasks):
-                while waiting and self._has_room():
-                    index = waiting.popleft()
-                    # Not to one that waits: where the process that all were forked from has been
-                    # killed, they are all about to end.
-                    self._give(index, tasks[index], to_new=index in given_again)
-                for index, reply in self._next_replies(others_wait=bool(waiting)):
-                    if reply.failure == DIED and index not in given_again:
-                        # Perhaps it was killed for what it had no part in: memory is short, say.
-                        given_again.add(index)
-                        waiting.append(index)
-                        continue
+                while self._has_room() and (index := attempts.next()) is not None:
+                    self._give(index, tasks[index], to_new=attempts.wants_new(index))
+                if not self._busy:
+                    over = list(attempts.given_up().items())
+                else:
+                    over = [
+                        (worker.index, reply)
+                        for worker, reply in self._next_replies(others_wait=bool(attempts.waiting))
+                        if attempts.is_over(worker.index, reply, starved=worker.is_low)
+                    ]
+                for index, reply in over:
                     replies[index] = reply
                     done()
         except BaseException:
@@ -102,53 +94,82 @@ class RewardWorkers:
     def _has_room(self) -> bool:
         return len(self._busy) - self._num_aside() < self.number
 
+    def _has_room_aside(self) -> bool:
+        return self._num_aside() < _ASIDE * self.number
+
     def _num_aside(self) -> int:
         return sum(worker.is_aside for worker in self._busy.values())
 
     def _give(self, index: int, task: Task, to_new: bool) -> None:
         call = pickle.dumps((task.function, task.method, task.arguments, task.seed))
+        has_failed = False
         while True:
-            has_one = self._idle and not to_new
-            worker = self._idle.pop() if has_one else self._server.fork()
+            is_new = to_new or not self._idle
+            worker = self._server.fork() if is_new else self._idle.pop()
             try:
                 worker.connection.send_bytes(call)
                 break
             except OSError:  # killed by someone else while it was idle
                 worker.kill()
-        worker.begin(index, task.seconds)
+                if is_new and has_failed:
+                    raise
+                if is_new:  # nothing forks it: the next one is asked of another
+                    self._server.stop()
+                    has_failed = True
+        worker.begin(index, task)
         self._busy[worker.connection] = worker
 
-    def _next_replies(self, others_wait: bool) -> list[tuple[int, Reply]]:
+    def _next_replies(self, others_wait: bool) -> list[tuple[Worker, Reply]]:
         """Replies, after waiting for one or until a worker has to be looked after."""
-        until = min(worker.started + worker.seconds for worker in self._busy.values())
-        if others_wait and self._num_aside() < _MAX_ASIDE:
-            until = min(until, time.monotonic() + _LOOK_SECONDS)
+        workers = self._busy.values()
+        until = min(worker.deadline for worker in workers)
+        looks = [worker.next_look for worker in workers if others_wait and not worker.is_low]
+        until = min([until, *looks])
         ready: list[Any] = wait(list(self._busy), max(0.0, until - time.monotonic()))
-        replies = [self._take(self._busy.pop(connection)) for connection in ready]
-        now = time.monotonic()
-        for worker in list(self._busy.values()):
-            if now - worker.started >= worker.seconds:
-                del self._busy[worker.connection]
-                worker.kill()
-                message = f"not done within {worker.seconds:g} s (limits.seconds)"
-                replies.append((worker.index, Reply(failure=Failure("time", message))))
-            elif others_wait and now - worker.looked >= _LOOK_SECONDS and not worker.is_aside:
-                can_go_aside = self._num_aside() < _MAX_ASIDE
-                worker.is_aside = can_go_aside and worker.is_stuck(_STUBBORN * worker.seconds)
+        heard = [(worker, self._hear(worker)) for worker in map(self._busy.__getitem__, ready)]
+        replies = [(worker, reply) for worker, reply in heard if reply is not None]
+        for worker in list(workers):
+            now = time.monotonic()
+            if now >= worker.deadline and worker.connection not in ready:
+                replies.append((worker, self._end_late(worker)))
+            elif others_wait and now >= worker.next_look and worker.task is not None:
+                worker.look(self._patience.with_call(worker.task), self._has_room_aside())
         return replies
 
-    def _take(self, worker: Worker) -> tuple[int, Reply]:
+    def _end_late(self, worker: Worker) -> Reply:
+        del self._busy[worker.connection]
+        is_new = worker.process is None
+        worker.kill()
+        if is_new or worker.task is None:  # nothing forks it: the next one is asked of another
+            self._server.stop()
+            return Reply(failure=DIED)
+        words = f"not done within {worker.task.seconds:g} s (limits.seconds)"
+        if worker.is_low:
+            words += ", others going first once it had computed for longer than they do"
+        return Reply(failure=Failure("time", words))
+
+    def _hear(self, worker: Worker) -> Reply | None:
+        """What a worker says of its task, `None` for its first words."""
         try:
+            if worker.process is None:
+                worker.meet()
+                return None
             reply = json.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
+            del self._busy[worker.connection]
             worker.kill()
-            return worker.index, Reply(failure=DIED)
+            return Reply(failure=DIED)
+        del self._busy[worker.connection]
+        assert worker.task is not None
+        is_last = reply.pop("is_last") or worker.is_low  # a priority cannot be raised again
         failure = reply.pop("failure", None)
-        is_out_of_memory = failure is not None and failure["kind"] == "MemoryError"
-        if is_out_of_memory:
+        if failure is not None and failure["kind"] == "MemoryError":
             failure |= {"kind": "memory", "message": f"more than {self.memory_mib} MiB"}
-        if is_out_of_memory or worker.is_low:  # a priority cannot be raised again
+            is_last = True
+        if failure is None:
+            self._patience.note(worker.task, reply["used"])
+        if is_last:
             worker.kill()
         else:
             self._idle.append(worker)
-        return worker.index, Reply(**reply, failure=Failure(**failure) if failure else None)
+        return Reply(**reply, failure=Failure(**failure) if failure else None)

@@ -279,4 +279,6 @@ def test_the_first_function_that_can_tells_answers_apart() -> None:
 
     assert RewardSum([length]).answers([["a"]]) is None
     rewards = RewardSum([length, RegexMatch("(a)"), RegexMatch("(b)")])
-    assert rewards.answers([["a", "b", "a"], ["b"]]) == [[0, -1, 0], [-1]]
+    answers = rewards.answers([["a", "b", "a"], ["b"]])
+    assert answers is not None
+    assert answers.numbers == [[0, -1, 0], [-1]]

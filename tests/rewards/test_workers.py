@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from prl_lightning.rewards import MathReward, RewardLimits, RewardScores, RewardSum, equality
+from prl_lightning.rewards.answers import GroupAnswers
 from rewards.hostile import HOSTILE
 
 TIGHT = RewardLimits(seconds=2.0, memory_mib=256, failure_value=-1.0, workers=2)
@@ -228,24 +229,40 @@ def test_a_wrong_number_of_answers_is_a_failure() -> None:
         def answers(self, completions: Sequence[str]) -> list[int]:
             return [0]
 
-    rewards = RewardSum([Short()], limits=TIGHT)
-    try:
-        with pytest.warns(UserWarning, match=r"answers\(\) returned \[0\] for 2 completions"):
-            assert rewards.answers([["a", "b"], ["c"]]) == [[0, 1], [0]]
-    finally:
-        rewards.stop()
+    answers = compared(Short(), [["a", "b"], ["c"]])
+    assert answers.numbers == [[0, 1], [0]]
+    assert "answers() returned [0] for 2 completions" in answers.failures[0].message
 
 
-def test_answers_that_cannot_be_compared_are_all_different() -> None:
-    class Stubborn(Whole):
-        def answers(self, completions: Sequence[str]) -> list[int]:
-            return obey(completions) and [0 for _ in completions]
+class Stubborn(Whole):
+    """A letter is an answer, and no two are compared beside what it is told to do."""
 
-    rewards = RewardSum([Stubborn()], limits=TIGHT)
-    with pytest.warns(UserWarning, match="1 of 2 groups could not be compared.*KeyError"):
-        answers = rewards.answers([["a", "b"], ["raise", "b"]])
+    def answers(self, completions: Sequence[str]) -> list[int]:
+        if len(completions) > 1:
+            obey(completions)
+        return [0 if text else -1 for text in completions]
+
+
+def compared(function: Any, groups: Any, left_out: Any = (), limits: Any = TIGHT) -> GroupAnswers:
+    rewards = RewardSum([function], limits=limits)
+    answers = rewards.answers(groups, left_out)
     rewards.stop()
-    assert answers == [[0, 0], [0, 1]]
+    assert answers is not None
+    return answers
+
+
+def test_answers_that_cannot_be_compared_are_all_different_where_there_are_some() -> None:
+    answers = compared(Stubborn(), [["a", "", "b"], ["raise", "", "b"]])
+    assert answers.numbers == [[0, -1, 0], [0, -1, 1]]
+    assert {group: failure.kind for group, failure in answers.failures.items()} == {1: "KeyError"}
+
+
+def test_what_could_not_be_judged_does_not_spoil_its_group() -> None:
+    """A majority of two against answers of their own, whatever would hang in comparing them."""
+    groups = [["sleep", "a", "a", ""], ["a", "sleep", "sleep", "a"]]
+    answers = compared(Stubborn(), groups, {(0, 0), (1, 1), (1, 2)})
+    assert answers.numbers == [[1, 0, 0, -1], [0, 1, 2, 0]]
+    assert answers.failures == {}
 
 
 def test_a_server_that_was_killed_is_started_again(scored: Any) -> None:
