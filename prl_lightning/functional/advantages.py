@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prl_lightning.functional.masks import at_least_float32, keep_tokens
-from prl_lightning.functional.process import kl_shaped_rewards
+from prl_lightning.functional.process import process_rewards
 
 Kind = Callable[[Tensor, Tensor, bool], Tensor]
 
@@ -137,7 +137,9 @@ def kl_in_reward_step_advantages(
                 [-0.4000,  0.0000]])
     """
     _check_rewards(rewards, group_size)
-    shaped = kl_shaped_rewards(rewards, log_ratios, completion_mask, beta)
+    # A prefix's process reward leaves out the token's own KL, which is still to be paid here.
+    own = beta * keep_tokens(log_ratios.detach(), completion_mask, "log_ratios")
+    shaped = process_rewards(rewards, log_ratios, completion_mask, beta) - own
     groups = (len(rewards) // group_size, group_size, shaped.shape[-1])
     members = completion_mask.bool().reshape(groups)
     return _group_advantages(shaped.reshape(groups), members, kind, unbiased_std).reshape(

@@ -6,7 +6,7 @@ All of it is detached: these are coefficients of ∇ log π, not terms to differ
 from torch import Tensor
 
 from prl_lightning.functional.divergences import Divergence, get_divergence
-from prl_lightning.functional.masks import keep_tokens, later_sums, suffix_sums
+from prl_lightning.functional.masks import keep_tokens, later_sums
 from prl_lightning.functional.steps import take_at_step_end
 
 
@@ -140,34 +140,6 @@ def process_rewards(
     delta = keep_tokens(log_ratios.detach(), completion_mask, "log_ratios")
     outcome = per_token(rewards.detach(), completion_mask, "rewards")
     return keep_tokens(outcome - beta * later_sums(delta), completion_mask, "rewards")
-
-
-def kl_shaped_rewards(
-    rewards: Tensor, log_ratios: Tensor, completion_mask: Tensor, beta: float
-) -> Tensor:
-    """Return r - β Σ_{j≥t} δ_j: what is left to earn from t on if the KL is in the reward.
-
-    Args:
-        rewards: r, (B,).
-        log_ratios: δ, (B, T); not read outside the mask.
-        completion_mask: (B, T), true on completion tokens.
-        beta: weight of the regulariser.
-
-    Returns:
-        (B, T), detached, zero outside the mask.
-
-    Raises:
-        ValueError: if shapes disagree.
-
-    Example:
-        >>> import torch
-        >>> delta = torch.tensor([[4.0, 2.0]])
-        >>> kl_shaped_rewards(torch.tensor([1.0]), delta, torch.ones(1, 2), beta=0.1)
-        tensor([[0.4000, 0.8000]])
-    """
-    delta = keep_tokens(log_ratios.detach(), completion_mask, "log_ratios")
-    outcome = per_token(rewards.detach(), completion_mask, "rewards")
-    return keep_tokens(outcome - beta * suffix_sums(delta), completion_mask, "rewards")
 
 
 def per_token(values: Tensor, completion_mask: Tensor, name: str) -> Tensor:

@@ -17,7 +17,7 @@ from prl_lightning.functional import (
     process_rewards,
     process_term,
 )
-from prl_lightning.functional.process import kl_shaped_rewards, per_token
+from prl_lightning.functional.process import per_token
 
 from .batches import Batch, batches, quick
 
@@ -188,7 +188,6 @@ FUNCTIONS: dict[str, Callable[[Batch], Tensor]] = {
         b.rewards, b.log_ratios, b.mask, 0.3, "reverse_k3", fixed_length_steps(b.mask, 2)
     ),
     "process_rewards": lambda b: process_rewards(b.rewards, b.log_ratios, b.mask, 0.3),
-    "kl_shaped_rewards": lambda b: kl_shaped_rewards(b.rewards, b.log_ratios, b.mask, 0.3),
     "process_baseline": lambda b: process_baseline(b.mask, torch.tensor(0.4)),
 }
 
