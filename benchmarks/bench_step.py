@@ -24,7 +24,7 @@ from prl_lightning.callbacks import RolloutCallback
 from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
-from prl_lightning.samplers import HFSampler, Sampler, SamplingConfig, VLLMSampler
+from prl_lightning.samplers import HFSampler, Progress, Sampler, SamplingConfig, VLLMSampler
 from prl_lightning.samplers.vllm import _completion
 from prl_lightning.types import Completion, Prompt
 
@@ -39,7 +39,7 @@ class VLLMOfLengths(VLLMSampler):
         self.lengths = work.lengths_of_epochs()
 
     def generate(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+        self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
         from vllm import SamplingParams
 
@@ -65,11 +65,11 @@ class HFOfLengths(HFSampler):
         self.lengths = work.lengths_of_epochs()
 
     def generate(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+        self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
         lengths = next(self.lengths)
         never = replace(config, stop_token_ids=(self.no_token,))
-        groups = super().generate(prompts, never, show_progress)
+        groups = super().generate(prompts, never, on_progress)
         return [
             [Completion(c.token_ids[:n], c.logprobs[:n], False) for c, n in zip(*pair, strict=True)]
             for pair in zip(groups, lengths, strict=True)

@@ -38,12 +38,13 @@ class _OverProblems(Metric):
             level: share of the resampled means that lie inside.
 
         Returns:
-            (2,) float64, the same on every rank (a collective under DDP) and however the problems
-            were cut into batches.
+            (2,) float64, the same on every rank (a collective under DDP), on every device, and
+            however the problems were cut into batches.
         """
-        values = self.per_problem()
+        # On the CPU, because each device has random numbers of its own for a seed.
+        values = self.per_problem().cpu()
         order = (values.sum(1) if values.ndim > 1 else values).argsort()
-        return bootstrap_interval(values[order], level)
+        return bootstrap_interval(values[order], level).to(self.device)
 
     def per_problem(self) -> Tensor:
         """What was added on all ranks, one row a problem; a collective under DDP."""

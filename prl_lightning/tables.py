@@ -27,15 +27,16 @@ def write_table(file: Path, rows: Sequence[dict[str, Any]]) -> None:
         part.unlink(missing_ok=True)
 
 
-def read_table(file: Path) -> list[dict[str, Any]]:
+def read_table(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Read what ``write_table`` has written.
 
     Args:
         file: to read.
+        columns: to read; all of them by default.
     """
     import pyarrow.parquet
 
     # Of an open file: a path with "=" in it would be read as a partition.
     with file.open("rb") as opened:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(opened).to_pylist()
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(opened, columns=columns).to_pylist()
     return rows

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import replace
 
-from prl_lightning.samplers import HFSampler, SamplingConfig
+from prl_lightning.samplers import HFSampler, Progress, SamplingConfig
 from prl_lightning.types import Completion, Prompt
 
 
@@ -26,9 +26,9 @@ class FaultySampler(HFSampler):
         self.calls = 0
 
     def generate(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+        self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
-        groups = super().generate(prompts, config, show_progress)
+        groups = super().generate(prompts, config, on_progress)
         self.calls += 1
         own = int(os.environ.get("LOCAL_RANK", "0"))
         if self.calls != 3 or self.rank not in (None, own):

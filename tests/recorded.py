@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from prl_lightning.module import PRLModule
-from prl_lightning.samplers import Sampler, SamplingConfig
+from prl_lightning.samplers import Progress, Sampler, SamplingConfig
 from prl_lightning.sharding import full
 from prl_lightning.types import Completion, Prompt
 
@@ -35,7 +35,7 @@ class RecordedSampler(Sampler):
             del tensor
 
     def generate(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+        self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
         return [
             [_completion(prompt.seed + sample, config.max_new_tokens) for sample in range(config.n)]

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from prl_lightning.arithmetic import draw_problems
-from prl_lightning.callbacks.summary import read_metrics
 from prl_lightning.cli import main
+from prl_lightning.run_files import read_metrics
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 

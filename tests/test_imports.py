@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "prl_lightning"
 
 # A part may import the parts below it, never one beside or above it. arithmetic stands beside all.
 LAYERS = [
-    {"types", "functional", "sharding", "strategies", "tables"},
+    {"types", "functional", "run_files", "sharding", "strategies", "tables", "terminal"},
     {"adapters", "onednn", "packing"},
     {"metrics", "steps", "rewards", "samplers", "models", "arithmetic"},
     {"evaluation", "objective", "data", "export"},

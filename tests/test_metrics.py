@@ -254,3 +254,16 @@ def test_an_interval_does_not_depend_on_the_order_of_the_problems() -> None:
     assert torch.equal(there.interval(), back.interval())
     low, high = there.interval().tolist()
     assert 0 <= low < 2.75 < high <= 7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_interval_is_the_same_on_every_device() -> None:
+    """A GPU has other random numbers for the same seed."""
+    values = torch.tensor([0.0, 0.25, 0.5, 1.0, 0.125])
+    intervals = []
+    for device in ("cpu", "cuda"):
+        metric = MeanOverProblems().to(device)
+        metric.update(values.to(device))
+        intervals.append(metric.interval().cpu())
+    assert torch.equal(*intervals)

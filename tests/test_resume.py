@@ -18,12 +18,12 @@ from lightning.pytorch.loggers import CSVLogger
 
 from interruptions import Command, SaveAt, Settings, callback, differing, finish
 from noisy import noisy_digits
-from prl_lightning.callbacks import RolloutCallback, RunSummary
-from prl_lightning.callbacks.summary import read_metrics
+from prl_lightning.callbacks import CompletionLog, EvaluationLog, RolloutCallback, RunSummary
 from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.rewards import RewardLimits
+from prl_lightning.run_files import read_metrics
 from prl_lightning.samplers import HFSampler
 from prl_lightning.trainer import PRLTrainer
 from runs import write_prompts
@@ -156,18 +156,25 @@ def test_an_epoch_under_way_is_not_cut_otherwise(tied_model: str, tmp_path: Path
         train(tied_model, tmp_path, checkpoint=str(saved), accumulate=4)
 
 
-def test_curves_of_a_continued_run_are_those_of_one_left_alone(
+def test_what_a_continued_run_shows_is_that_of_one_left_alone(
     tied_model: str, tmp_path: Path
 ) -> None:
     saved = tmp_path / "saved.ckpt"
-    train(tied_model, tmp_path, SaveAt("on_train_batch_end", 5, str(saved)))
+    shown = (EvaluationLog(), CompletionLog(every_n_epochs=1, groups=2))
+    train(tied_model, tmp_path, SaveAt("on_train_batch_end", 5, str(saved)), *shown)
     folder = tmp_path / "run"
     with (folder / "version_0" / "metrics.csv").open("a") as file:
         file.write("0.1")  # a row that a kill has cut
     (folder / "version_0" / "checkpoints").mkdir()
     moved = shutil.copy(saved, folder / "version_0" / "checkpoints")
     for version, checkpoint in ((1, saved), (2, moved)):
-        train(tied_model, tmp_path, checkpoint=str(checkpoint))
+        train(tied_model, tmp_path, *shown, checkpoint=str(checkpoint))
+        for name in (
+            "evaluations.jsonl",
+            *(f"completions/epoch={n:05d}.parquet" for n in range(3)),
+        ):
+            of_whole, of_resumed = (folder / f"version_{v}" / name for v in (0, version))
+            assert of_resumed.read_bytes() == of_whole.read_bytes(), name
         whole, resumed = (
             read_metrics(folder / f"version_{v}" / "metrics.csv") for v in (0, version)
         )

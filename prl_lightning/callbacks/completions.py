@@ -17,28 +17,37 @@ from prl_lightning.callbacks.parts import (
     prompt_data,
     run_folder,
     train_rollouts,
+    weights_are_of,
 )
 from prl_lightning.data import collate
 from prl_lightning.data.loader import gather
+from prl_lightning.run_files import COMPLETIONS
 from prl_lightning.tables import write_table
 from prl_lightning.types import Message, Rollout
 
-FOLDER = "completions"
 # What a logger's table shows of a row; the file has the tokens too.
 SHOWN = ("prompt", "completion", "reward", "outcome_advantage", "length")
-PER_TOKEN = ("policy_logprobs", "ref_logprobs", "process_rewards", "advantages", "step_ends")
+PER_TOKEN = (
+    "policy_logprobs",
+    "ref_logprobs",
+    "process_rewards",
+    "advantages",
+    "outcome_advantages",
+    "step_ends",
+)
 
 
 class CompletionLog(Callback):
-    """Write some groups of an epoch to ``completions/epoch=*.parquet`` and into the loggers.
+    """Write an epoch to ``completions/epoch=*.parquet``, and some groups of it into the loggers.
 
-    The file is what ``prl report`` reads: each completion with its tokens' log-probabilities,
-    process rewards and advantages. Weights & Biases and MLflow get a table, TensorBoard a text.
-    ``prl predict`` writes the same for every prompt of the evaluation sets.
+    The file is what ``prl report`` reads. It has a row a completion, with its reward, advantage and
+    length; those of some groups also have text, tokens, and the tokens' log-probabilities, process
+    rewards and advantages. Weights & Biases and MLflow get a table of these, TensorBoard a text.
+    ``prl predict`` writes the same of every prompt of the evaluation sets, ``set`` their name.
 
     Args:
         every_n_epochs: of training, the first one, every so many and the last; 0 for none.
-        groups: how many groups of an epoch.
+        groups: how many groups of an epoch with their tokens.
 
     Raises:
         ValueError: a number is negative, or no group is asked for.
@@ -64,10 +73,12 @@ class CompletionLog(Callback):
             return
         module, size = prl_module(pl_module), prompt_data(trainer).group_size
         rollouts = train_rollouts(trainer).rollouts
-        own = min(math.ceil(self.groups / trainer.world_size), len(rollouts) // size)
-        for number in range(own):
+        kept = math.ceil(self.groups / trainer.world_size)
+        for number in range(len(rollouts) // size):
             group = rollouts[number * size : (number + 1) * size]
-            inspected = module.inspect(collate(group, 1, len(group)).to(module.device))
+            inspected = None
+            if number < kept:
+                inspected = module.inspect(collate(group, 1, len(group)).to(module.device))
             self._note(trainer, group, inspected, number)
         self._write(trainer)
 
@@ -83,10 +94,10 @@ class CompletionLog(Callback):
         """Keep one prompt's group."""
         if outputs is None:
             return
-        buffers = list(prompt_data(trainer).eval_rollouts.values())
+        names, buffers = zip(*prompt_data(trainer).eval_rollouts.items(), strict=True)
         number = batch_idx + sum(len(buffer) for buffer in buffers[:dataloader_idx])
         group = buffers[dataloader_idx].micro_batch_rollouts[batch_idx]
-        self._note(trainer, group, outputs, number)
+        self._note(trainer, group, outputs, number, names[dataloader_idx])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what was kept."""
@@ -96,30 +107,44 @@ class CompletionLog(Callback):
         self,
         trainer: Trainer,
         group: Sequence[Rollout],
-        inspected: dict[str, Tensor],
+        inspected: dict[str, Tensor] | None,
         number: int,
+        name: str = "train",
     ) -> None:
         """A row for each completion of this rank's ``number``-th group."""
-        decode = prompt_data(trainer).tokenizer.decode
-        values = {name: tensor.cpu() for name, tensor in inspected.items()}
+        at = weights_are_of(trainer, trainer.lightning_module)
         for place, rollout in enumerate(group):
-            ids = rollout.completion.token_ids
-            known = {name: rows[place, : len(ids)].tolist() for name, rows in values.items()}
-            self._rows.append(
-                {
-                    "epoch": trainer.current_epoch,
-                    "step": trainer.global_step,
-                    "group": number * trainer.world_size + trainer.global_rank,
-                    "prompt": prompt_text(rollout.prompt.source),
-                    "completion": rollout.text,
-                    "reward": rollout.reward,
-                    "outcome_advantage": rollout.outcome_advantage.mean().item(),
-                    "length": len(ids),
-                    "finished": rollout.completion.finished,
-                    "tokens": [decode([token]) for token in ids],
-                }
-                | {name: known.get(name) for name in PER_TOKEN}
-            )
+            row: dict[str, Any] = {
+                "set": name,
+                **at,
+                "group": number * trainer.world_size + trainer.global_rank,
+                "reward": rollout.reward,
+                "outcome_advantage": rollout.outcome_advantage.mean().item(),
+                "length": len(rollout.completion.token_ids),
+                "finished": rollout.completion.finished,
+                "prompt": None,
+                "completion": None,
+                "tokens": None,
+                **dict.fromkeys(PER_TOKEN),
+            }
+            if inspected is not None:
+                row |= self._tokens(trainer, rollout, inspected, place)
+            self._rows.append(row)
+
+    def _tokens(
+        self, trainer: Trainer, rollout: Rollout, inspected: dict[str, Tensor], place: int
+    ) -> dict[str, Any]:
+        """Text, tokens and what each of them was given, of one row of ``inspected``."""
+        decode = prompt_data(trainer).tokenizer.decode
+        ids = rollout.completion.token_ids
+        known = {name: values[place, : len(ids)].tolist() for name, values in inspected.items()}
+        if rollout.outcome_advantage.ndim:  # else it is the same for all tokens
+            known["outcome_advantages"] = rollout.outcome_advantage.tolist()
+        return known | {
+            "prompt": prompt_text(rollout.prompt.source),
+            "completion": rollout.text,
+            "tokens": [decode([token]) for token in ids],
+        }
 
     def _write(self, trainer: Trainer) -> None:
         """All ranks' rows into one file and the loggers; a collective."""
@@ -130,10 +155,11 @@ class CompletionLog(Callback):
             return
         rows = sorted((row for share in shares for row in share), key=lambda row: row["group"])
         if rows:
-            name = f"epoch={trainer.current_epoch:05d}"
-            write_table(folder / FOLDER / f"{name}.parquet", rows)
+            name = f"epoch={rows[0]['epoch']:05d}"
+            write_table(folder / COMPLETIONS / f"{name}.parquet", rows)
+            shown = [row for row in rows if row["tokens"] is not None]
             for logger in trainer.loggers:
-                log_table(logger, name, rows, trainer.global_step)
+                log_table(logger, name, shown, rows[0]["step"])
 
 
 def prompt_text(source: str | list[Message]) -> str:
@@ -162,13 +188,13 @@ def log_table(logger: Logger, name: str, rows: Sequence[dict[str, Any]], step: i
     """
     cells = [[row[column] for column in SHOWN] for row in rows]
     if isinstance(logger, WandbLogger):
-        logger.log_table(FOLDER, columns=list(SHOWN), data=cells, step=step)
+        logger.log_table(COMPLETIONS, columns=list(SHOWN), data=cells, step=step)
     elif isinstance(logger, MLFlowLogger):
         columns = {column: [row[column] for row in rows] for column in SHOWN}
-        logger.experiment.log_table(str(logger.run_id), columns, f"{FOLDER}/{name}.json")
+        logger.experiment.log_table(str(logger.run_id), columns, f"{COMPLETIONS}/{name}.json")
     elif isinstance(logger, TensorBoardLogger):
         texts = [[_cell(value) for value in row] for row in cells]
-        logger.experiment.add_text(FOLDER, markdown_table(SHOWN, texts), step)
+        logger.experiment.add_text(COMPLETIONS, markdown_table(SHOWN, texts), step)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from prl_lightning.data import collate
 from prl_lightning.module import PRLModule
-from prl_lightning.samplers import Sampler, SamplingConfig
+from prl_lightning.samplers import Progress, Sampler, SamplingConfig
 from prl_lightning.types import Completion, Prompt, Rollout
 
 # Mean absolute difference of token log-probabilities that precision alone explains: float32 agrees
@@ -80,7 +80,7 @@ class EngineLink:
         self._ahead = _Ahead(prompts, config, self._thread.submit(self.draw, prompts, config))
 
     def draw(
-        self, prompts: list[Prompt], config: SamplingConfig, show_progress: bool = False
+        self, prompts: list[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> Drawn:
         """Draw with the weights of the last ``update``.
 
@@ -93,7 +93,7 @@ class EngineLink:
             raise RuntimeError("the engine has no weights: call update() first")
         start = time.monotonic()
         try:
-            groups = self.sampler.generate(prompts, config, show_progress)
+            groups = self.sampler.generate(prompts, config, on_progress)
         except Exception as error:
             raise RuntimeError(
                 f"{type(self.sampler).__name__} failed on {len(prompts)} prompts x {config.n} "

@@ -12,16 +12,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from prl_lightning.callbacks.completions import markdown_table, prompt_text
-from prl_lightning.callbacks.parts import prl_module, prompt_data, run_folder
+from prl_lightning.callbacks.parts import prl_module, prompt_data, run_folder, weights_are_of
+from prl_lightning.callbacks.rollout import RolloutCallback
 from prl_lightning.data.loader import gather
 from prl_lightning.evaluation import Estimate, SetResults
+from prl_lightning.module import PRLModule
+from prl_lightning.run_files import EVALUATIONS
 from prl_lightning.tables import write_table
+from prl_lightning.types import Prompt
 
-EVALUATIONS = "evaluations.jsonl"
+# Columns that a reference answer may be in, the first that is there.
+REFERENCES = ("answer", "ground_truth", "solution")
 
 
 class EvaluationLog(Callback):
-    """Add every evaluation to ``evaluations.jsonl`` of the run's folder.
+    """Add every evaluation to ``evaluations.jsonl`` of the run's folder, with what it was of.
 
     ``prl validate`` and ``prl test`` also write ``evaluation.json``, ``evaluation.md`` (the table
     that they print) and ``samples.parquet``, a row for each completion.
@@ -29,14 +34,14 @@ class EvaluationLog(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the results, which the module has computed over all ranks."""
-        self._write(trainer, prl_module(pl_module).eval_results, "val")
+        self._write(trainer, prl_module(pl_module), "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the results, which the module has computed over all ranks."""
-        self._write(trainer, prl_module(pl_module).eval_results, "test")
+        self._write(trainer, prl_module(pl_module), "test")
 
-    def _write(self, trainer: Trainer, results: dict[str, SetResults], stage: str) -> None:
-        folder = run_folder(trainer)
+    def _write(self, trainer: Trainer, module: PRLModule, stage: str) -> None:
+        folder, results = run_folder(trainer), module.eval_results
         if folder is None or not results:
             return
         is_alone = trainer.state.fn != TrainerFn.FITTING
@@ -45,13 +50,15 @@ class EvaluationLog(Callback):
         if not trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        epoch = 0 if trainer.sanity_checking else trainer.current_epoch
-        found = {"step": trainer.global_step, "epoch": epoch, "stage": stage}
-        found |= {"sets": {name: asdict(some) for name, some in results.items()}}
+        found = {**weights_are_of(trainer, module), "stage": stage, **_conditions(trainer, module)}
+        found["sets"] = {name: asdict(some) for name, some in results.items()}
         with (folder / EVALUATIONS).open("a") as lines:
             lines.write(json.dumps(found) + "\n")
         if shares is not None:
-            write_table(folder / "samples.parquet", [row for share in shares for row in share])
+            rows = [row for share in shares for row in share]
+            order = list(results)
+            rows.sort(key=lambda row: (order.index(row["set"]), row["problem"], row["sample"]))
+            write_table(folder / "samples.parquet", rows)
             self._show(folder, found, results)
 
     def _show(self, folder: Path, found: dict[str, Any], results: dict[str, SetResults]) -> None:
@@ -59,6 +66,26 @@ class EvaluationLog(Callback):
         (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
         (folder / "evaluation.md").write_text(table + "\n")
         print(f"\n{table}\n\nMeans over problems with 95% bootstrap intervals. All of it: {folder}")
+
+
+def _conditions(trainer: Trainer, module: PRLModule) -> dict[str, Any]:
+    """What was evaluated, and how: figures of other conditions are not comparable."""
+    rollout = next(c for c in trainer.callbacks if isinstance(c, RolloutCallback))  # type: ignore[attr-defined]
+    checkpoint = None if trainer.state.fn == TrainerFn.FITTING else trainer.ckpt_path
+    if checkpoint is not None and "://" not in str(checkpoint):
+        checkpoint = Path(checkpoint).resolve()
+    return {
+        "policy": module.policy_name,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "sampling": {
+            "n": prompt_data(trainer).eval_group_size,
+            "temperature": rollout.eval_temperature,
+            "top_p": rollout.eval_top_p,
+            "max_new_tokens": rollout.max_new_tokens,
+        },
+        "rewards": list(rollout.rewards.names),
+        "solved_at": module.solved_at,
+    }
 
 
 def results_table(results: dict[str, SetResults]) -> str:
@@ -95,9 +122,18 @@ def _samples(trainer: Trainer) -> Iterator[dict[str, Any]]:
                     "problem": number * trainer.world_size + trainer.global_rank,
                     "sample": sample,
                     "prompt": prompt_text(rollout.prompt.source),
+                    "reference_answer": _reference(rollout.prompt),
                     "completion": rollout.text,
+                    "token_ids": rollout.completion.token_ids,
                     "reward": rollout.reward,
-                    "answer": rollout.answer,
+                    "answer_group": rollout.answer,
                     "length": len(rollout.completion.token_ids),
                     "finished": rollout.completion.finished,
                 }
+
+
+def _reference(prompt: Prompt) -> str | None:
+    """As a text, because a column of a table has one type and sets differ."""
+    given = (prompt.columns.get(name) for name in REFERENCES)
+    answer = next((value for value in given if value is not None), None)
+    return None if answer is None else str(answer)

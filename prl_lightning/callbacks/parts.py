@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +10,7 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from prl_lightning.data import PromptDataModule, RolloutBuffer
@@ -18,16 +18,18 @@ from prl_lightning.data.loader import gather
 from prl_lightning.module import PRLModule
 
 
-def shows_progress(trainer: Trainer) -> bool:
-    """Where the Trainer shows a bar, on one rank, to a person and not into a file."""
-    has_bar = trainer.progress_bar_callback is not None
-    return has_bar and trainer.is_global_zero and sys.stderr.isatty()
-
-
 def run_folder(trainer: Trainer) -> Path | None:
     """Where ``metrics.csv`` of this run is, and all else that a run leaves behind."""
     loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
     return Path(loggers[0].log_dir) if loggers else None
+
+
+def weights_are_of(trainer: Trainer, module: LightningModule) -> dict[str, int]:
+    """Step and epoch of the weights: a Trainer that does not train leaves its own at 0."""
+    if trainer.state.fn == TrainerFn.FITTING or not trainer.ckpt_path:
+        epoch = 0 if trainer.sanity_checking else trainer.current_epoch
+        return {"step": trainer.global_step, "epoch": epoch}
+    return prl_module(module).loaded_at
 
 
 def checkpoint_path(trainer: Trainer) -> Path:

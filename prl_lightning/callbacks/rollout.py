@@ -25,10 +25,10 @@ from prl_lightning.callbacks.parts import (
     is_last_epoch,
     prl_module,
     prompt_data,
-    shows_progress,
     sum_over_ranks,
     train_rollouts,
 )
+from prl_lightning.callbacks.progress import hide_bar_from_files, sampling_bar
 from prl_lightning.callbacks.rewarding import Rewarder
 from prl_lightning.callbacks.samples import draw_kept
 from prl_lightning.callbacks.scoring import prepare_update
@@ -120,6 +120,7 @@ class RolloutCallback(Callback):
         self.engine.forget_weights()
         self.rewards.start(ranks=trainer.num_devices)
         self._saved = []
+        hide_bar_from_files(trainer)
 
     def check_lengths(self, data: PromptDataModule, module: PRLModule) -> int:
         """The longest row, in tokens.
@@ -268,7 +269,8 @@ class RolloutCallback(Callback):
                 drawn = draw_kept(self.engine, trainer, module, prompts, config, self._max_tokens)
             elif drawn is None:
                 self.engine.update(trainer, module, self._max_tokens)
-                drawn = self.engine.draw(prompts, config, shows_progress(trainer))
+                with sampling_bar(trainer, len(prompts)) as on_progress:
+                    drawn = self.engine.draw(prompts, config, on_progress)
         decode = prompt_data(trainer).tokenizer.decode
         rollouts = [
             Rollout(prompt, completion, decode(completion.token_ids, skip_special_tokens=True))

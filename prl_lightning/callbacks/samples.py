@@ -16,7 +16,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from prl_lightning.callbacks.engine import Drawn, EngineLink
-from prl_lightning.callbacks.parts import shows_progress, sum_over_ranks
+from prl_lightning.callbacks.parts import sum_over_ranks
+from prl_lightning.callbacks.progress import sampling_bar
 from prl_lightning.module import PRLModule
 from prl_lightning.samplers import Sampler, SamplingConfig
 from prl_lightning.tables import read_table, write_table
@@ -129,8 +130,9 @@ def draw_kept(
     if sum_over_ranks(trainer, torch.tensor([len(missing)])).item():
         engine.update(trainer, module, max_model_tokens)
     size = max(1, PART // config.n)
-    for first in range(0, len(missing), size):
-        some = missing[first : first + size]
-        store.add(some, engine.draw(some, config, shows_progress(trainer)).groups)
+    with sampling_bar(trainer, len(missing)) as on_progress:
+        for first in range(0, len(missing), size):
+            some = missing[first : first + size]
+            store.add(some, engine.draw(some, config, on_progress).groups)
     groups = [store[prompt] for prompt in prompts]
     return Drawn(groups, trainer.global_step, time.monotonic() - start)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import csv
+import json
 import re
-from collections import defaultdict
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from prl_lightning.callbacks.parts import run_folder
-
-Curve = tuple[list[int], list[float]]
-
-METRICS = "metrics.csv"
+from prl_lightning.run_files import (
+    COMPLETIONS,
+    CONFIG,
+    EVALUATIONS,
+    METRICS,
+    Curve,
+    completion_files,
+    metrics_rows,
+    read_evaluations,
+    read_metrics,
+)
+from prl_lightning.tables import read_table
 
 # Panels of the picture: title and the metrics that belong in it.
 PANELS = (
@@ -31,7 +37,8 @@ PANELS = (
 class RunSummary(Callback):
     """Print what was reached from what, and draw ``curves.png`` beside ``metrics.csv``.
 
-    A continued run has a folder of its own, whose curves begin with those of the run before.
+    A continued run has a folder of its own. It begins with what the run before has left up to the
+    checkpoint: curves, evaluations and completions.
     """
 
     def __init__(self) -> None:
@@ -52,7 +59,7 @@ class RunSummary(Callback):
         self._earlier_file = state_dict["metrics"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with the rows that the continued run had up to the checkpoint."""
+        """Begin with what the continued run had up to the checkpoint."""
         folder = run_folder(trainer)
         if folder is None or not trainer.ckpt_path or not trainer.is_global_zero:
             return
@@ -60,9 +67,10 @@ class RunSummary(Callback):
         earlier = beside if beside.is_file() else Path(self._earlier_file)
         if earlier.is_file():
             logger = next(logger for logger in trainer.loggers if isinstance(logger, CSVLogger))
-            for step, row in _complete_rows(earlier):
+            for step, row in metrics_rows(earlier):
                 if step < trainer.global_step:
                     logger.log_metrics(row, step)
+            _carry_over(earlier.parent, folder, trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the picture and, as the last thing on the screen, the summary; on one rank."""
@@ -92,13 +100,13 @@ class RunSummary(Callback):
             f"curves      {folder / 'curves.png'}",
             f"metrics     {folder / METRICS}",
         ]
-        lines += [f"config      {folder / 'config.yaml'}"]
+        lines += [f"config      {folder / CONFIG}"]
         if checkpoint:
             lines += [
                 f"checkpoint  {checkpoint}",
                 "",
                 "Next: evaluate it again with",
-                f"  prl validate --config {folder / 'config.yaml'} --ckpt_path {checkpoint}",
+                f"  prl validate --config {folder / CONFIG} --ckpt_path {checkpoint}",
                 "or put your own data and model into the config (README, 'Your own data').",
             ]
         return "\n".join(lines)
@@ -117,33 +125,24 @@ def _checkpoint(trainer: Trainer) -> str:
     return callback.last_model_path or callback.best_model_path
 
 
-def _complete_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Step and metrics of each row; a kill may have cut the last one."""
-    lines = file.read_text().splitlines(keepends=True)
-    for row in csv.DictReader(line for line in lines if line.endswith("\n")):
-        yield (
-            int(row["step"]),
-            {name: float(value) for name, value in row.items() if value and name != "step"},
-        )
-
-
-def read_metrics(file: Path) -> dict[str, Curve]:
-    """Read a ``metrics.csv`` of Lightning's CSVLogger, without the half row that a kill leaves.
-
-    Args:
-        file: rows of step and metrics, each row with some of them.
-
-    Returns:
-        Steps and values of every metric, in the order of the rows.
-    """
-    curves: dict[str, Curve] = defaultdict(lambda: ([], []))
-    for step, row in _complete_rows(file):
-        for name, value in row.items():
-            if name != "epoch":
-                steps, values = curves[name]
-                steps.append(step)
-                values.append(value)
-    return dict(curves)
+def _carry_over(earlier: Path, folder: Path, step: int) -> None:
+    """Copy evaluations and completions up to a step; what cannot be read stays where it is."""
+    if earlier.resolve() == folder.resolve():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if (earlier / EVALUATIONS).is_file():
+        evaluations, _ = read_evaluations(earlier / EVALUATIONS)
+        kept = [evaluation for evaluation in evaluations if evaluation["step"] <= step]
+        with (folder / EVALUATIONS).open("a") as lines:
+            lines.writelines(json.dumps(evaluation) + "\n" for evaluation in kept)
+    for file in completion_files(earlier):
+        try:
+            sampled_at = read_table(file, ["step"])[0]["step"]
+        except (ValueError, OSError):
+            continue
+        if sampled_at < step:  # at it, the epoch begins anew
+            (folder / COMPLETIONS).mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / COMPLETIONS / file.name)
 
 
 def draw_curves(curves: dict[str, Curve], file: Path) -> None:

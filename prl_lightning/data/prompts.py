@@ -18,6 +18,7 @@ from prl_lightning.data.rollouts import RolloutBuffer
 from prl_lightning.data.sizes import EpochSizes
 from prl_lightning.data.sources import PromptSet, Source
 from prl_lightning.models import load_tokenizer
+from prl_lightning.terminal import hide_bars_from_files
 from prl_lightning.types import Prompt
 
 # Which stream of prompts a seed is of.
@@ -86,6 +87,7 @@ class PromptDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the prompts and size the buffers."""
+        hide_bars_from_files()
         self.tokenizer = load_tokenizer(self.tokenizer_name)
         if stage == "fit":
             self._setup_train()

@@ -8,39 +8,26 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from prl_lightning.callbacks.completions import FOLDER
 from prl_lightning.tables import read_table
 
 # Of one epoch, in whole groups: twelve epochs of this are some 20 MB.
 MAX_TOKENS = 30_000
 
 
-def completion_files(folder: Path) -> list[Path]:
-    """List the stored epochs of a run.
-
-    Args:
-        folder: of the run.
-
-    Returns:
-        Files in the order of their epochs.
-    """
-    return sorted(
-        (folder / FOLDER).glob("epoch=*.parquet"), key=lambda file: (len(file.name), file.name)
-    )
-
-
 def read_epoch(file: Path) -> dict[str, Any]:
     """Read the completions of one epoch.
 
     Args:
-        file: a row a completion, the groups contiguous.
+        file: a row a completion, the groups contiguous; some may be without their tokens.
 
     Returns:
-        Rewards and lengths of all completions, and the groups, those with most signal first. What
-        is beyond ``MAX_TOKENS`` is counted, not kept.
+        Rewards and lengths of all completions, and the groups whose tokens are there, those with
+        most signal first. What is beyond ``MAX_TOKENS`` is counted, not kept.
     """
     rows = read_table(file)
-    groups = [_group(list(members)) for _, members in groupby(rows, key=lambda row: row["group"])]
+    whole = [row for row in rows if row["tokens"] is not None]
+    groups = [_group(list(members)) for _, members in groupby(whole, key=lambda row: row["group"])]
+    groups.sort(key=lambda group: -group["std"])
     kept: list[dict[str, Any]] = []
     tokens = 0
     for group in groups:
@@ -54,8 +41,9 @@ def read_epoch(file: Path) -> dict[str, Any]:
         "rewards": [row["reward"] for row in rows],
         "lengths": [row["length"] for row in rows],
         "finished": [row["finished"] for row in rows],
-        "groups": sorted(kept, key=lambda group: -group["std"]),
+        "groups": kept,
         "groups_stored": len(groups),
+        "groups_sampled": len({row["group"] for row in rows}),
     }
 
 
@@ -63,6 +51,7 @@ def _group(rows: list[dict[str, Any]]) -> dict[str, Any]:
     rewards = [row["reward"] for row in rows]
     known = [reward for reward in rewards if reward is not None and isfinite(reward)] or [0.0]
     return {
+        "set": rows[0].get("set", "train"),
         "prompt": rows[0]["prompt"],
         "mean": fmean(known),
         "std": pstdev(known),
@@ -85,9 +74,12 @@ def _completion(row: dict[str, Any]) -> dict[str, Any]:
         "step_ends": ends if len(ends) < len(tokens) else [],  # every token its own step: no marks
         "policy": policy,
         "reference": reference,
-        "log_ratio": policy and reference and _ratios(policy, reference),
+        "log_ratio": policy and reference and _differences(policy, reference),
         "advantage": advantages,
-        "advantage_part": _less(advantages, row["outcome_advantage"]),
+        # What is left is the process term's, also where the outcome's own is one a token.
+        "advantage_part": _less(
+            advantages, row.get("outcome_advantages") or row["outcome_advantage"]
+        ),
         "process": process,
         "process_part": _less(process, row["reward"]),
     }
@@ -97,9 +89,12 @@ def _completion(row: dict[str, Any]) -> dict[str, Any]:
     return completion
 
 
-def _ratios(policy: list[float], reference: list[float]) -> list[float]:
-    return [own - other for own, other in zip(policy, reference, strict=True)]
+def _differences(values: list[float], others: list[float]) -> list[float]:
+    return [value - other for value, other in zip(values, others, strict=True)]
 
 
-def _less(values: list[float] | None, whole: float) -> list[float] | None:
-    return values and [value - whole for value in values]
+def _less(values: list[float] | None, other: list[float] | float) -> list[float] | None:
+    if not values:
+        return values
+    others = other if isinstance(other, list) else [other] * len(values)
+    return _differences(values, others)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prl_lightning.callbacks.completions import FOLDER as COMPLETIONS
-from prl_lightning.callbacks.evaluation import EVALUATIONS
-from prl_lightning.callbacks.summary import METRICS, Curve, read_metrics
-from prl_lightning.report.completions import completion_files, read_epoch
-
-CONFIG = "config.yaml"
+from prl_lightning.report.completions import read_epoch
+from prl_lightning.run_files import (
+    COMPLETIONS,
+    CONFIG,
+    EVALUATIONS,
+    METRICS,
+    Curve,
+    completion_files,
+    read_evaluations,
+    read_metrics,
+)
 
 # A page of more opens slowly.
 MAX_EPOCHS = 12
@@ -43,19 +47,34 @@ def find_run(run_dir: str) -> Path:
         FileNotFoundError: neither has anything to show.
     """
     folder = Path(run_dir)
-    versions = [path for path in folder.glob("version_*") if path.name[8:].isdecimal()]
-    versions.sort(key=lambda path: int(path.name[8:]), reverse=True)
-    candidates = [
-        candidate
-        for candidate in (folder, *versions)
-        if any((candidate / name).exists() for name in HOW_TO_GET)
-    ]
+    candidates = [path for path in (folder, *_versions(folder)) if _has_something(path)]
     if candidates:
         return next(filter(_has_trained, candidates), candidates[0])
     raise FileNotFoundError(
         f"run_dir={run_dir}: has none of {', '.join(HOW_TO_GET)}, nor has a version_* folder in "
         "it. Name the folder of a run, such as runs/prl/version_0."
     )
+
+
+def _versions(folder: Path) -> list[Path]:
+    """The newest first."""
+    versions = [path for path in folder.glob("version_*") if path.name[8:].isdecimal()]
+    return sorted(versions, key=lambda path: int(path.name[8:]), reverse=True)
+
+
+def _has_something(folder: Path) -> bool:
+    return any((folder / name).exists() for name in HOW_TO_GET)
+
+
+def _evaluated_later(folder: Path) -> list[str]:
+    """A sentence where prl validate, test or predict have left folders after this one."""
+    versions = _versions(folder.resolve().parent)
+    newer = versions[: versions.index(folder.resolve())] if folder.resolve() in versions else []
+    others = [path for path in newer if _has_something(path) and not _has_trained(path)]
+    if not others:
+        return []
+    names = ", ".join(path.name for path in reversed(others))
+    return [f"Evaluated or sampled later, each with a report of its own (prl report DIR): {names}."]
 
 
 def _has_trained(folder: Path) -> bool:
@@ -75,6 +94,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     notes = [
         f"No {name}: {how}" for name, how in HOW_TO_GET.items() if not (folder / name).exists()
     ]
+    notes += _evaluated_later(folder)
     curves = _read_curves(folder / METRICS)
     evaluations = _read_evaluations(folder / EVALUATIONS, notes)
     epochs = _read_epochs(folder, notes)
@@ -151,15 +171,8 @@ def _thin_out(curve: Curve) -> list[list[Any]]:
 def _read_evaluations(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     if not file.exists():
         return []
-    evaluations = []
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line.strip():
-                evaluations.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):  # the last one was cut by a kill, or is being written
-                notes.append(f"{EVALUATIONS}: line {number} cannot be read and is left out.")
+    evaluations, broken = read_evaluations(file)
+    notes += [f"{EVALUATIONS}: line {number} cannot be read and is left out." for number in broken]
     return sorted(evaluations, key=lambda evaluation: evaluation["step"])
 
 

@@ -29,13 +29,15 @@ function showHistograms(epoch) {
 
 function groupButton(group, onChoose) {
   const squares = group.completions.map(({ reward }) => rewardSquare(reward));
-  const rewards = `mean ${show(group.mean, 3)}, sd ${show(group.std, 3)}`;
+  const facts = [`mean ${show(group.mean, 3)}, sd ${show(group.std, 3)}`];
+  if (!group.std) facts.push("no signal");
+  if (group.set !== "train") facts.push(group.set);
   const button = element(
     "button",
     { type: "button", className: "group" },
     element("span", { className: "start" }, group.prompt.trim().slice(0, 200)),
     element("span", { className: "squares", "aria-hidden": "true" }, ...squares),
-    element("span", { className: "muted small" }, `${rewards}${group.std ? "" : " · no signal"}`),
+    element("span", { className: "muted small" }, facts.join(" · ")),
   );
   button.addEventListener("click", onChoose);
   return button;
@@ -71,12 +73,18 @@ function showGroup(group) {
   choose(rewards.indexOf(Math.max(...rewards)));
 }
 
+function epochFacts({ step, rewards, groups, groups_stored: stored, groups_sampled: sampled }) {
+  const facts = [`Sampled at step ${step}: ${rewards.length} completions in ${sampled} groups.`];
+  if (stored < sampled) facts.push(`The plots are of all; ${stored} groups are stored with their tokens.`);
+  if (groups.length < stored) {
+    facts.push(`The ${groups.length} with most signal are shown, so that this page stays small.`);
+  }
+  return facts.join(" ");
+}
+
 function showEpoch(epoch) {
-  const cut = epoch.groups_stored - epoch.groups.length;
   document.getElementById("epoch-title").textContent = `Completions of epoch ${epoch.epoch}`;
-  document.getElementById("epoch-facts").textContent =
-    `Sampled at step ${epoch.step}: ${epoch.rewards.length} completions in ${epoch.groups_stored} groups.` +
-    (cut ? ` The first ${epoch.groups.length} groups are shown, so that this page stays small; the plots are of all.` : "");
+  document.getElementById("epoch-facts").textContent = epochFacts(epoch);
   showHistograms(epoch);
   const choose = (i) => {
     press(buttons, i);

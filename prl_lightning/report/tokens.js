@@ -23,7 +23,7 @@ const QUANTITIES = [
   {
     key: "advantage_part",
     name: "advantage less outcome advantage, Aₜ − A",
-    about: "What the process term adds to the advantage that all tokens of the completion share.",
+    about: "What the process term adds to the token's outcome advantage.",
   },
   {
     key: "log_ratio",

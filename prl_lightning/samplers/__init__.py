@@ -1,8 +1,8 @@
 """Engines that draw completions, behind one protocol."""
 
-from prl_lightning.samplers.base import Sampler, SamplingConfig
+from prl_lightning.samplers.base import Progress, Sampler, SamplingConfig
 from prl_lightning.samplers.hf import HFSampler
 from prl_lightning.samplers.process import ProcessSampler
 from prl_lightning.samplers.vllm import VLLMSampler
 
-__all__ = ["HFSampler", "ProcessSampler", "Sampler", "SamplingConfig", "VLLMSampler"]
+__all__ = ["HFSampler", "ProcessSampler", "Progress", "Sampler", "SamplingConfig", "VLLMSampler"]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, distributed
 
 from prl_lightning.types import Completion, Prompt
 
-# Sampling that is quicker than this shows no progress bar.
-SECONDS_BEFORE_A_BAR = 5.0
+# Told how many more prompts are done, and how many tokens more there are.
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,18 @@ class Sampler(ABC):
 
     @abstractmethod
     def generate(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+        self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
         """Draw ``config.n`` completions for each prompt, in the order of the prompts.
 
         Sample j of a prompt draws from a generator of its own, seeded by ``prompt.seed`` + j: the
         same prompt gets the same completions, whatever is drawn beside it or was drawn before.
         The log-probabilities returned are of the distribution that was sampled from.
+
+        Args:
+            prompts: to complete.
+            config: how.
+            on_progress: called in this process while it goes on, from any thread.
         """
 
     @abstractmethod

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from prl_lightning.samplers.base import SECONDS_BEFORE_A_BAR, Sampler, SamplingConfig
+from prl_lightning.samplers.base import Progress, Sampler, SamplingConfig
 from prl_lightning.types import Completion, Prompt
 
 
@@ -64,21 +63,21 @@ class HFSampler(Sampler):
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+        self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
         """See ``Sampler.generate``."""
         rows = [(row, sample) for row in range(len(prompts)) for sample in range(config.n)]
         groups: list[list[Completion]] = [[] for _ in prompts]
-        starts = range(0, len(rows), self.batch_size)
-        for start in tqdm(
-            starts, delay=SECONDS_BEFORE_A_BAR, leave=False, disable=not show_progress
-        ):
+        for start in range(0, len(rows), self.batch_size):
             chunk = rows[start : start + self.batch_size]
             seeds = [prompts[row].seed + sample for row, sample in chunk]
             token_ids = [prompts[row].token_ids for row, _ in chunk]
             completions = self._generate(token_ids, seeds, config)
             for (row, _), completion in zip(chunk, completions, strict=True):
                 groups[row].append(completion)
+            if on_progress is not None:
+                done = sum(sample == config.n - 1 for _, sample in chunk)
+                on_progress(done, sum(len(one.token_ids) for one in completions))
         return groups
 
     def stop(self) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import connection, parent_process
@@ -14,9 +14,11 @@ from typing import Any
 
 from torch import Tensor, multiprocessing
 
-from prl_lightning.samplers.base import Sampler, SamplingConfig, local_rank
+from prl_lightning.samplers.base import Progress, Sampler, SamplingConfig, local_rank
 from prl_lightning.samplers.vllm import VLLMSampler
 from prl_lightning.types import Completion, Prompt
+
+SECONDS_BETWEEN_REPORTS = 0.2
 
 
 class ProcessSampler(Sampler):
@@ -61,11 +63,12 @@ class ProcessSampler(Sampler):
                     "one GPU for each of the trainer's processes on a machine."
                 )
             environment["CUDA_VISIBLE_DEVICES"] = _of_machine(self.gpus[rank])
+        self._told, teller = multiprocessing.Pipe(duplex=False)
         self._pool = ProcessPoolExecutor(
             max_workers=1,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_begin,
-            initargs=(self.sampler, environment),
+            initargs=(self.sampler, environment, teller),
         )
         self._process_id = self._in_process(os.getpid)
         self._in_process(_call, "start", model, max_model_tokens)
@@ -77,11 +80,17 @@ class ProcessSampler(Sampler):
         self._in_process(_call, "load_weights", sent)
 
     def generate(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+        self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
         """See ``Sampler.generate``."""
+
+        def report() -> None:
+            while on_progress is not None and self._told.poll():
+                on_progress(*self._told.recv())
+
+        tells = on_progress is not None
         groups: list[list[Completion]] = self._in_process(
-            _call, "generate", prompts, config, show_progress
+            _generate, prompts, config, tells, meanwhile=report
         )
         return groups
 
@@ -94,11 +103,17 @@ class ProcessSampler(Sampler):
             self._pool.shutdown(cancel_futures=True)
             self._pool = self._process_id = None
 
-    def _in_process(self, function: Any, *args: Any) -> Any:
+    def _in_process(
+        self, function: Any, *args: Any, meanwhile: Callable[[], None] = lambda: None
+    ) -> Any:
         if self._pool is None:
             raise RuntimeError("the sampler is not started: call start() first")
         try:
-            return self._pool.submit(function, *args).result()
+            result = self._pool.submit(function, *args)
+            while not wait([result], timeout=SECONDS_BETWEEN_REPORTS).done:
+                meanwhile()
+            meanwhile()
+            return result.result()
         except BrokenProcessPool as error:
             raise RuntimeError(
                 f"the process of {type(self.sampler).__name__} has ended while it was needed. Its "
@@ -122,13 +137,14 @@ def _of_machine(gpu: int) -> str:
 # In the other process
 
 _sampler: Sampler
+_teller: connection.Connection
 
 
-def _begin(sampler: Sampler, environment: dict[str, str]) -> None:
-    global _sampler
+def _begin(sampler: Sampler, environment: dict[str, str], teller: connection.Connection) -> None:
+    global _sampler, _teller
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
-    _sampler = sampler
+    _sampler, _teller = sampler, teller
     Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -137,6 +153,16 @@ def _end_with_parent() -> None:
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
+
+
+def _generate(
+    prompts: Sequence[Prompt], config: SamplingConfig, tells: bool
+) -> list[list[Completion]]:
+    return _sampler.generate(prompts, config, _tell if tells else None)
+
+
+def _tell(prompts: int, tokens: int) -> None:
+    _teller.send((prompts, tokens))
 
 
 def _call(method: str, *args: Any) -> Any:

@@ -6,14 +6,12 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from prl_lightning.samplers.base import SECONDS_BEFORE_A_BAR, Sampler, SamplingConfig, local_rank
+from prl_lightning.samplers.base import Progress, Sampler, SamplingConfig, local_rank
 from prl_lightning.types import Completion, Prompt
 
 
@@ -114,7 +112,7 @@ class VLLMSampler(Sampler):
         self._llm.reset_prefix_cache()
 
     def generate(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+        self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
         """See ``Sampler.generate``."""
         from vllm import SamplingParams
@@ -135,13 +133,13 @@ class VLLMSampler(Sampler):
             for prompt in prompts
         ]
         self._wake()
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": prompt.token_ids} for prompt in prompts],
-            params,
-            use_tqdm=partial(tqdm, delay=SECONDS_BEFORE_A_BAR, leave=False)
-            if show_progress
-            else False,
-        )
+        reported = on_progress and _reported(self._llm.llm_engine, on_progress)
+        with reported or nullcontext():
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": prompt.token_ids} for prompt in prompts],
+                params,
+                use_tqdm=False,
+            )
         if self.sleeps:
             self._llm.sleep(level=1)
             self._is_asleep = True
@@ -156,6 +154,25 @@ class VLLMSampler(Sampler):
         if self._is_asleep:
             self._llm.wake_up()
             self._is_asleep = False
+
+
+@contextmanager
+def _reported(engine: Any, on_progress: Progress) -> Iterator[None]:
+    """Tell of each prompt that a step of the engine finishes; its own bar knows no other bars."""
+    step = engine.step
+
+    def step_and_tell() -> Any:
+        outputs = step()
+        for output in outputs:
+            if output.finished:
+                on_progress(1, sum(len(sample.token_ids) for sample in output.outputs))
+        return outputs
+
+    engine.step = step_and_tell
+    try:
+        yield
+    finally:
+        engine.step = step
 
 
 @contextmanager

@@ -30,8 +30,12 @@ def test_a_fit_keeps_the_first_and_the_last_epoch(tied_model: str, tmp_path: Pat
     folder = tmp_path / "run" / "version_0" / "completions"
     names = ["epoch=00000.parquet", "epoch=00002.parquet"]
     assert sorted(file.name for file in folder.iterdir()) == names
-    rows = read_table(folder / names[0])
+    whole = read_table(folder / names[0])
+    assert [row["group"] for row in whole] == [group for group in range(4) for _ in range(4)]
+    rows = [row for row in whole if row["tokens"] is not None]
     assert [row["group"] for row in rows] == [0] * 4 + [1] * 4
+    rewards = [row["reward"] for row in whole]
+    assert metrics_of(tmp_path)["rollout/reward"][0] == pytest.approx(sum(rewards) / 16)
     # The reference is the policy as it starts, so nothing but the outcome is a reward yet.
     for row in rows:
         assert len(row["tokens"]) == row["length"] == len(row["policy_logprobs"])
@@ -61,6 +65,21 @@ def test_credit_is_the_sum_over_the_rest_of_the_completion(tied_model: str, tmp_
         assert steps == pytest.approx([beta * ratio for ratio in ratios[:-1]], abs=1e-5)
         moved += sum(map(abs, ratios))
     assert moved > 1
+
+
+def test_an_outcome_of_each_token_is_kept(tied_model: str, tmp_path: Path) -> None:
+    """With the KL inside the reward it is all that the advantage is."""
+    overrides = tiny_overrides(tied_model, tmp_path)
+    fit(
+        *overrides,
+        "--trainer.max_epochs=3",
+        "--model.objective.kl=reward_step",
+        "--model.optimizer.init_args.lr=1e-2",
+    )
+    rows = read_table(tmp_path / "run/version_0/completions/epoch=00002.parquet")
+    for row in rows:
+        assert row["outcome_advantages"] == pytest.approx(row["advantages"])
+    assert any(len(set(row["outcome_advantages"])) > 1 for row in rows)
 
 
 def test_predict_writes_every_group_with_its_advantages(tied_model: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from torch import Tensor
 from prl_lightning.callbacks.samples import SampleStore, fingerprint
 from prl_lightning.cli import main
 from prl_lightning.metrics import MeanAtN, PassAtK
-from prl_lightning.samplers import HFSampler, ProcessSampler, SamplingConfig, VLLMSampler
+from prl_lightning.models import load_tokenizer
+from prl_lightning.run_files import read_evaluations
+from prl_lightning.samplers import HFSampler, ProcessSampler, Progress, SamplingConfig, VLLMSampler
 from prl_lightning.tables import read_table
 from prl_lightning.types import Completion, Prompt
-from runs import QUICKSTART, fit, tiny_overrides
+from runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
 CONFIG = SamplingConfig(n=2, temperature=1.0, max_new_tokens=4, stop_token_ids=(1,))
 
@@ -29,12 +32,12 @@ class CountingSampler(HFSampler):
     fails_after: int | None = None
 
     def generate(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+        self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
         if len(self.drawn) == self.fails_after:
             raise KeyboardInterrupt
         self.drawn.append(len(prompts))
-        return super().generate(prompts, config, show_progress)
+        return super().generate(prompts, config, on_progress)
 
 
 @pytest.fixture
@@ -74,8 +77,82 @@ def test_validate_writes_results_table_and_samples(
     assert len(rows) == 5 * 4
     lengths = torch.tensor([row["length"] for row in rows]).double()
     assert found["metrics"]["length"][0] == pytest.approx(lengths.mean().item())
-    without = sum(row["answer"] == -1 for row in rows) / len(rows)
-    assert found["metrics"]["no_answer"][0] == pytest.approx(without)
+    assert [(row["set"], row["problem"], row["sample"]) for row in rows] == [
+        ("tiny", problem, sample) for problem in range(5) for sample in range(4)
+    ]
+    asked = [json.loads(line) for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    assert [row["reference_answer"] for row in rows[::4]] == [one["answer"] for one in asked]
+    tokenizer = load_tokenizer(tied_model)
+    for row in rows:
+        text = tokenizer.decode(row["token_ids"], skip_special_tokens=True)
+        assert (text, len(row["token_ids"])) == (row["completion"], row["length"])
+
+
+def test_votes_and_missing_answers_are_those_of_the_samples(
+    tied_model: str, tmp_path: Path, counted: type[CountingSampler]
+) -> None:
+    """Counted here by a loop, with ties counting their share."""
+    pattern = "{pattern: '([0-4])[^0-9]*$'}"
+    last_digit = f"{{class_path: prl_lightning.rewards.RegexMatch, init_args: {pattern}}}"
+    validate(tied_model, tmp_path, f"--rollout.rewards=[{last_digit}]")
+    rows = read_table(tmp_path / "run/version_0/samples.parquet")
+    votes = []
+    for problem in range(5):
+        group = [row for row in rows if row["problem"] == problem and row["answer_group"] >= 0]
+        sizes = Counter(row["answer_group"] for row in group)
+        first = [answer for answer, size in sizes.items() if size == max(sizes.values())]
+        right = {row["answer_group"] for row in group if row["reward"] >= 0.5}
+        votes.append(len(right & set(first)) / len(first) if first else 0.0)
+    without = sum(row["answer_group"] < 0 for row in rows) / len(rows)
+    found = results(tmp_path, 0)["metrics"]
+    assert 0 < without < 1
+    assert 0 < sum(votes) < 5
+    assert found["no_answer"][0] == pytest.approx(without)
+    assert found["maj@4"][0] == pytest.approx(sum(votes) / 5)
+
+
+def test_an_evaluation_says_what_it_evaluated(
+    tied_model: str, tmp_path: Path, counted: type[CountingSampler]
+) -> None:
+    fit(*tiny_overrides(tied_model, tmp_path))
+    checkpoint = next((tmp_path / "run").rglob("last.ckpt"))
+    link = tmp_path / "link.ckpt"
+    link.symlink_to(checkpoint)
+    validate(tied_model, tmp_path, f"--ckpt_path={link}", "--rollout.eval_top_p=0.9")
+    validate(tied_model, tmp_path)
+    read = [
+        json.loads((tmp_path / f"run/version_{v}/evaluations.jsonl").read_text().splitlines()[-1])
+        for v in (0, 1, 2)
+    ]
+    for evaluation in read:
+        del evaluation["sets"]
+    sampling = {"n": 4, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8}
+    fitted = {
+        "step": 2,
+        "epoch": 1,
+        "stage": "val",
+        "policy": tied_model,
+        "checkpoint": None,
+        "sampling": sampling,
+        "rewards": ["even_digits"],
+        "solved_at": 0.5,
+    }
+    loaded = {
+        "epoch": 2,  # the next one, as the end of a run has it
+        "checkpoint": str(checkpoint.resolve()),
+        "sampling": sampling | {"top_p": 0.9},
+    }
+    assert read == [fitted, fitted | loaded, fitted | {"step": 0, "epoch": 0}]
+
+
+def test_a_sanity_check_of_some_batches_is_not_an_evaluation(
+    tied_model: str, tmp_path: Path
+) -> None:
+    fit(*tiny_overrides(tied_model, tmp_path), "--trainer.num_sanity_val_steps=2")
+    run = tmp_path / "run" / "version_0"
+    evaluations, _ = read_evaluations(run / "evaluations.jsonl")
+    assert [evaluation["step"] for evaluation in evaluations] == [1, 2]
+    assert len(metrics_of(tmp_path)["val/tiny/mean@4"]) == 2
 
 
 def test_results_are_those_of_the_samples(

@@ -17,7 +17,7 @@ from prl_lightning.callbacks import RolloutCallback
 from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
-from prl_lightning.samplers import HFSampler, SamplingConfig
+from prl_lightning.samplers import HFSampler, Progress, SamplingConfig
 from prl_lightning.types import Completion, Prompt, RolloutBatch
 from runs import write_prompts
 from sample_rewards import even_digits
@@ -43,7 +43,7 @@ class ConcurrentSampler(HFSampler):
         super().load_weights(weights)
 
     def generate(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+        self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
         self.calls += 1
         if self.calls == self.fails_in_call:
@@ -53,7 +53,7 @@ class ConcurrentSampler(HFSampler):
             if time.monotonic() > end:
                 raise TimeoutError("no update happened while this was being drawn")
             time.sleep(0.001)
-        return super().generate(prompts, config, show_progress)
+        return super().generate(prompts, config, on_progress)
 
 
 class Watch(Callback):

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 BETA = 0.05
 EPOCHS = 30
 STORED = (0, 10, 20, 29)
+SAMPLED = 32  # groups, four of them with their tokens
 HOSTILE = (
     "</script><script>window.stolen = true</script>",
     '<img src="x" onerror="window.stolen = true">',
@@ -23,6 +24,7 @@ HOSTILE = (
 
 FIELDS = pa.schema(
     [
+        ("set", pa.string()),
         ("epoch", pa.int64()),
         ("step", pa.int64()),
         ("group", pa.int64()),
@@ -37,6 +39,7 @@ FIELDS = pa.schema(
         ("ref_logprobs", pa.list_(pa.float64())),
         ("process_rewards", pa.list_(pa.float64())),
         ("advantages", pa.list_(pa.float64())),
+        ("outcome_advantages", pa.list_(pa.float64())),
         ("step_ends", pa.list_(pa.bool_())),
     ]
 )
@@ -50,6 +53,7 @@ def make_run(folder: Path, seed: int = 0, reference: bool = True) -> Path:
     write_evaluations(folder / "evaluations.jsonl", rng)
     for epoch in STORED:
         rows = [row for g in range(4) for row in make_group(epoch, g, rng, reference)]
+        rows += [row for g in range(4, SAMPLED) for row in make_outcomes(epoch, g, rng)]
         write_completions(folder / "completions" / f"epoch={epoch:05d}.parquet", rows)
     (folder / "config.yaml").write_text(
         "seed_everything: 0\nmodel:\n  policy: runs/arithmetic/base\n"
@@ -163,6 +167,7 @@ def make_group(epoch: int, group: int, rng: random.Random, reference: bool) -> l
             tokens[6:6] = [HOSTILE[number % 3], "\n"]
         rows.append(
             {
+                "set": "train",
                 "epoch": epoch,
                 "step": epoch,
                 "group": group,
@@ -179,6 +184,26 @@ def make_group(epoch: int, group: int, rng: random.Random, reference: bool) -> l
         if not reference:
             rows[-1] |= {"ref_logprobs": None, "process_rewards": None}
     return rows
+
+
+def make_outcomes(epoch: int, group: int, rng: random.Random) -> list[dict[str, Any]]:
+    """A group without its tokens."""
+    learnt = 1 - math.exp(-epoch / 10)
+    rewards = [float(rng.random() < 0.12 + 0.5 * learnt) for _ in range(8)]
+    lengths = [rng.gauss(92 - 14 * learnt, 14) for _ in rewards]
+    return [
+        {
+            "set": "train",
+            "epoch": epoch,
+            "step": epoch,
+            "group": group,
+            "reward": reward,
+            "outcome_advantage": reward - sum(rewards) / 8,
+            "length": min(round(length), 120),
+            "finished": length < 120,
+        }
+        for reward, length in zip(rewards, lengths, strict=True)
+    ]
 
 
 def arithmetic_tokens(

@@ -11,6 +11,7 @@ import pytest
 from prl_lightning.report import completions
 from prl_lightning.report.completions import read_epoch
 from prl_lightning.report.data import MAX_EPOCHS, find_run, read_run
+from prl_lightning.tables import write_table
 from report.made_run import write_completions
 
 METRICS = """epoch,rollout/reward,step,train/loss,val/same/mean@16,val/same/pass@4,val/same/pass@16
@@ -41,6 +42,7 @@ FIRST = {
 
 def row(epoch: int = 0, group: int = 0, reward: float = 1.0, **changes: Any) -> dict[str, Any]:
     return {
+        "set": "train",
         "epoch": epoch,
         "step": 2 * epoch,
         "group": group,
@@ -55,6 +57,7 @@ def row(epoch: int = 0, group: int = 0, reward: float = 1.0, **changes: Any) -> 
         "ref_logprobs": [-1.0, -0.5, -0.25],
         "process_rewards": [1.01, 1.0, 1.0],
         "advantages": [0.5, 0.51, 0.5],
+        "outcome_advantages": None,
         "step_ends": [False, True, True],
     } | changes
 
@@ -171,9 +174,43 @@ def test_steps_of_one_token_are_not_marked(tmp_path: Path) -> None:
 def test_groups_beyond_the_limit_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completions, "MAX_TOKENS", 7)
-    epoch = read_epoch(stored(tmp_path, [row(group=number) for number in range(5)]))
-    assert (len(epoch["groups"]), epoch["groups_stored"], len(epoch["rewards"])) == (2, 5, 5)
+    monkeypatch.setattr(completions, "MAX_TOKENS", 14)
+    rows = [row(group=number // 2, reward=float(number in (5, 8))) for number in range(10)]
+    epoch = read_epoch(stored(tmp_path, rows))
+    assert (epoch["groups_stored"], len(epoch["rewards"])) == (5, 10)
+    # Those with a signal, which are not the first of the file.
+    assert [group["prompt"] for group in epoch["groups"]] == ["prompt 2", "prompt 4"]
+
+
+def test_completions_without_tokens_are_in_the_plots_alone(tmp_path: Path) -> None:
+    per_token = ("policy_logprobs", "ref_logprobs", "process_rewards", "advantages", "step_ends")
+    nothing = dict.fromkeys(("prompt", "completion", "tokens", *per_token))
+    rows = [row(group=0), row(group=1, reward=0.5, length=7, finished=False, **nothing)]
+    epoch = read_epoch(stored(tmp_path, rows))
+    assert (epoch["groups_sampled"], epoch["groups_stored"], len(epoch["groups"])) == (2, 1, 1)
+    assert (epoch["rewards"], epoch["lengths"], epoch["finished"]) == (
+        [1.0, 0.5],
+        [3, 7],
+        [True, False],
+    )
+
+
+def test_an_outcome_that_is_one_a_token_is_taken_from_each(tmp_path: Path) -> None:
+    """What is left is the process term's, which is nothing with the KL inside the reward."""
+    per_token = row(outcome_advantages=[0.5, 0.51, 0.5])
+    completion = read_epoch(stored(tmp_path, [per_token]))["groups"][0]["completions"][0]
+    assert completion["advantage_part"] == [0.0, 0.0, 0.0]
+
+
+def test_a_file_of_the_first_version_is_read(tmp_path: Path) -> None:
+    """Without a set, and with the tokens of every completion."""
+    old = row()
+    del old["set"], old["outcome_advantages"]
+    file = tmp_path / "completions" / "epoch=00000.parquet"
+    write_table(file, [old])
+    epoch = read_epoch(file)
+    assert epoch["groups"][0]["set"] == "train"
+    assert epoch["groups"][0]["completions"][0]["advantage_part"] == pytest.approx([0, 0.01, 0])
 
 
 def test_few_of_many_epochs_first_and_last_among_them(tmp_path: Path) -> None:
@@ -223,6 +260,17 @@ def test_the_newest_version_that_has_trained(tmp_path: Path) -> None:
         (tmp_path / f"version_{version}" / "metrics.csv").write_text(f"{columns}\n0,1\n")
     assert find_run(str(tmp_path)).name == "version_2"
     assert find_run(str(tmp_path / "version_3")).name == "version_3"
+
+
+def test_what_was_evaluated_later_is_named(tmp_path: Path) -> None:
+    for version, columns in ((1, "step,train/loss"), (2, "step,val/x")):
+        (tmp_path / f"version_{version}").mkdir()
+        (tmp_path / f"version_{version}" / "metrics.csv").write_text(f"{columns}\n0,1\n")
+    stored(tmp_path / "version_3", [row()])
+    assert find_run(str(tmp_path)).name == "version_1"
+    said = "Evaluated or sampled later, each with a report of its own (prl report DIR): "
+    assert f"{said}version_2, version_3." in read_run(tmp_path / "version_1")["notes"]
+    assert not any(said in note for note in read_run(tmp_path / "version_3")["notes"])
 
 
 def test_nothing_there_is_an_error(tmp_path: Path) -> None:

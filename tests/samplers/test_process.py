@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prl_lightning.samplers import ProcessSampler, Sampler, SamplingConfig
+from prl_lightning.samplers import ProcessSampler, Progress, Sampler, SamplingConfig
 from prl_lightning.samplers.process import _of_machine
 from prl_lightning.types import Completion, Prompt
 
@@ -33,7 +33,7 @@ class Telling(Sampler):
         self.total = sum(float(tensor.sum()) for _, tensor in weights)
 
     def generate(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, show_progress: bool = False
+        self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
         if config.max_new_tokens == 0:
             raise KeyError("no room")

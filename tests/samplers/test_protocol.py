@@ -156,6 +156,17 @@ def test_groups_come_in_the_order_of_the_prompts(engine: Engine) -> None:
     assert trainer_gap(policy, rolled, groups, 1.0).mean() > 0.05
 
 
+def test_progress_adds_up_to_what_is_drawn(engine: Engine) -> None:
+    engine.policy()
+    told: list[tuple[int, int]] = []
+    groups = engine.sampler.generate(PROMPTS, SAMPLING, lambda *more: told.append(more))
+    tokens = sum(len(one.token_ids) for group in groups for one in group)
+    assert [sum(column) for column in zip(*told, strict=True)] == [len(PROMPTS), tokens]
+    assert len(told) > 1
+    engine.sampler.generate(PROMPTS[:1], SAMPLING)  # nobody is told any more
+    assert sum(prompts for prompts, _ in told) == len(PROMPTS)
+
+
 def test_many_long_prompts_are_read_with_their_seeds(engine: Engine) -> None:
     """More tokens than the engine takes in a step: no prompt may be read in parts on a CPU."""
     engine.policy()
