@@ -1,0 +1,115 @@
+"""Scalars of a run under the documented names, read back from each of Lightning's loggers."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from runs import fit, metrics_of, tiny_overrides
+
+NAMES = (
+    "rollout/reward",
+    "rollout/reward_failures/even_digits",
+    "train/loss",
+    "train/kl_ref",
+    "val/tiny/mean@4",
+    "val/tiny/pass@2",
+    "val/tiny/length",
+)
+Curves = dict[str, list[float]]
+WANDB_BLOCK = 32768
+
+
+@pytest.fixture(scope="module")
+def run(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run with all of them; metrics.csv is written by itself."""
+    pytest.importorskip("wandb", reason="needs the extra loggers")
+    pytest.importorskip("mlflow", reason="needs the extra loggers")
+    folder = tmp_path_factory.mktemp("loggers")
+    loggers = [
+        {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(folder / "board")}},
+        {
+            "class_path": "WandbLogger",
+            "init_args": {"save_dir": str(folder / "wandb"), "offline": True},
+        },
+        {
+            "class_path": "MLFlowLogger",
+            "init_args": {
+                "tracking_uri": f"file:{folder}/mlruns",
+                "artifact_location": str(folder / "artifacts"),
+            },
+        },
+    ]
+    (folder / "wandb").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs all of mlflow
+        fit(*tiny_overrides(tied_model, folder), f"--trainer.logger={json.dumps(loggers)}")
+        import wandb
+
+        wandb.finish()
+    return folder
+
+
+def of_tensorboard(run: Path) -> Curves:
+    events = EventAccumulator(str(next((run / "board").rglob("events.*")).parent))
+    events.Reload()
+    names = events.Tags()["scalars"]
+    return {name: [event.value for event in events.Scalars(name)] for name in names}
+
+
+def records(file: Path) -> Iterator[bytes]:
+    """Of LevelDB's log format, as wandb writes it: in blocks, behind a header for the file."""
+    data = file.read_bytes()
+    at, record = 7, b""
+    while at + 7 <= len(data):
+        if WANDB_BLOCK - at % WANDB_BLOCK < 7:  # too little for a header: padding
+            at += WANDB_BLOCK - at % WANDB_BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def of_wandb(run: Path) -> Curves:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    curves: Curves = {}
+    for data in records(next((run / "wandb").rglob("*.wandb"))):
+        record = Record()
+        record.ParseFromString(data)
+        for item in record.history.item:
+            name = item.key or "/".join(item.nested_key)
+            curves.setdefault(name, []).append(json.loads(item.value_json))
+    return curves
+
+
+def of_mlflow(run: Path) -> Curves:
+    """Lightning leaves out the @ of names, which MLflow does not take."""
+    curves: Curves = {}
+    for name in NAMES:
+        file = next((run / "mlruns").rglob(f"metrics/{name.replace('@', '')}"))
+        curves[name] = [float(line.split()[1]) for line in file.read_text().splitlines()]
+    return curves
+
+
+@pytest.mark.parametrize("read", [metrics_of, of_tensorboard, of_wandb, of_mlflow])
+def test_scalars_have_their_documented_names(read: Callable[[Path], Curves], run: Path) -> None:
+    expected = metrics_of(run)
+    found = read(run)
+    for name in NAMES:
+        assert found[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_completions_are_in_each_that_has_tables(run: Path) -> None:
+    tables = list((run / "wandb").rglob("completions*.table.json"))
+    assert len(tables) == 2  # of the first epoch and the last
+    assert len(list((run / "artifacts").rglob("epoch=*.json"))) == 2
