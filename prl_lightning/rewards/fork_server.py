@@ -25,7 +25,7 @@ _ANSWER_SECONDS = 60.0  # for what takes milliseconds, on whatever machine
 _END_SECONDS = 10.0
 
 # How often a call is looked at: as often as that, and less often the longer it takes.
-_LOOK_SECONDS = 0.005
+_LOOK_SECONDS = 0.01
 _LOOK_SHARE = 0.1
 
 
@@ -38,6 +38,7 @@ class Worker:
         process: Its number, and that of its process group; `None` until it has said it.
         index: Of the task that it has.
         task: That task.
+        call: What it has been sent for it.
         deadline: When it is killed, in seconds of the monotonic clock.
         next_look: When to look at it.
         is_aside: Whether it leaves its core to others, since it waits or is low.
@@ -48,6 +49,7 @@ class Worker:
     process: int | None = None
     index: int = -1
     task: Task | None = None
+    call: bytes = b""
     deadline: float = 0.0
     next_look: float = 0.0
     is_aside: bool = False
@@ -177,6 +179,15 @@ class ForkServer:
                 "usual reason"
             ) from error
 
+    def repeat(self, call: bytes) -> None:
+        """Let the process repeat a call, so that later workers begin with the tables for it.
+
+        Args:
+            call: As a worker is given it; one that came to an end soon.
+        """
+        with suppress(OSError):  # the next worker that is asked for will tell
+            self._control.send_bytes(call)
+
     def _fork(self) -> Worker:
         assert self._process is not None
         if not self._is_loaded:
@@ -184,6 +195,7 @@ class ForkServer:
         ours, theirs = _pair(_ANSWER_SECONDS)
         worker = Worker(Connection(ours.detach()))
         with theirs:
+            self._control.send_bytes(b"")
             send_handle(self._control, theirs.fileno(), self._process.pid)
         return worker
 

@@ -46,6 +46,7 @@ class MathReward:
     """
 
     columns = (("answer", "ground_truth", "solution"),)
+    is_repeatable = True
 
     def __init__(self) -> None:
         self.failures = 0

@@ -6,9 +6,10 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
+
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def descendants(process: int) -> list[int]:
@@ -35,11 +36,10 @@ def usage(process: int) -> tuple[float, bool]:
     """
     seconds, computes = 0.0, False
     for member in [process, *descendants(process)]:
-        with suppress(psutil.Error):
-            one = psutil.Process(member)
-            with one.oneshot():
-                seconds += sum(one.cpu_times()[:4])  # of its own and of children, user and system
-                computes |= one.status() == psutil.STATUS_RUNNING
+        with suppress(psutil.Error, OSError):
+            used, runs = _usage_of_one(member)
+            seconds += used
+            computes |= runs
     return seconds, computes
 
 
@@ -75,6 +75,16 @@ def kill_tree(process: int) -> None:
             os.kill(member, signal.SIGKILL)
 
 
+def _usage_of_one(process: int) -> tuple[float, bool]:
+    """Its own seconds and those of its children that have ended, in user and system mode."""
+    if sys.platform != "linux":
+        one = psutil.Process(process)
+        return sum(one.cpu_times()[:4]), one.status() == psutil.STATUS_RUNNING
+    with open(f"/proc/{process}/stat", "rb") as file:  # psutil takes a millisecond for it
+        words = file.read().rpartition(b")")[2].split()  # from the third on: see proc(5)
+    return sum(map(int, words[11:15])) / _TICKS, words[0] == b"R"
+
+
 def _children(process: int) -> list[int]:
     if sys.platform != "linux":  # where this looks at all processes of the machine
         try:
@@ -84,5 +94,6 @@ def _children(process: int) -> list[int]:
     found: list[int] = []
     with suppress(OSError):
         for thread in os.listdir(f"/proc/{process}/task"):
-            found += map(int, Path(f"/proc/{process}/task/{thread}/children").read_text().split())
+            with open(f"/proc/{process}/task/{thread}/children", "rb") as file:
+                found += map(int, file.read().split())
     return found

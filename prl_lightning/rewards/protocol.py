@@ -137,7 +137,7 @@ def _number(name: str, index: int, value: Any) -> float:
     if value is None:
         return math.nan
     number = value.item() if hasattr(value, "item") else value  # numpy and torch scalars
-    if isinstance(number, Real) and abs(number) <= _LARGEST:
+    if isinstance(number, Real) and -_LARGEST <= number <= _LARGEST:  # type: ignore[operator]
         return float(number)
     raise ValueError(
         f"reward function '{name}' returned {value!r:.100} for completion {index}: "

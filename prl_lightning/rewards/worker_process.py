@@ -64,6 +64,11 @@ def _serve(control: Connection) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries the dead
     while True:
         try:
+            call = control.recv_bytes()
+            if call:
+                _carry_out(call, functions)
+                gc.freeze()
+                continue
             connection = Connection(recv_handle(control))
         except EOFError:  # the trainer has ended
             return
@@ -99,12 +104,11 @@ def _work(connection: Connection, functions: Sequence[Any], memory_mib: int) -> 
     called: set[int] = set()
     while True:
         try:
-            index, method, arguments, seed = pickle.loads(connection.recv_bytes())
+            call = connection.recv_bytes()
         except EOFError:
             return
-        _seed(seed)
         before = _used_seconds()
-        reply = _reply(functions[index], method, arguments)
+        index, reply = _carry_out(call, functions)
         if "failure" not in reply and allowance.was_used_up():
             # Whatever it returned: it may have caught the error, as math-verify does, and gone on.
             reply = {"failure": _described(MemoryError())}
@@ -112,6 +116,12 @@ def _work(connection: Connection, functions: Sequence[Any], memory_mib: int) -> 
         called.add(index)
         about = {"used": _used_seconds() - before, "is_last": is_low}
         connection.send_bytes(_json(reply | about))
+
+
+def _carry_out(call: bytes, functions: Sequence[Any]) -> tuple[int, dict[str, Any]]:
+    index, method, arguments, seed = pickle.loads(call)
+    _seed(seed)
+    return index, _reply(functions[index], method, arguments)
 
 
 def _set_process(option: int, value: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -17,6 +18,14 @@ from prl_lightning.rewards.tasks import DIED, Failure, Reply, Task
 # answer from the network, or have computed for longer than any that came to an end.
 _ASIDE = 16
 
+# A new worker does not know what the killed one had learnt: math-verify's tables for the forms of
+# the answers at hand, which cost more than most answers. So the process that it was forked from
+# repeats calls that took a moment, so many whenever it is asked for one, so many in all.
+_REPEATED = 8
+_REPEATED_IN_ALL = 128
+_REPEATED_SECONDS = 0.1
+_REPEATED_BYTES = 20_000
+
 
 class RewardWorkers:
     """Call functions in processes of their own, and kill a process that takes too much.
@@ -26,18 +35,23 @@ class RewardWorkers:
 
     Args:
         functions: What can be called. One may have a method `warm_up`, which is called once in the
-            process that the workers are forked from, for slow imports and tables.
+            process that the workers are forked from, for slow imports and tables. Of one with a
+            true attribute `is_repeatable`, calls may be repeated there for the same end: it must
+            start no threads, and keep nothing of a call but tables.
         memory_mib: See `RewardLimits`.
         number: Workers with a core to themselves.
     """
 
     def __init__(self, functions: Sequence[Any], memory_mib: int, number: int) -> None:
+        self.functions = functions
         self.memory_mib = memory_mib
         self.number = number
         self._server = ForkServer(functions, memory_mib)
         self._idle: list[Worker] = []
         self._busy: dict[Connection, Worker] = {}
         self._patience = Patience()
+        self._recent: deque[bytes] = deque(maxlen=_REPEATED)
+        self._repeated = 0
 
     def start(self) -> None:
         """Begin to load the functions in their process; without it, the first task does.
@@ -116,8 +130,22 @@ class RewardWorkers:
                 if is_new:  # nothing forks it: the next one is asked of another
                     self._server.stop()
                     has_failed = True
+        if is_new:
+            self._repeat()
+        worker.call = call
         worker.begin(index, task)
         self._busy[worker.connection] = worker
+
+    def _repeat(self) -> None:
+        while self._recent and self._repeated < _REPEATED_IN_ALL:
+            self._server.repeat(self._recent.pop())
+            self._repeated += 1
+
+    def _remember(self, task: Task, call: bytes, used: float) -> None:
+        self._patience.note(task, used)
+        repeatable = getattr(self.functions[task.function], "is_repeatable", False)
+        if repeatable and used < _REPEATED_SECONDS and len(call) < _REPEATED_BYTES:
+            self._recent.append(call)
 
     def _next_replies(self, others_wait: bool) -> list[tuple[Worker, Reply]]:
         """Replies, after waiting for one or until a worker has to be looked after."""
@@ -167,7 +195,7 @@ class RewardWorkers:
             failure |= {"kind": "memory", "message": f"more than {self.memory_mib} MiB"}
             is_last = True
         if failure is None:
-            self._patience.note(worker.task, reply["used"])
+            self._remember(worker.task, worker.call, reply["used"])
         if is_last:
             worker.kill()
         else:

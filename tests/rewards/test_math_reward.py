@@ -1,4 +1,5 @@
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -245,17 +246,25 @@ NOT_TO_BE_TOLD_APART = {"olympiad_bench": {122}, "math500": {30, 70, 71, 137, 33
 
 def wrongly_accepted(name: str, rows: slice, perturb: Callable[[str], str]) -> set[int]:
     golds = [(row, answer, boxed(answer).strip("$")) for row, answer in enumerate(references(name))]
-    chosen = [item for item in golds[rows] if not item[2].endswith("0")]
+    chosen = [item for item in golds[rows] if not (perturb is negative and is_zero(item[2]))]
     completions = [rf"\boxed{{{perturb(text)}}}" for _, _, text in chosen]
     scores = MathReward()(completions, completions, answer=[answer for _, answer, _ in chosen])
     accepted = {row for (row, _, _), value in zip(chosen, scores, strict=True) if value}
     return accepted - NOT_TO_BE_TOLD_APART.get(name, set())
 
 
+def negative(text: str) -> str:
+    return f"-({text})"
+
+
+def is_zero(text: str) -> bool:
+    return re.fullmatch(r"[0.]+", text) is not None
+
+
 PERTURBATIONS = {
     "plus_one": lambda text: f"({text})+1",
     "plus_seven": lambda text: f"{text}+7",
-    "negative": lambda text: f"-({text})",
+    "negative": negative,
     "digit": lambda text: f"{text}7",
     "symbol": lambda text: f"{text}q",
 }

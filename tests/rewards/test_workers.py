@@ -15,11 +15,19 @@ from typing import Any
 
 import pytest
 
-from prl_lightning.rewards import MathReward, RewardLimits, RewardScores, RewardSum, equality
+from prl_lightning.rewards import (
+    MathReward,
+    RewardLimits,
+    RewardScores,
+    RewardSum,
+    equality,
+    fork_server,
+)
 from prl_lightning.rewards.answers import GroupAnswers
 from rewards.hostile import HOSTILE
 
 TIGHT = RewardLimits(seconds=2.0, memory_mib=256, failure_value=-1.0, workers=2)
+PATIENT_256 = RewardLimits(seconds=120.0, memory_mib=256, failure_value=-1.0, workers=2)
 PATIENT = RewardLimits(seconds=120.0, failure_value=-1.0, workers=2)
 BYTES = 8 << 30
 
@@ -45,12 +53,24 @@ def obey(completions: Sequence[str], **columns: Any) -> Any:
                 os.kill(os.getpid(), signal.SIGSEGV)
             case ["quit"]:
                 sys.exit(0)
+            case ["busy", seconds]:
+                end = time.process_time() + float(seconds)
+                while time.process_time() < end:
+                    pass
+                values.append(1.0)
+            case ["run", seconds]:
+                code = f"import time\nwhile time.process_time() < {seconds}: pass"
+                subprocess.run([sys.executable, "-S", "-c", code], check=True)
+                values.append(1.0)
             case ["raise"]:
                 raise KeyError("no such thing")
             case ["spawn", file]:
-                child = subprocess.Popen(["sleep", "1000"])
-                Path(file).write_text(f"{os.getpid()} {child.pid}")
-                child.wait()
+                children = [
+                    subprocess.Popen(["sleep", "1000"], start_new_session=alone)
+                    for alone in (False, True)
+                ]
+                Path(file).write_text(" ".join(map(str, [os.getpid(), *pids_of(children)])))
+                children[0].wait()
             case ["meet", folder, number]:
                 (Path(folder) / str(os.getpid())).touch()
                 while len(os.listdir(folder)) < int(number):
@@ -67,6 +87,10 @@ def obey(completions: Sequence[str], **columns: Any) -> Any:
             case _:
                 values.append(1.0)
     return values
+
+
+def pids_of(children: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    return [child.pid for child in children]
 
 
 class Whole:
@@ -143,8 +167,31 @@ def test_a_failure_is_counted_named_and_the_others_are_judged(
 
 def test_what_a_killed_call_has_started_is_killed_too(scored: Any, tmp_path: Path) -> None:
     scored([f"spawn {tmp_path / 'pids'}"])
-    worker, child = map(int, (tmp_path / "pids").read_text().split())
-    assert wait_until(lambda: not is_alive(worker) and not is_alive(child))
+    processes = list(map(int, (tmp_path / "pids").read_text().split()))
+    assert len(processes) == 3
+    assert wait_until(lambda: not any(map(is_alive, processes)))
+
+
+@pytest.mark.parametrize("how", ["busy", "run"])
+def test_calls_that_take_a_part_of_their_limit_are_all_judged(how: str, scored: Any) -> None:
+    """Whether they compute themselves or a child does, and whoever else wants the cores."""
+    scores = scored([f"{how} 0.3"] * 40)
+    assert scores.total.tolist() == [1.0] * 40
+
+
+def test_a_call_that_had_to_let_others_go_first_is_judged_in_the_end(scored: Any) -> None:
+    """It takes longer than any before it, and the others take longer than its limit."""
+    texts = ["busy 0.01"] * 10 + ["busy 0.8"] * 4 + ["busy 0.02"] * 700
+    limits = RewardLimits(seconds=6.0, workers=2)
+    assert scored(texts, limits=limits).total.tolist() == [1.0] * len(texts)
+
+
+def test_of_those_that_compute_forever_only_some_are_tried_again(scored: Any) -> None:
+    start = time.monotonic()
+    scores = scored(["good"] * 10 + ["compute"] * 16 + ["busy 0.02"] * 100)
+    assert scores.total.tolist() == [1.0] * 10 + [-1.0] * 16 + [1.0] * 100
+    # A core each would take 16 s, a second attempt for each as much again.
+    assert time.monotonic() - start < 14.0
 
 
 def test_more_hanging_calls_than_workers_do_not_stall_the_others(
@@ -157,8 +204,8 @@ def test_more_hanging_calls_than_workers_do_not_stall_the_others(
 
 def test_a_call_put_aside_does_not_slow_down_its_successors(scored: Any) -> None:
     """A worker whose priority was lowered is not used again."""
-    scores = scored(["sleep"] * 2 + ["priority"] * 10)
-    assert scores.total.tolist()[2:] == [float(os.getpriority(os.PRIO_PROCESS, 0))] * 10
+    scores = scored(["good", "compute", "sleep"] + ["priority"] * 200)
+    assert scores.total.tolist()[3:] == [float(os.getpriority(os.PRIO_PROCESS, 0))] * 200
 
 
 def test_one_that_needs_all_completions_gets_them(scored: Any) -> None:
@@ -330,8 +377,14 @@ from prl_lightning.rewards import RewardLimits, RewardSum
 PIDS = sys.argv[1]
 
 def hang(completions):
-    import os, time
-    open(PIDS, "w").write(f"{os.getpid()} {os.getppid()}")
+    import os, subprocess, time
+    child = subprocess.Popen(["sleep", "1000"])
+    alone = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    # Its parent is gone at once.
+    command = ["sh", "-c", "setsid sleep 1000 >/dev/null 2>&1 & echo $!"]
+    orphan = int(subprocess.run(command, capture_output=True).stdout)
+    pids = [os.getpid(), os.getppid(), child.pid, alone.pid, orphan]
+    open(PIDS, "w").write(" ".join(map(str, pids)))
     time.sleep(1000)
 
 RewardSum([hang], limits=RewardLimits(seconds=1000.0, workers=1)).score(["?"], ["a"], {})
@@ -342,12 +395,124 @@ def test_nothing_outlives_a_killed_trainer(tmp_path: Path) -> None:
     script, pids = tmp_path / "trainer.py", tmp_path / "pids"
     script.write_text(TRAINER)
     trainer = subprocess.Popen([sys.executable, str(script), str(pids)])
-    assert wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2, 120)
-    worker, server = map(int, pids.read_text().split())
-    assert is_alive(worker)
+    assert wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 5, 120)
+    processes = list(map(int, pids.read_text().split()))
+    assert all(map(is_alive, processes))
     trainer.kill()
     trainer.wait()
-    assert wait_until(lambda: not is_alive(worker) and not is_alive(server))
+    assert wait_until(lambda: not any(map(is_alive, processes)))
+
+
+def test_a_server_that_does_not_answer_is_replaced(
+    scored: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fork_server, "_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(fork_server, "_END_SECONDS", 0.5)
+    rewards = RewardSum([length], limits=TIGHT)
+    try:
+        rewards.score(["?"], ["four"], {})
+        assert rewards._workers is not None
+        server = rewards._workers._server._process
+        assert server is not None
+        os.kill(server.pid, signal.SIGSTOP)
+        rewards._workers._idle.pop().kill()
+        assert rewards.score(["?"], ["four"], {}).total.tolist() == [4.0]
+        assert not is_alive(server.pid)
+    finally:
+        rewards.stop()
+
+
+class Fills(MathReward):
+    """math-verify takes all memory, by small things; some of it catches the error, as its own."""
+
+    def __init__(self, catches: bool) -> None:
+        super().__init__()
+        self.catches = catches
+
+    def warm_up(self) -> None:
+        super().warm_up()
+        import math_verify
+
+        def verify(*args: Any, **options: Any) -> bool:
+            kept: list[Any] = []
+            try:
+                while True:
+                    kept.append([None] * 50)
+            except MemoryError:
+                if not self.catches:
+                    raise
+            return False
+
+        math_verify.verify = verify
+
+
+@pytest.mark.parametrize("catches", [False, True])
+def test_memory_that_math_verify_lacks_is_no_wrong_answer(catches: bool, scored: Any) -> None:
+    scores = scored([r"\boxed{1}", r"\boxed{2}", r"\boxed{1}"], Fills(catches), PATIENT_256)
+    assert scores.total.tolist() == [1.0, -1.0, 1.0]
+    assert [call.failure.kind for call in scores.failed_calls] == ["memory"]
+
+
+class Keeps:
+    """Keeps what calls after the first have allocated, and says in which process."""
+
+    def __init__(self) -> None:
+        self.kept: list[bytearray] = []
+
+    def __call__(self, completions: Sequence[str], **columns: Any) -> list[float]:
+        self.kept += [bytearray(int(text) << 20) for text in completions]
+        return [float(os.getpid())]
+
+
+@pytest.mark.parametrize(("sizes", "processes"), [([100, 1, 1], 1), ([1, 150, 1], 2)])
+def test_a_worker_with_little_memory_left_is_replaced(
+    sizes: list[int], processes: int, scored: Any
+) -> None:
+    """Not for what its first call leaves: a model that is loaded then would be loaded each time."""
+    limits = RewardLimits(seconds=120.0, memory_mib=256, workers=1)
+    scores = scored([str(size) for size in sizes], Keeps(), limits)
+    assert scores.failures == {"Keeps": 0}
+    assert len(set(scores.total.tolist())) == processes
+
+
+class Divides(MathReward):
+    """math-verify raises."""
+
+    def warm_up(self) -> None:
+        super().warm_up()
+        import math_verify
+
+        def verify(*args: Any, **options: Any) -> bool:
+            raise ZeroDivisionError("by nothing")
+
+        math_verify.verify = verify
+
+
+def test_an_error_of_math_verify_is_a_failed_call_and_too_large_an_answer_is_none(
+    scored: Any,
+) -> None:
+    texts = [r"\boxed{1}", r"\boxed{2}", r"\boxed{9^{9^{9^9}}}"]
+    scores = scored(texts, Divides(), PATIENT_256)
+    assert scores.total.tolist() == [1.0, -1.0, 0.0]
+    (call,) = scores.failed_calls
+    assert (call.index, call.failure.kind) == (1, "ZeroDivisionError")
+    assert "in verify" in call.failure.traceback
+    assert scores.failures == {"Divides": 2}
+
+
+class Broken(MathReward):
+    """A math-verify that finds nothing equal."""
+
+    def warm_up(self) -> None:
+        import math_verify
+
+        math_verify.verify = lambda *args, **options: False
+        super().warm_up()
+
+
+def test_a_broken_math_verify_is_said_before_anything_is_judged(scored: Any) -> None:
+    with pytest.raises(RuntimeError, match="math-verify does not find '12' and '12.0' equal"):
+        scored([r"\boxed{1}"], Broken())
 
 
 class Unguarded(MathReward):
@@ -362,18 +527,25 @@ class Unguarded(MathReward):
 def test_hostile_answers_cost_at_most_their_limit(function: MathReward, scored: Any) -> None:
     """Right answers between them stay right."""
     texts = [text for answer in HOSTILE.values() for text in (rf"\boxed{{{answer}}}", r"\boxed{1}")]
-    scores = scored(texts, function, RewardLimits(seconds=4.0, workers=2))
+    limits = RewardLimits(seconds=4.0, workers=2)
+    start = time.monotonic()
+    scores = scored(texts, function, limits)
+    taken = time.monotonic() - start
     assert len(HOSTILE) >= 40
     assert scores.total[1::2].tolist() == [1.0] * len(HOSTILE)
     named = dict(zip(HOSTILE, scores.total[::2].tolist(), strict=True))
     right = {name for name, value in named.items() if value}
     assert right == {"a megabyte of spaces", "boxes in boxes"}
+    # No more than if each that was killed had had a core for its limit; loading takes the rest.
+    late = sum(call.failure.kind == "time" for call in scores.failed_calls)
+    assert taken < (late + 2) * limits.seconds / 2 + 30.0
+    print(f"{late} of {len(HOSTILE)} were killed for their time, in {taken:.1f} s")
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("seconds", 0), ("memory_mib", -1), ("max_failures", 1.5), ("workers", -1),
-     ("failure_value", float("nan"))],
+    [("seconds", 0), ("seconds", float("inf")), ("memory_mib", -1), ("max_failures", 1.5),
+     ("workers", -1), ("failure_value", float("nan"))],
 )  # fmt: skip
 def test_limits_out_of_range(field: str, value: float) -> None:
     settings: Any = {field: value}
