@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from prl_lightning.models import load_policy, load_tokenizer, named_weights
+from prl_lightning.unpickling import refuse_code
 
 POLICY = "policy."
 
@@ -30,12 +31,14 @@ def export_checkpoint(ckpt_path: str, out: str, dtype: str | None = None) -> Non
         FileNotFoundError: there is no such checkpoint.
         FileExistsError: there is something at ``out``.
         ValueError: the checkpoint was not written by this package.
+        pickle.UnpicklingError: loading it could run code.
     """
     refuse_existing(Path(out), "out")
     torch_dtype(dtype)
     path = Path(ckpt_path)
     if not path.exists():
         raise FileNotFoundError(f"ckpt_path={ckpt_path}: there is no such checkpoint.")
+    refuse_code(path)
     is_sharded = path.is_dir()
     checkpoint: dict[str, Any] = torch.load(
         path / "meta.pt" if is_sharded else path, map_location="cpu", weights_only=True, mmap=True

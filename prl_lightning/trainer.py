@@ -8,13 +8,55 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
+from prl_lightning.unpickling import refuse_code
+
 
 class PRLTrainer(Trainer):
-    """Lightning's Trainer, whose checkpoints are written beside and renamed when complete."""
+    """Lightning's Trainer, whose checkpoints are written beside and renamed when complete.
+
+    Nothing in a checkpoint is run, unless ``weights_only=False`` asks for it.
+
+    Args:
+        num_sanity_val_steps: Lightning's; by default the starting policy is evaluated on all.
+        log_every_n_steps: Lightning's; by default an iteration of one update is logged as well.
+        use_distributed_sampler: Lightning's; off, for a rank reads the buffer that it has filled.
+        kwargs: everything else of Lightning's Trainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_sanity_val_steps: int | None = -1,
+        log_every_n_steps: int | None = 1,
+        use_distributed_sampler: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            num_sanity_val_steps=num_sanity_val_steps,
+            log_every_n_steps=log_every_n_steps,
+            use_distributed_sampler=use_distributed_sampler,
+            **kwargs,
+        )
+
+    def _run(
+        self,
+        model: LightningModule,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Where fit, validate, test and predict come together, the checkpoint's name found.
+
+        Lightning takes None for False where a checkpoint is not on this machine.
+        """
+        if weights_only is None:
+            weights_only = True
+        if weights_only and ckpt_path is not None:
+            refuse_code(Path(ckpt_path))
+        return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
 
     def save_checkpoint(
         self,

@@ -166,6 +166,32 @@ def test_at_every_moment_of_a_save_there_is_a_whole_checkpoint(
     assert seen == sorted(seen)
 
 
+def test_values_alone_are_read_from_a_checkpoint_unless_asked_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning decides by where the checkpoint is, where it is not told."""
+    trainer, path = fitted(tmp_path), tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    load, asked = trainer.strategy.load_checkpoint, []
+
+    def noted(path: Any, weights_only: bool | None = None) -> Any:
+        asked.append(weights_only)
+        return load(path, weights_only=weights_only)
+
+    monkeypatch.setattr(trainer.strategy, "load_checkpoint", noted)
+    for option in (None, True, False):
+        trainer.fit(Model(), DataLoader([1.0]), ckpt_path=path, weights_only=option)
+    assert asked == [True, True, False]
+
+
+def test_python_has_the_defaults_of_the_command() -> None:
+    trainer = PRLTrainer(accelerator="cpu", logger=False)
+    assert trainer.num_sanity_val_steps == float("inf")
+    assert trainer.log_every_n_steps == 1
+    assert not trainer._accelerator_connector.use_distributed_sampler
+    assert PRLTrainer(accelerator="cpu", num_sanity_val_steps=2).num_sanity_val_steps == 2
+
+
 def test_saving_in_the_background_is_refused(tmp_path: Path) -> None:
     trainer = fitted(tmp_path, plugins=[AsyncCheckpointIO()])
     with pytest.raises(ValueError, match=r"trainer\.plugins.*AsyncCheckpointIO.*Leave it out"):
