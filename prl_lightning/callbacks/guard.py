@@ -27,7 +27,8 @@ class UpdateGuard(Callback):
 
     ``train/skipped_updates`` counts them, and ``skipped_updates.jsonl`` of the run's folder has the
     prompts and rewards of the micro-batches whose loss was not finite (of all of the update's where
-    every loss was). With a gradient scaler (16-mixed) the scaler does the skipping.
+    every loss of every rank was). With a gradient scaler (16-mixed) the scaler does the skipping,
+    and a gradient too large for the scale is its own affair: there it is the loss that counts.
 
     Args:
         max_skipped: after more than so many skipped updates in a row the run stops, with a
@@ -55,17 +56,19 @@ class UpdateGuard(Callback):
     ) -> None:
         """Take an unusable gradient away: an optimizer leaves parameters without one alone."""
         losses, self._losses = self._losses, []
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            return
-        module = prl_module(pl_module)
-        is_finite = bool(total_norm(module.loaded_policy).isfinite())
+        is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if is_scaled:
+            is_finite = bool(torch.stack(losses).isfinite().all())
+        else:
+            is_finite = bool(total_norm(prl_module(pl_module).loaded_policy).isfinite())
         is_usable = trainer.strategy.reduce_boolean_decision(is_finite, all=True)
         # Every rank has the same count.
         pl_module.log("train/skipped_updates", float(not is_usable), on_step=False, on_epoch=True,
                       reduce_fx="sum")  # fmt: skip
         self._in_a_row = 0 if is_usable else self._in_a_row + 1
         if not is_usable:
-            optimizer.zero_grad(set_to_none=True)
+            if not is_scaled:
+                optimizer.zero_grad(set_to_none=True)
             self._note(trainer, losses)
 
     def on_train_batch_end(
@@ -91,11 +94,13 @@ class UpdateGuard(Callback):
         buffer = train_rollouts(trainer)
         micro_batches = buffer.micro_batch_rollouts[buffer.position - len(losses) :][: len(losses)]
         finite = torch.stack(losses).isfinite().tolist()
+        # Of all ranks: where one has a bad loss, what the others had is above suspicion.
+        all_finite = trainer.strategy.reduce_boolean_decision(all(finite), all=True)
         suspects = [
             {"prompt": prompt_text(rollout.prompt.source), "reward": rollout.reward}
             for rollouts, is_finite in zip(micro_batches, finite, strict=True)
             for rollout in rollouts
-            if not is_finite or all(finite)
+            if not is_finite or all_finite
         ]
         rank_zero_warn(f"Update {trainer.global_step} is skipped: its gradient is not finite.")
         row = {"step": trainer.global_step, "rank": trainer.global_rank, "completions": suspects}
