@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prl_lightning.callbacks import RolloutCallback
+from prl_lightning.callbacks.contradictions import contradictions, messages_of
 from prl_lightning.data import PromptDataModule
 from prl_lightning.models import load_tokenizer
 from prl_lightning.module import PRLModule
@@ -18,10 +19,6 @@ from prl_lightning.samplers import VLLMSampler
 from prl_lightning.steps import StepSplitter
 
 MIB = 2**20
-
-
-class Refused(ValueError):
-    """Settings that cannot work together, all of them."""
 
 
 def complaints(
@@ -44,38 +41,20 @@ def complaints(
         One message a contradiction. What depends on the policy's files is left to the run where
         ``data.prepare`` has yet to make them.
     """
-    checks: list[Callable[[], Any]] = [lambda: model.check_metrics(data)]
+    found = contradictions(trainer, model, data, rollout, trains)
+    checks: list[Callable[[], Any]] = []
     if data.prepare is None:
         sources = [*(data.train_sources if trains else []), *data.eval_sources.values()]
         checks += [source.check for source in sources]
-    if trains and data.train_sources:
-        checks += [
-            lambda: data.sizes(trainer),
-            lambda: _check_groups(model, data),
-            lambda: _check_importance(model, rollout),
-        ]
     if _is_there(model.policy_name, data):
-        unreadable = list(_messages([lambda: _read_config(model.policy_name)]))
+        unreadable = list(messages_of([lambda: _read_config(model.policy_name)]))
         if unreadable:
-            return [*_messages(checks), *unreadable]
+            return [*found, *messages_of(checks), *unreadable]
         checks += [
             lambda: rollout.check_lengths(data, model),
             lambda: StepSplitter(model.objective.steps, load_tokenizer(model.policy_name)),
         ]
-    return list(_messages(checks))
-
-
-def refuse(found: list[str]) -> None:
-    """Raise what ``complaints`` has found, all at once.
-
-    Args:
-        found: one message each.
-
-    Raises:
-        Refused: there is something.
-    """
-    if found:
-        raise Refused("\n- ".join(["What is asked for cannot be done:", *found]))
+    return [*found, *messages_of(checks)]
 
 
 def describe(
@@ -112,33 +91,6 @@ def describe(
     else:
         lines.append(f"memory     {model.policy_name} is made by data.prepare; check again then")
     return "\n".join(lines)
-
-
-def _messages(checks: list[Callable[[], Any]]) -> Iterator[str]:
-    for check in checks:
-        try:
-            check()
-        except (ValueError, OSError) as error:
-            yield str(error)
-
-
-def _check_importance(model: PRLModule, rollout: RolloutCallback) -> None:
-    cap = model.objective.importance_cap
-    if rollout.overlap and cap is not None:
-        raise ValueError(
-            f"model.objective.importance_cap={cap} has no effect with rollout.overlap=true: the "
-            "importance ratio starts from what the engine reported, so that between engine and "
-            "trainer nothing is left to correct. Leave one of them out."
-        )
-
-
-def _check_groups(model: PRLModule, data: PromptDataModule) -> None:
-    if data.group_size < 2 and model.objective.outcome in ("grpo", "dr_grpo", "rloo"):
-        raise ValueError(
-            f"data.group_size={data.group_size}, but model.objective.outcome="
-            f"{model.objective.outcome!r} compares the completions of a prompt. Sample 2 or more, "
-            "or set outcome to 'reward'."
-        )
 
 
 def _read_config(name: str) -> None:

@@ -24,7 +24,14 @@ from prl_lightning.callbacks import (
     SaveOnSignal,
     UpdateGuard,
 )
-from prl_lightning.check import Refused, complaints, describe, refuse
+from prl_lightning.callbacks.contradictions import (
+    Refused,
+    missing_devices,
+    refuse,
+    warn_of_one_step,
+)
+from prl_lightning.check import complaints, describe
+from prl_lightning.configuration import Construction, Missing, SaveConfig, has_holes
 from prl_lightning.data import PromptDataModule
 from prl_lightning.export import export_checkpoint, refuse_existing
 from prl_lightning.module import PRLModule
@@ -55,12 +62,34 @@ class PRLCLI(LightningCLI):
         parser.add_lightning_class_args(UpdateGuard, "guard")
         parser.link_arguments("model.policy", "data.tokenizer")
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_classes(self) -> None:
+        """Make what the configuration asks for, or say all that is wrong with it.
+
+        Raises:
+            Refused: an object cannot be made, or settings do not go together.
+        """
+        self.making = Construction()
+        # As Lightning does itself; the parser's `instantiators` are not in every jsonargparse.
+        self.parser.add_instantiator(self.making, object, prepend=True)
+        super().instantiate_classes()
+        self.making.is_over = True
+        errors = self.making.errors
+        if errors and not has_holes([self.trainer, self.model, self.datamodule]):
+            errors += self.found()
+        refuse(errors)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Put a ``metrics.csv`` into every run folder, beside whatever other logger there is.
 
+        A hole where it, or a callback of it, cannot be made.
         Where the configuration has no logger, TensorBoard is the other one.
         """
-        trainer = super().instantiate_trainer(**kwargs)
+        sections = ("trainer", *self._parser(self.subcommand).callback_keys)
+        if has_holes([self._get(self.config_init, section) for section in sections]):
+            return Missing()
+        trainer: Any = self.making(super().instantiate_trainer, **kwargs)
+        if isinstance(trainer, Missing):
+            return trainer
         has_csv = any(isinstance(logger, CSVLogger) for logger in trainer.loggers)
         if has_csv or getattr(trainer, "fast_dev_run", False):
             return trainer
@@ -77,13 +106,19 @@ class PRLCLI(LightningCLI):
         rollout = next(c for c in callbacks if isinstance(c, RolloutCallback))
         return self.trainer, self.model, self.datamodule, rollout
 
+    def found(self) -> list[str]:
+        """What does not go together; a check is not of this machine."""
+        rollout = self.parts()[-1]
+        here = [] if self.subcommand is None else missing_devices(rollout)
+        return [*complaints(*self.parts(), trains=self.subcommand in (None, "fit")), *here]
+
     def before_fit(self) -> None:
         """Look ``--ckpt_path last`` up; a first run has none, so one command serves all.
 
         Raises:
-            ValueError: settings that do not go together.
+            Refused: settings that do not go together.
         """
-        refuse(complaints(*self.parts()))
+        refuse(self.found())
         if not self._found_last():
             rank_zero_info(f"No checkpoint under {self.trainer.default_root_dir}: a new run.")
 
@@ -91,15 +126,15 @@ class PRLCLI(LightningCLI):
         """Look ``--ckpt_path last`` up.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: settings that do not go together.
+            Refused: there is none, or settings that do not go together.
         """
-        refuse(complaints(*self.parts(), trains=False))
+        found = self.found()
         if not self._found_last():
-            raise FileNotFoundError(
+            found.append(
                 f"--ckpt_path last: no complete checkpoint under trainer.default_root_dir="
                 f"{self.trainer.default_root_dir}. Name a file, or the folder of the run."
             )
+        refuse(found)
         if "verbose" in self.config_init[self.subcommand]:
             # EvaluationLog prints a table with intervals; Lightning's says the same without.
             self.config_init[self.subcommand]["verbose"] = False
@@ -173,7 +208,8 @@ def main(args: Sequence[str] | None = None) -> None:
         # As on the machine that it is for: devices are counted, not looked for.
         here = [] if torch.cuda.is_available() else ["--trainer.accelerator=cpu"]
         cli = _command_line([*words[1:], *here], CheckCLI, run=False)
-        refuse(complaints(*cli.parts()))
+        refuse(cli.found())
+        warn_of_one_step(cli.model, cli.parts()[-1])
         print(describe(*cli.parts()))
         return
     _command_line(None if args is None else words)
@@ -181,9 +217,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run_command() -> None:
     """``prl``: what is asked for wrongly is a message, and not a traceback."""
+    wrong = (ValueError, OSError) if set(sys.argv[1:2]) & set(TOOLS) else Refused
     try:
         main()
-    except Refused as error:
+    except wrong as error:
         raise SystemExit(f"prl: {error}") from None
 
 
@@ -199,19 +236,13 @@ def _command_line(args: list[str] | None, kind: type[PRLCLI] = PRLCLI, run: bool
             "Hugging Face folder; prl configs --help: the package's configurations, to change"
         },
         auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # `Construction` makes the objects
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         trainer_class=PRLTrainer,
         trainer_defaults={
             "callbacks": [RunSummary(), EvaluationLog(), SaveOnSignal()],
             "default_root_dir": "runs/prl",
             "logger": False,
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": -1,  # the starting policy's evaluation
-            # A rank reads the buffer that it has filled itself.
-            "use_distributed_sampler": False,
         },
     )
-
-
-if __name__ == "__main__":
-    run_command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 from pathlib import Path
@@ -9,9 +10,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from prl_lightning.check import Refused
+from prl_lightning.callbacks import RolloutCallback
+from prl_lightning.callbacks.contradictions import Refused
 from prl_lightning.cli import main
-from runs import QUICKSTART, fit, tiny_overrides
+from prl_lightning.data import PromptDataModule
+from prl_lightning.module import PRLModule
+from prl_lightning.objective import Objective
+from prl_lightning.samplers import HFSampler, ProcessSampler
+from prl_lightning.trainer import PRLTrainer
+from runs import QUICKSTART, fit, tiny_overrides, write_prompts
+from sample_rewards import even_digits
 
 
 @pytest.fixture
@@ -66,6 +74,12 @@ def test_check_takes_what_fit_takes_and_what_it_has_written(
         ("--model.policy=no/such/folder/as.this", r"policy='no/such/folder/as\.this' cannot"),
         ("--data.group_size=1", r"data\.group_size=1, but .*outcome='grpo' compares"),
         ("--data.train=heldout.jsonl:test", r"heldout\.jsonl:test names a split, but a file has"),
+        ("--data.train=null", r"data\.train is missing"),
+        ("--model.pass_at=[0, 2]", r"pass_at=\[0, 2\]: each k must be at least 1"),
+        ("--model.optimizer.init_args.lr=-1", r"model\.optimizer cannot be made: .*-1"),
+        ("--rollout.limits={workers: 0, seconds: 3}", r"seconds=3\.0.*and workers=0"),
+        ("--rollout.limits.failure_value=0.5", r"failure_value=0\.5.*solved_at=0\.5"),
+        ("--trainer.plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO", "AsyncCheckpointIO"),
     ],
 )
 def test_a_contradiction_is_named(
@@ -73,6 +87,75 @@ def test_a_contradiction_is_named(
 ) -> None:
     with pytest.raises(Refused, match=message):
         main(["check", "--config", str(QUICKSTART), *tiny_overrides(tied_model, tmp_path), change])
+
+
+def test_a_reference_that_nothing_reads_is_a_mistake(tied_model: str, tmp_path: Path) -> None:
+    overrides = [*tiny_overrides(tied_model, tmp_path), "--model.reference=owner/other"]
+    no_kl = ["--model.objective.kl=none"]
+    with pytest.raises(Refused, match=r"reference='owner/other' is not used"):
+        main(["check", "--config", str(QUICKSTART), *overrides, *no_kl])
+
+
+def test_an_adapter_without_peft_is_a_mistake(
+    tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "peft" else find(name)
+    )
+    overrides = [*tiny_overrides(tied_model, tmp_path), "--model.lora={r: 2}"]
+    with pytest.raises(Refused, match=r"model\.lora needs peft.*prl-lightning\[lora\]"):
+        main(["check", "--config", str(QUICKSTART), *overrides])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ("VLLMSampler, init_args: {sleeps: true}", r"sleeps=true.*there is no GPU"),
+        ("ProcessSampler, init_args: {gpus: [7]}", r"gpus=\[7\], but this process sees 0 GPUs"),
+    ],
+)
+def test_a_run_needs_its_devices_and_a_check_does_not(
+    sampler: str, message: str, tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    overrides = [
+        *tiny_overrides(tied_model, tmp_path),
+        f"--rollout.sampler={{class_path: prl_lightning.samplers.{sampler}}}",
+        "--trainer.accelerator=cpu",
+    ]
+    main(["check", "--config", str(QUICKSTART), *overrides])
+    with pytest.raises(Refused, match=message):
+        fit(*overrides)
+
+
+def test_an_engine_needs_a_gpu_for_each_process(tied_model: str, tmp_path: Path) -> None:
+    overrides = [
+        *tiny_overrides(tied_model, tmp_path),
+        "--rollout.sampler={class_path: prl_lightning.samplers.ProcessSampler, "
+        "init_args: {sampler: prl_lightning.samplers.HFSampler, gpus: [0]}}",
+        *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"),
+    ]
+    with pytest.raises(Refused, match=r"gpus=\[0\], but the trainer has 2 processes"):
+        main(["check", "--config", str(QUICKSTART), *overrides])
+
+
+def test_steps_that_no_completion_fills_are_said(tied_model: str, tmp_path: Path) -> None:
+    overrides = [*tiny_overrides(tied_model, tmp_path), "--model.objective.steps=8"]
+    with pytest.warns(UserWarning, match=r"steps=8, but rollout\.max_new_tokens=8"):
+        main(["check", "--config", str(QUICKSTART), *overrides])
+
+
+def test_a_run_from_python_is_refused_the_same(tied_model: str, tmp_path: Path) -> None:
+    """All at once, and before the policy is loaded."""
+    train = write_prompts(tmp_path / "train.jsonl")
+    module = PRLModule("never/loaded", Objective(outcome="rloo", importance_cap=2.0))
+    data = PromptDataModule(tied_model, train=str(train), prompts_per_epoch=4, group_size=1)
+    sampler = ProcessSampler(HFSampler())
+    rollout = RolloutCallback([even_digits], sampler, max_new_tokens=8, overlap=True)
+    trainer = PRLTrainer(accelerator="cpu", logger=False, callbacks=[rollout], max_epochs=1)
+    with pytest.raises(Refused, match=r"(?s)data\.group_size=1.*importance_cap=2\.0"):
+        trainer.fit(module, datamodule=data)
 
 
 def test_an_evaluation_is_not_bothered_by_what_only_training_needs(

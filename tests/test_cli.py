@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from prl_lightning.callbacks.contradictions import Refused
 from prl_lightning.cli import main
 from runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
@@ -105,7 +106,7 @@ def test_last_is_an_error_where_there_is_none_to_evaluate(
     command: str, tied_model: str, tmp_path: Path
 ) -> None:
     overrides = tiny_overrides(tied_model, tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"--ckpt_path last.*default_root_dir=.*run"):
+    with pytest.raises(Refused, match=r"--ckpt_path last.*default_root_dir=.*run"):
         main([command, "--config", str(QUICKSTART), *overrides, "--ckpt_path=last"])
 
 
@@ -152,6 +153,53 @@ def test_what_is_refused_is_a_message_and_no_traceback(tied_model: str, tmp_path
     assert "prl: What is asked for cannot be done:\n- model.pass_at has [64]" in done.stderr
     assert "nowhere.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_mistakes_of_all_sections_are_said_at_once_without_a_traceback(
+    tied_model: str, tmp_path: Path
+) -> None:
+    """What a constructor refuses, and what the parts together contradict."""
+    wrong = [
+        "--model.objective.kl=loss",
+        "--model.objective.steps=256",
+        "--rollout.limits.seconds=-1",
+        "--data.group_size=1",
+        "--data.format.template=nothing",
+        "--ckpt_path=last",
+    ]
+    overrides = [*without_rewards(tied_model, tmp_path), *wrong]
+    for command in ("fit", "validate"):
+        done = prl(tmp_path, command, "--config", str(QUICKSTART), *overrides)
+        assert done.returncode == 1
+        assert "steps=256 has no effect with kl='loss'" in done.stderr
+        assert "limits.seconds=-1.0: must be above 0" in done.stderr
+        assert "data.format.template='nothing' lacks" in done.stderr
+        assert ("data.group_size=1, but" in done.stderr) == (command == "fit")
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["validate", "--ckpt_path=last"], "--ckpt_path last: no complete checkpoint"),
+        (["fit", "--guard.max_skipped=-1"], "guard.max_skipped=-1: must not be negative"),
+        (["fit", "--trainer.accelerator=tpu"], "TPUAccelerator"),
+    ],
+)
+def test_a_mistake_is_a_message(
+    command: list[str], said: str, tied_model: str, tmp_path: Path
+) -> None:
+    words = [*without_rewards(tied_model, tmp_path), *command[1:]]
+    done = prl(tmp_path, command[0], "--config", str(QUICKSTART), *words)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_tool_says_what_is_not_there(tmp_path: Path) -> None:
+    done = prl(tmp_path, "export", "--ckpt_path=nowhere", "--out=out")
+    assert done.returncode == 1
+    assert done.stderr.endswith("prl: ckpt_path=nowhere: there is no such checkpoint.\n")
 
 
 def test_users_own_data_and_model_are_a_file(tied_model: str, tmp_path: Path) -> None:
@@ -203,10 +251,13 @@ def test_bad_input_stops_before_the_first_update(
     assert not list(tmp_path.glob("run/version_0/checkpoints/*"))
 
 
-def test_unknown_reward_is_named(tied_model: str, tmp_path: Path) -> None:
+def test_unknown_reward_is_named(
+    tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     overrides = tiny_overrides(tied_model, tmp_path)
     with pytest.raises(SystemExit):
         fit(*overrides, "--rollout.rewards=[sample_rewards.no_such_reward]")
+    assert "no_such_reward" in capsys.readouterr().err
 
 
 def test_json_file_with_one_row_is_data_and_not_configuration(

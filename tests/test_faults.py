@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from prl_lightning.rewards import RewardSum
+from prl_lightning.samplers import HFSampler
 from ranks import TESTS, environment
 from runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
@@ -169,10 +172,69 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tied_model: str, tmp_path:
 
 
 def test_an_unwritable_folder_stops_the_run_before_anything_is_sampled(
-    tied_model: str, tmp_path: Path
+    tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file lies where the folder should be: root may write where others may not."""
+    sampled: list[int] = []
+    monkeypatch.setattr(
+        HFSampler, "generate", lambda self, prompts, *rest: sampled.append(len(prompts))
+    )
     run = run_of(tied_model, tmp_path)
     (tmp_path / "run").write_text("not a folder")
     with pytest.raises((FileExistsError, NotADirectoryError), match=str(tmp_path / "run")):
         fit(*run)
+    assert not sampled
+
+
+class Broken(HFSampler):
+    """An engine that fails in one of its parts."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.part = part
+
+    def start(self, model: str, max_model_tokens: int) -> None:
+        super().start(model, max_model_tokens)
+        self.fail("start")
+
+    def load_weights(self, weights: Any) -> None:
+        super().load_weights(weights)
+        self.fail("load_weights")
+
+    def stop(self) -> None:
+        super().stop()
+        self.fail("stop")
+
+    def fail(self, part: str) -> None:
+        if part == self.part:
+            raise MemoryError(f"in {part}")
+
+
+def broken(part: str) -> list[str]:
+    path = f"{__name__}.Broken"
+    return [f"--rollout.sampler={{class_path: {path}, init_args: {{part: {part}}}}}"]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("start", r"Broken did not start for .*: MemoryError: in start\. Nothing of this"),
+        ("load_weights", r"Broken did not take the weights of update 0: MemoryError: in load_we"),
+    ],
+)
+def test_an_engine_that_does_not_begin_is_one_clear_error(
+    part: str, message: str, tied_model: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        fit(*run_of(tied_model, tmp_path), *broken(part))
+
+
+def test_an_engine_that_does_not_stop_leaves_no_processes_of_rewards(
+    tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped: list[bool] = []
+    stop = RewardSum.stop
+    monkeypatch.setattr(RewardSum, "stop", lambda self: stopped.append(True) or stop(self))
+    with pytest.raises(MemoryError, match="in stop"):
+        fit(*run_of(tied_model, tmp_path), *broken("stop"), "--trainer.max_epochs=1")
+    assert stopped

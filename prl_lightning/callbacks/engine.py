@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
@@ -92,29 +94,42 @@ class EngineLink:
         if step is None:
             raise RuntimeError("the engine has no weights: call update() first")
         start = time.monotonic()
-        try:
+        asked = f"failed on {len(prompts)} prompts x {config.n} completions after update {step}"
+        with self._as_one_error(asked):
             groups = self.sampler.generate(prompts, config, on_progress)
-        except Exception as error:
-            raise RuntimeError(
-                f"{type(self.sampler).__name__} failed on {len(prompts)} prompts x {config.n} "
-                f"completions after update {step}: {type(error).__name__}: {error}. Nothing of "
-                "this iteration was trained on; --ckpt_path last goes on from the last checkpoint."
-            ) from error
         _check_drawn(groups, prompts, config)
         return Drawn(groups, step, time.monotonic() - start)
 
     def update(self, trainer: Trainer, module: PRLModule, max_model_tokens: int) -> None:
-        """Start the engine if need be and give it the weights, unless it has them."""
+        """Start the engine if need be and give it the weights, unless it has them.
+
+        Raises:
+            RuntimeError: it does not start, or does not take them.
+        """
         if self._ahead is not None:
             wait([self._ahead.drawn])  # the engine does one thing at a time
         if not self._is_started:
             self._is_started = True  # also half of an engine is to be stopped
-            with isolate_rng():  # an engine that seeds itself seeds the whole process
+            # An engine that seeds itself seeds the whole process.
+            with isolate_rng(), self._as_one_error(f"did not start for {module.policy_name}"):
                 self.sampler.start(module.policy_name, max_model_tokens)
         if self._has_weights_of != trainer.global_step:
-            self.sampler.load_weights(module.weights())
+            with self._as_one_error(f"did not take the weights of update {trainer.global_step}"):
+                self.sampler.load_weights(module.weights())
             self._has_weights_of = trainer.global_step
             self._gap = None
+
+    @contextmanager
+    def _as_one_error(self, what: str) -> Iterator[None]:
+        """Name the engine, what it did not do, and why."""
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeError(
+                f"{type(self.sampler).__name__} {what}: {type(error).__name__}: {error}. Nothing "
+                "of this iteration was trained on; --ckpt_path last goes on from the last "
+                "checkpoint."
+            ) from error
 
     def forget_weights(self) -> None:
         """The trainer's weights may change without a step: a checkpoint is loaded, say."""

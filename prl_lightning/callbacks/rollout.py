@@ -20,6 +20,12 @@ from prl_lightning.callbacks.continuation import (
     settle_progress,
     take_own,
 )
+from prl_lightning.callbacks.contradictions import (
+    contradictions,
+    missing_devices,
+    refuse,
+    warn_of_one_step,
+)
 from prl_lightning.callbacks.engine import Drawn, EngineLink
 from prl_lightning.callbacks.parts import (
     is_last_epoch,
@@ -95,6 +101,7 @@ class RolloutCallback(Callback):
             )
         self.engine = EngineLink(sampler, max_engine_gap)
         self.overlap = overlap
+        self.limits = limits
         self.rewards = RewardSum(rewards, reward_weights, limits)
         self.rewarder = Rewarder(self.rewards)
         self.max_new_tokens = max_new_tokens
@@ -110,9 +117,15 @@ class RolloutCallback(Callback):
         """Refuse what cannot work before anything is loaded.
 
         Raises:
-            ValueError: a reward's column is missing, or prompt and completion exceed the model.
+            ValueError: settings contradict each other, a reward's column is missing, or prompt and
+                completion exceed the model.
         """
         data, module = prompt_data(trainer), prl_module(pl_module)
+        trains = trainer.state.fn == TrainerFn.FITTING
+        found = contradictions(trainer, module, data, self, trains)
+        refuse([*found, *missing_devices(self)])
+        if trains:
+            warn_of_one_step(module, self)
         for where, columns in data.reward_columns.items():
             self.rewards.check_columns(columns, where)
         self._max_tokens = self.check_lengths(data, module)
@@ -144,15 +157,19 @@ class RolloutCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the engine's memory back."""
-        self.engine.stop()
-        self.rewards.stop()
+        self._stop()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """End the other processes too."""
-        self.engine.stop()
-        self.rewards.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        try:
+            self.engine.stop()
+        finally:  # an engine that does not end is no reason to leave processes behind
+            self.rewards.stop()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the model before the first update, and not again where a run goes on."""
