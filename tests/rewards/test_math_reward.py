@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -206,6 +207,45 @@ def test_error_inside_math_verify_is_a_counted_failure(monkeypatch: pytest.Monke
     assert reward.failures == 1  # the others were decided before it
     assert reward(["?"], [r"\boxed{5}"], answer=["5"]) == [1.0]
     assert reward.failures == 0
+
+
+def test_memory_that_is_short_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*args: Any, **kwargs: Any) -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr("math_verify.verify", lacking)
+    with pytest.raises(MemoryError):
+        judge(r"\boxed{6}", "5")
+    with pytest.raises(MemoryError):
+        MathReward().answers([r"\boxed{6}", r"\boxed{5}"])
+
+
+def test_errors_are_those_of_the_last_call_and_none_for_what_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reward = MathReward()
+    assert reward(["?"], [r"\boxed{9^{9^{9}}}"], answer=["5"]) == [0.0]
+    assert (reward.failures, reward.errors) == (1, [])
+    monkeypatch.setattr("math_verify.verify", lambda *args, **kwargs: 1 / 0)
+    assert reward(["?"], [r"\boxed{6}"], answer=[["5", "4"]]) == [0.0]
+    assert [type(error) for error in reward.errors] == [ZeroDivisionError]
+    assert reward(["?"], [r"\boxed{5}"], answer=["5"]) == [1.0]
+    assert (reward.failures, reward.errors) == (0, [])
+
+
+@pytest.mark.parametrize("trouble", ["wrong", "raises", "missing"])
+def test_a_math_verify_that_does_not_work_is_said_at_once(
+    trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if trouble == "missing":
+        monkeypatch.setitem(sys.modules, "math_verify", None)
+        with pytest.raises(ImportError):
+            MathReward().warm_up()
+        return
+    broken = {"wrong": lambda *args, **kwargs: False, "raises": lambda *args, **kwargs: 1 / 0}
+    monkeypatch.setattr("math_verify.verify", broken[trouble])
+    with pytest.raises(RuntimeError, match="right answers would score 0: install the versions"):
+        MathReward().warm_up()
 
 
 def test_works_outside_the_main_thread() -> None:

@@ -282,3 +282,26 @@ def test_the_first_function_that_can_tells_answers_apart() -> None:
     answers = rewards.answers([["a", "b", "a"], ["b"]])
     assert answers is not None
     assert answers.numbers == [[0, -1, 0], [-1]]
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39, 10**400, math.inf, math.nan])
+def test_what_float32_cannot_hold_is_no_reward(value: float) -> None:
+    def large(completions: list[str], **columns: Any) -> list[float]:
+        return [value for _ in completions]
+
+    with pytest.raises(
+        ValueError, match=r"'large' returned .* return a finite number below 3.4e38"
+    ):
+        score(large)
+
+
+def test_without_limits_the_functions_are_warmed_up_here() -> None:
+    class Broken:
+        def __call__(self, completions: list[str]) -> list[float]:
+            return [0.0 for _ in completions]
+
+        def warm_up(self) -> None:
+            raise RuntimeError("the verifier is broken")
+
+    with pytest.raises(RuntimeError, match="the verifier is broken"):
+        RewardSum([Broken()]).start()
