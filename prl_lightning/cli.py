@@ -6,6 +6,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,14 @@ from prl_lightning.callbacks.contradictions import (
     warn_of_one_step,
 )
 from prl_lightning.check import complaints, describe
-from prl_lightning.configuration import Construction, Missing, SaveConfig, has_holes
+from prl_lightning.configuration import (
+    Construction,
+    Missing,
+    Parser,
+    SaveConfig,
+    has_holes,
+    misread,
+)
 from prl_lightning.data import PromptDataModule
 from prl_lightning.export import export_checkpoint, refuse_existing
 from prl_lightning.module import PRLModule
@@ -61,6 +69,15 @@ class PRLCLI(LightningCLI):
         parser.add_lightning_class_args(CompletionLog, "completions")
         parser.add_lightning_class_args(UpdateGuard, "guard")
         parser.link_arguments("model.policy", "data.tokenizer")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read files and words, or say all that is not understood.
+
+        Raises:
+            Refused: unknown keys, or values of another type.
+        """
+        read = partial(super().parse_arguments, parser)
+        refuse(misread(read, list(sys.argv[1:] if args is None else args)))
 
     def instantiate_classes(self) -> None:
         """Make what the configuration asks for, or say all that is wrong with it.
@@ -236,6 +253,7 @@ def _command_line(args: list[str] | None, kind: type[PRLCLI] = PRLCLI, run: bool
             "Hugging Face folder; prl configs --help: the package's configurations, to change"
         },
         auto_configure_optimizers=False,
+        parser_class=Parser,
         load_from_checkpoint_support=False,  # `Construction` makes the objects
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
@@ -15,6 +18,7 @@ MASK = "***"
 SECRET = re.compile(r"(^|_)(key|apikey|token|secret|password|passwd|authorization)$", re.IGNORECASE)
 # Texts that a tokenizer has, and no secrets.
 SPECIAL_TOKENS = re.compile(r"(eos|bos|pad|unk|sep|cls|mask)_token$", re.IGNORECASE)
+KEY = re.compile(r"""(?:key "|option ')([\w.]+)["']""")  # as jsonargparse names it
 CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -73,6 +77,86 @@ def _unchecked(kind: Any, values: dict[str, Any]) -> Any:
         default = field.default if field.default_factory is MISSING else field.default_factory()
         object.__setattr__(made, field.name, values.get(field.name, default))
     return made
+
+
+class Misread(Exception):
+    """What the parser does not understand."""
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's, which says what it does not understand and no pages of what it would."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise it.
+
+        Raises:
+            Misread: always.
+        """
+        raise Misread(message) from ex
+
+
+def misread(read: Callable[[list[str]], Any], words: list[str]) -> list[str]:
+    """Read a command line again and again, each time without what was not understood.
+
+    Args:
+        read: raises ``Misread`` for the first mistake that it finds.
+        words: the command line.
+
+    Returns:
+        Every mistake: unknown keys and values of another type, in files and in the line itself.
+    """
+    found: list[str] = []
+    while True:
+        try:
+            read(words)
+        except Misread as error:
+            said = str(error)
+            is_missing = "are required" in said or said.endswith("Got value: None")
+            if not (found and is_missing):  # what has just been taken out
+                found.append(said)
+            rest = _without(words, said)
+            if rest == words:
+                return found
+            words = rest
+        else:
+            return found
+
+
+def _without(words: list[str], said: str) -> list[str]:
+    """Take out what the parser has named."""
+    unknown = said.removeprefix("unrecognized arguments: ")
+    if unknown != said:
+        return [w for w in words if w not in unknown.split() and not _is_option_in(w, unknown)]
+    named = KEY.search(said)
+    if named is None:
+        return words
+    key, rest, before = named[1], [], ""
+    for word in words:
+        is_value = before == f"--{key}" and word[:2] != "--"
+        is_named = word == f"--{key}" or word.startswith(tuple(f"--{key}{end}" for end in "=.+"))
+        if not (is_value or is_named):
+            option = "--config=" if word.startswith("--config=") else ""
+            is_file = option or before in ("--config", "-c")
+            rest.append(option + _file_without(word[len(option) :], key) if is_file else word)
+        before = word
+    return rest
+
+
+def _is_option_in(word: str, unknown: str) -> bool:
+    return word.startswith("--") and word in unknown
+
+
+def _file_without(file: str, key: str) -> str:
+    """A configuration as text where it has the key, and its name where it has not."""
+    settings = yaml.safe_load(Path(file).read_text() if Path(file).is_file() else file)
+    *path, last = key.split(".")
+    section = settings
+    for name in path:
+        section = section.get(name) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or last not in section:
+        return file
+    del section[last]
+    return json.dumps(settings)
 
 
 class SaveConfig(SaveConfigCallback):

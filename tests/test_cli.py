@@ -251,13 +251,33 @@ def test_bad_input_stops_before_the_first_update(
     assert not list(tmp_path.glob("run/version_0/checkpoints/*"))
 
 
-def test_unknown_reward_is_named(
-    tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_understood_is_said_all_at_once(tied_model: str, tmp_path: Path) -> None:
+    """Unknown keys and wrong types, in files and on the command line, each under its name."""
+    file = tmp_path / "more.yaml"
+    file.write_text("model: {no_such: 1}\ndata: {group_size: many}\nnothing: {a: 1}\n")
+    words = [
+        f"--config={file}",
+        "--rollout.rewards=[sample_rewards.no_such_reward]",
+        "--model.objective.beta=x",
+        *("--model.temperature", "warm"),
+        "--rollout.limits.minutes=3",
+    ]
     overrides = tiny_overrides(tied_model, tmp_path)
-    with pytest.raises(SystemExit):
-        fit(*overrides, "--rollout.rewards=[sample_rewards.no_such_reward]")
-    assert "no_such_reward" in capsys.readouterr().err
+    with pytest.raises(Refused) as refused:
+        main(["fit", "--config", str(QUICKSTART), *overrides, *words])
+    _, *found = str(refused.value).split("\n- ")
+    for said in (
+        "option 'model.no_such'",
+        "key \"data.group_size\":\n  Expected a <class 'int'>. Got value: many",
+        "option 'nothing.a'",
+        "no_such_reward",
+        'key "model.objective.beta"',
+        'key "model.temperature"',
+        "unrecognized arguments: --rollout.limits.minutes=3",
+    ):
+        assert sum(said in message for message in found) == 1, said
+    assert len(found) == 7
+    assert not (tmp_path / "run").exists()
 
 
 def test_json_file_with_one_row_is_data_and_not_configuration(
