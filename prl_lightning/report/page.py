@@ -27,7 +27,7 @@ def write_report(run_dir: str, output: str | None = None) -> None:
 
     Args:
         run_dir: the folder of the run, with metrics.csv; or the one above it, whose newest
-            version_* is taken.
+            version_* that has trained is taken. That of a prl validate, test or predict, too.
         output: the file to write, by default report.html in that folder. One that is there is
             replaced.
 
