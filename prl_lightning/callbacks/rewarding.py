@@ -25,6 +25,8 @@ _KEPT_CHARACTERS = 4000
 class Rewarder:
     """Call the reward functions, count what fails, and stop where too much does.
 
+    Of what fails, the run's ``reward_failures.jsonl`` has the first 16 of every rank and iteration.
+
     Args:
         rewards: their weighted sum.
     """

@@ -10,9 +10,15 @@ from typing import Any
 class RewardLimits:
     """What a reward function may take, before its process is killed and the call is a failure.
 
+    A call that has computed for more than twice as long as any of the last 1,024 calls of its
+    function (and for a tenth of a second) lets others go first, so that one that never ends does
+    not stall them. If its time ends meanwhile, it is tried again after all others, with a core to
+    itself; not so if as many before it as there are workers (and at least two) were in vain.
+
     Attributes:
         seconds: Wall clock, for one completion.
         memory_mib: What a worker may take beyond what loading the functions has taken (on Linux).
+            An error that a function has caught itself is seen where small things took the memory.
         failure_value: The reward that a failed call gives its completion.
         max_failures: The run stops when more than this share of an iteration's completions failed.
         workers: Processes of each rank; by default one a core. 0 calls the functions in the

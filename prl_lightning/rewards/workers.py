@@ -22,7 +22,7 @@ _ASIDE = 16
 # the answers at hand, which cost more than most answers. So the process that it was forked from
 # repeats calls that took a moment, so many whenever it is asked for one, so many in all.
 _REPEATED = 8
-_REPEATED_IN_ALL = 128
+_REPEATED_IN_ALL = 64
 _REPEATED_SECONDS = 0.1
 _REPEATED_BYTES = 20_000
 

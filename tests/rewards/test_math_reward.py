@@ -3,7 +3,6 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -279,22 +278,28 @@ def test_every_reference_of_the_evaluation_sets_equals_itself(name: str) -> None
         assert reward.failures == 0
 
 
-# Right all the same: 0 and -0, 0 and 0q. And what math-verify takes for right: of N = n + 7 it
-# compares the right side with that of N = n as equations in n; of 52_8 and 52_87 the number 52.
-NOT_TO_BE_TOLD_APART = {"olympiad_bench": {122}, "math500": {30, 70, 71, 137, 338}}
+# By set and perturbation, the rows whose altered answer math-verify accepts.
+NOT_TO_BE_TOLD_APART = {
+    # Of 52_8 and 52_87 it reads the number 52.
+    ("math500", "digit"): {30, 70, 71, 137, 338},
+    # Right all the same: 0 and 0q, the whole answer or the right side of an equation.
+    ("math500", "symbol"): {76, 179, 191, 204, 317, 391, 406, 457},
+    ("minerva_math", "symbol"): {62, 68, 89},
+    ("olympiad_bench", "symbol"): {10, 73, 168, 400, 567, 603},
+    # Of N = n + 7 it compares the right side with that of N = n, as equations in n.
+    ("olympiad_bench", "plus_seven"): {122},
+}
 
 
-def wrongly_accepted(name: str, rows: slice, perturb: Callable[[str], str]) -> set[int]:
+def wrongly_accepted(name: str, rows: slice, perturbation: str) -> set[int]:
+    perturb = PERTURBATIONS[perturbation]
     golds = [(row, answer, boxed(answer).strip("$")) for row, answer in enumerate(references(name))]
-    chosen = [item for item in golds[rows] if not (perturb is negative and is_zero(item[2]))]
+    # The negative of zero is zero.
+    chosen = [g for g in golds[rows] if perturbation != "negative" or not is_zero(g[2])]
     completions = [rf"\boxed{{{perturb(text)}}}" for _, _, text in chosen]
     scores = MathReward()(completions, completions, answer=[answer for _, answer, _ in chosen])
     accepted = {row for (row, _, _), value in zip(chosen, scores, strict=True) if value}
-    return accepted - NOT_TO_BE_TOLD_APART.get(name, set())
-
-
-def negative(text: str) -> str:
-    return f"-({text})"
+    return accepted - NOT_TO_BE_TOLD_APART.get((name, perturbation), set())
 
 
 def is_zero(text: str) -> bool:
@@ -304,7 +309,7 @@ def is_zero(text: str) -> bool:
 PERTURBATIONS = {
     "plus_one": lambda text: f"({text})+1",
     "plus_seven": lambda text: f"{text}+7",
-    "negative": negative,
+    "negative": lambda text: f"-({text})",
     "digit": lambda text: f"{text}7",
     "symbol": lambda text: f"{text}q",
 }
@@ -313,8 +318,8 @@ PERTURBATIONS = {
 @needs_data
 @pytest.mark.parametrize("name", ROWS)
 def test_perturbed_references_score_zero(name: str) -> None:
-    for perturb in PERTURBATIONS.values():
-        assert wrongly_accepted(name, slice(None, None, 25), perturb) == set()
+    for perturbation in PERTURBATIONS:
+        assert wrongly_accepted(name, slice(None, None, 25), perturbation) == set()
 
 
 @needs_data
@@ -322,7 +327,7 @@ def test_perturbed_references_score_zero(name: str) -> None:
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 @pytest.mark.parametrize("name", ROWS)
 def test_every_perturbed_reference_scores_zero(name: str, perturbation: str) -> None:
-    assert wrongly_accepted(name, slice(None), PERTURBATIONS[perturbation]) == set()
+    assert wrongly_accepted(name, slice(None), perturbation) == set()
 
 
 def test_answers_are_numbered_by_value_and_not_by_text() -> None:
