@@ -2,15 +2,19 @@
 
     python tests/random_faults.py --faults 50
 
-Kills reward workers, the processes they are forked from, the engine's process, a rank or the whole
-run (all with SIGKILL), or lets no file grow any more, as on a full disk. A run that ends is
-continued with `--ckpt_path last`. At the end its weights are compared with those of a run that was
-left alone: an update that was lost, made twice or made with other rewards shows there.
+Kills reward workers, the processes they are forked from, the engine's process, either rank or the
+whole run (all with SIGKILL), or lets no file grow any more, as on a full disk. A run that ends is
+continued with `--ckpt_path last`; one that does not go on, or leaves processes, HANGS. At the
+end its weights are compared with those of a run that was left alone: an update that was lost, made
+twice or made with other rewards shows there. The table goes to `benchmarks/results`, and the exit
+code is 1 where something hung or a parameter differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
 import resource
 import signal
@@ -29,7 +33,9 @@ from ranks import TESTS, environment
 from runs import QUICKSTART, tiny_overrides
 
 STALLED_SECONDS = 180.0
-FAULTS = ("worker", "fork server", "engine", "rank", "run", "full disk")
+ENDING_SECONDS = 60.0  # in which nothing of a run that has ended is left
+FAULTS = ("worker", "fork server", "engine", "rank 0", "rank 1", "run", "full disk")
+RESULTS = TESTS.parent / "benchmarks" / "results" / "random_faults.json"
 
 
 class Run:
@@ -55,6 +61,7 @@ class Run:
 
     def start(self) -> None:
         self.log = (self.folder / "log").open("a")
+        self.others: list[psutil.Process] = []
         self.process = subprocess.Popen(
             self.command,
             cwd=TESTS,
@@ -65,20 +72,21 @@ class Run:
         )
 
     def wait(self, saves: int) -> str:
-        """Until so many checkpoints have been written: "on", or "ended", or "hangs"."""
-        last = self.saved_at()
-        seen = since = time.monotonic()
+        """Until so many checkpoints have been written: "on", or "ended", or "HANGS"."""
+        last, since = self.saved_at(), time.monotonic()
         while self.process.poll() is None:
-            now = time.monotonic()
             if self.saved_at() != last:
-                last, since, saves = self.saved_at(), now, saves - 1
+                last, since, saves = self.saved_at(), time.monotonic(), saves - 1
             if saves <= 0:
                 return "on"
-            if now - since > STALLED_SECONDS:
+            if time.monotonic() - since > STALLED_SECONDS:
                 self.kill()
-                return "hangs"
+                return "HANGS"
             time.sleep(0.05)
-        return "ended" if time.monotonic() - seen < STALLED_SECONDS else "ended late"
+        _, left = psutil.wait_procs(self.others, timeout=ENDING_SECONDS)
+        for process in left:
+            process.kill()
+        return "HANGS" if left else "ended"
 
     def saved_at(self) -> int:
         files = self.folder.rglob("last.ckpt")
@@ -93,14 +101,15 @@ class Run:
     def strike(self, fault: str, draw: random.Random) -> bool:
         """Do it to one of those concerned; False where there is none at the moment."""
         main = psutil.Process(self.process.pid)
-        children = main.children(recursive=True)
+        children = self.others = main.children(recursive=True)
         lines = {child: " ".join(child.cmdline()) for child in children}
         servers = [c for c, line in lines.items() if "worker_process" in line]
         by_fault = {
             "worker": [c for c in servers if c.ppid() in {s.pid for s in servers}],
             "fork server": [c for c in servers if c.ppid() not in {s.pid for s in servers}],
             "engine": [c for c, line in lines.items() if "spawn_main" in line],
-            "rank": [c for c, line in lines.items() if "prl_lightning" in line and "fit" in line],
+            "rank 0": [main],
+            "rank 1": [c for c, line in lines.items() if "prl_lightning" in line and "fit" in line],
             "run": [main],
             "full disk": [main],
         }
@@ -127,12 +136,43 @@ def outcome_of(run: Run, fault: str, draw: random.Random) -> str:
         time.sleep(0.02)
         if run.process.poll() is not None:
             return "was over before"
-    if run.wait(saves=2) == "on":
-        return "went on by itself"
-    if run.process.returncode == 0:
+    found = run.wait(saves=2)
+    if found == "on" or (found == "ended" and run.process.returncode == 0):
         return "went on by itself"
     run.start()
-    return "continued" if run.wait(saves=1) != "hangs" else "HANGS"
+    after = run.wait(saves=1)
+    if "HANGS" in (found, after):
+        return "HANGS"
+    return "continued" if after == "on" or run.process.returncode == 0 else "FAILS AGAIN"
+
+
+def compare(struck: Run, alone: Run) -> int:
+    """How many parameters differ."""
+    theirs = struck.weights()
+    return sum(not torch.equal(theirs[name], own) for name, own in alone.weights().items())
+
+
+def report(outcomes: Counter[tuple[str, str]], differing: int, seed: int, seconds: float) -> bool:
+    """Print and keep the table; False where something is lost, wrong or hangs."""
+    table = [
+        {"fault": fault, "outcome": found, "times": times}
+        for (fault, found), times in sorted(outcomes.items())
+    ]
+    print("\n| fault | outcome | times |\n| --- | --- | --- |")
+    for row in table:
+        print(f"| {row['fault']} | {row['outcome']} | {row['times']} |")
+    print(f"\nparameters that differ from those of a run left alone: {differing}")
+    result = {
+        "faults": outcomes.total(),
+        "seed": seed,
+        "seconds": round(seconds),
+        "cores": os.cpu_count(),
+        "differing_parameters": differing,
+        "outcomes": table,
+    }
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    bad = {"HANGS", "FAILS AGAIN"} & {found for _, found in outcomes}
+    return not bad and differing == 0
 
 
 def main() -> None:
@@ -147,6 +187,7 @@ def main() -> None:
         model = save_tiny_model(Path(folder) / "model", tie=True)
         run, alone = (Run(model, Path(folder) / n, 4 * args.faults) for n in ("struck", "alone"))
         outcomes: Counter[tuple[str, str]] = Counter()
+        began = time.monotonic()
         run.start()
         run.wait(saves=1)
         for number, fault in enumerate(faults):
@@ -156,12 +197,8 @@ def main() -> None:
         run.process.wait()
         alone.start()
         alone.process.wait()
-        print("\n| fault | outcome | times |\n| --- | --- | --- |")
-        for (fault, found), times in sorted(outcomes.items()):
-            print(f"| {fault} | {found} | {times} |")
-        struck = run.weights()
-        different = [n for n, w in alone.weights().items() if not torch.equal(struck[n], w)]
-        print(f"\nparameters that differ from those of a run left alone: {len(different)}")
+        is_good = report(outcomes, compare(run, alone), args.seed, time.monotonic() - began)
+    sys.exit(0 if is_good else 1)
 
 
 if __name__ == "__main__":
