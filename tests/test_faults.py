@@ -234,7 +234,12 @@ def test_an_engine_that_does_not_stop_leaves_no_processes_of_rewards(
 ) -> None:
     stopped: list[bool] = []
     stop = RewardSum.stop
-    monkeypatch.setattr(RewardSum, "stop", lambda self: stopped.append(True) or stop(self))
+
+    def noted(self: RewardSum) -> None:
+        stopped.append(True)
+        stop(self)
+
+    monkeypatch.setattr(RewardSum, "stop", noted)
     with pytest.raises(MemoryError, match="in stop"):
         fit(*run_of(tied_model, tmp_path), *broken("stop"), "--trainer.max_epochs=1")
     assert stopped

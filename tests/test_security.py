@@ -79,7 +79,7 @@ def test_a_sharded_checkpoint_is_not_unpickled(where: str, tied_model: str, tmp_
         evil_metadata(folder, trace)
     else:
         sharded(folder, Evil(trace))
-    with pytest.raises(pickle.UnpicklingError, match=r"evil\.ckpt is not loaded.*pathlib"):
+    with pytest.raises(pickle.UnpicklingError, match=r"evil\.ckpt is not loaded.*run code"):
         fit(*tiny_overrides(tied_model, tmp_path), f"--ckpt_path={folder}")
     with pytest.raises(pickle.UnpicklingError, match=r"evil\.ckpt is not loaded"):
         export_checkpoint(str(folder), str(tmp_path / "out"))

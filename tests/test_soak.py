@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ranks import TESTS, environment
-from runs import QUICKSTART, tiny_overrides
+from runs import QUICKSTART, metrics_of, tiny_overrides
 
 EPOCHS = 300
 SETTLED = 100  # caches are full and every path has been taken
@@ -19,7 +19,7 @@ SETTLED = 100  # caches are full and every path has been taken
 
 @pytest.mark.slow
 def test_300_epochs_with_the_engine_take_no_more_and_no_longer(
-    tied_model: str, tmp_path: Path
+    tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Evaluations, checkpoints, completion files and rewards that hang among them."""
     overrides = [
@@ -43,9 +43,15 @@ def test_300_epochs_with_the_engine_take_no_more_and_no_longer(
 
     seconds = np.diff([row["time"] for row in rows])
     first, last = np.median(seconds[:50]), np.median(seconds[-50:])
-    slopes = {name: round(slope(name), 4) for name in ("mib", "files", "threads")}
-    print(f"an epoch adds {slopes} to {rows[-1]}; it takes {first:.3f} s first, {last:.3f} s last")
+    names = ("mib", "mib_children", "files", "threads")
+    slopes = {name: round(slope(name), 4) for name in names}
+    hung = sum(metrics_of(tmp_path)["rollout/reward_failures/hangs_at_times"])
+    with capsys.disabled():
+        print(f"\nan epoch adds {slopes} to {rows[-1]}; it takes {first:.3f} s first, {last:.3f} s "
+              f"last; {hung:.0f} calls of rewards hung")  # fmt: skip
+    assert hung > 0  # or the paths that are not to leak were never taken
     assert abs(slope("mib")) < 0.1
+    assert abs(slope("mib_children")) < 0.1
     assert abs(slope("files")) < 0.01
     assert abs(slope("threads")) < 0.01
     # The engine is in the process; of the rewards there are a server, workers, and those aside.

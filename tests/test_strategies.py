@@ -45,6 +45,7 @@ RUNS = OBJECTIVES | HALF_PRECISION
 # Measured by each rank for itself: times, and the first completions that it has sampled.
 OF_A_RANK = ("seconds", "per_second", "engine_gap", "engine_gap_max")
 STRATEGIES = ("ddp", "fsdp2")
+OVERLAYS = QUICKSTART.parent / "strategies"
 SPLITS = {"ddp": 4, "fsdp2": 2}
 
 
@@ -63,8 +64,7 @@ def two_ranks(tied_model: str, root: Path) -> dict[str, Record]:
     runs = {
         f"{strategy}/{objective}": [
             *overrides(tied_model, root / strategy / objective, objective),
-            f"--trainer.strategy={strategy}",
-            "--trainer.devices=2",
+            f"--config={OVERLAYS / strategy}.yaml",
             f"--trainer.accumulate_grad_batches={SPLITS[strategy]}",
         ]
         for strategy in STRATEGIES
