@@ -83,6 +83,39 @@ def test_ranks_skip_together(strategy: str, tied_model: str, tmp_path: Path) -> 
     assert [json.loads(row)["rank"] for row in rows.splitlines()] == [0, 1] * 3
 
 
+def test_the_prompts_of_a_rank_whose_losses_are_sound_are_no_suspects(
+    tied_model: str, tmp_path: Path
+) -> None:
+    """Its gradient is bad all the same: it is the mean over the ranks."""
+    overrides = [
+        *recorded_run(tied_model, tmp_path / "run"),
+        *("--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2"),
+        *poisoned([1], in_loss=True),
+    ]
+    run_all(tmp_path, 2, {"run": overrides})
+    rows = (tmp_path / "run" / "run" / "version_0" / "skipped_updates.jsonl").read_text()
+    suspects = {row["rank"]: row["completions"] for row in map(json.loads, rows.splitlines())}
+    assert suspects[0] == []
+    assert suspects[1]
+
+
+SCALED = (
+    "--trainer.plugins={class_path: lightning.pytorch.plugins.MixedPrecision, "
+    "init_args: {precision: 16-mixed, device: cpu}}"
+)
+
+
+def test_a_gradient_scaler_does_not_hide_a_bad_loss(tied_model: str, tmp_path: Path) -> None:
+    """It would skip such updates for ever, and say nothing."""
+    overrides = [*tiny_overrides(tied_model, tmp_path), "--trainer.max_epochs=9", SCALED]
+    overrides += ["--rollout.max_engine_gap=1"]
+    with pytest.raises(RuntimeError, match=r"2 updates in a row.*max_skipped=1"):
+        fit(*overrides, *poisoned([1, 3, 4], in_loss=True), "--guard.max_skipped=1")
+    assert metrics_of(tmp_path)["train/skipped_updates"][:4] == [0, 1, 0, 1]
+    lines = (tmp_path / "run" / "version_0" / "skipped_updates.jsonl").read_text().splitlines()
+    assert all(0 < len(json.loads(line)["completions"]) < 16 for line in lines)
+
+
 def test_a_clean_run_skips_nothing(tied_model: str, tmp_path: Path) -> None:
     fit(*tiny_overrides(tied_model, tmp_path))
     assert metrics_of(tmp_path)["train/skipped_updates"] == [0, 0]
