@@ -7,9 +7,10 @@ from collections import deque
 from prl_lightning.rewards.tasks import DIED, Reply, Task
 
 # A call may compute for so many seconds, or for so many times as long as any of the last calls of
-# its function did, before it is taken for one that may never end.
-_SECONDS = 0.1
-_TIMES = 2.0
+# its function did, before it is taken for one that may never end. That is a guess, which a second
+# attempt makes good. The higher, the more a call that never ends takes from the others.
+_SECONDS = 0.05
+_TIMES = 1.5
 _REMEMBERED = 1024
 
 

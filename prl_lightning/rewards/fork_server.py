@@ -55,7 +55,7 @@ class Worker:
     is_aside: bool = False
     is_low: bool = False
     _started: float = 0.0
-    _used_before: float | None = None
+    _used_before: float = 0.0
 
     def begin(self, index: int, task: Task) -> None:
         """Note that it has been given a task; its time begins once the process is there.
@@ -64,7 +64,7 @@ class Worker:
             index: Of the task.
             task: To carry out.
         """
-        self.index, self.task, self.is_aside, self._used_before = index, task, False, None
+        self.index, self.task, self.is_aside = index, task, False
         self._start_clock()
 
     def meet(self) -> None:
@@ -89,8 +89,6 @@ class Worker:
         if self.process is None or self.is_low:
             return
         used, computes = usage(self.process)
-        if self._used_before is None:
-            self._used_before = used
         is_late = used - self._used_before >= patience
         if computes and is_late and (has_room or self.is_aside):
             lower_priority(self.process)
@@ -108,6 +106,7 @@ class Worker:
 
     def _start_clock(self) -> None:
         self._started = time.monotonic()
+        self._used_before = usage(self.process)[0] if self.process else 0.0
         self.next_look = self._started + _LOOK_SECONDS
         seconds = self.task.seconds if self.task and self.process else _ANSWER_SECONDS
         self.deadline = self._started + seconds

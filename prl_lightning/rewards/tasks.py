@@ -10,9 +10,9 @@ from typing import Any
 class RewardLimits:
     """What a reward function may take, before its process is killed and the call is a failure.
 
-    A call that has computed for more than twice as long as any of the last 1,024 calls of its
-    function (and for a tenth of a second) lets others go first, so that one that never ends does
-    not stall them. If its time ends meanwhile, it is tried again after all others, with a core to
+    A call that has computed for half as long again as any of the last 1,024 calls of its function
+    (and for a twentieth of a second) lets others go first, so that one that never ends does not
+    stall them. If its time ends meanwhile, it is tried again after all others, with a core to
     itself; not so if as many before it as there are workers (and at least two) were in vain.
 
     Attributes:
