@@ -115,7 +115,7 @@ class PromptSet(TorchDataset[Prompt]):
         where: the field of the configuration it stands in, for messages.
 
     Raises:
-        ValueError: a column is missing, or every prompt is too long.
+        ValueError: a column is missing, a prompt is empty, or every one is too long.
     """
 
     def __init__(
@@ -133,6 +133,11 @@ class PromptSet(TorchDataset[Prompt]):
             desc=f"{where}: rendering prompts",
         )
         lengths = [len(ids) for ids in rows[TOKEN_IDS]]
+        if 0 in lengths:
+            raise ValueError(
+                f"{where} ({source.path}): the tokenizer knows nothing of the prompt of row "
+                f"{lengths.index(0)}, which is then empty. Remove the row."
+            )
         kept = [row for row, length in enumerate(lengths) if length <= max_prompt_tokens]
         if len(kept) < len(rows):
             rank_zero_info(
