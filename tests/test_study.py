@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import study
-from compare import CURVES, difference, half_width, interval, report
+from compare import difference, half_width, interval
 from study import Run
 
 
@@ -45,10 +45,6 @@ def test_the_plan_compares_at_every_seed() -> None:
     by_seed = [{(r.method, r.beta, r.steps) for r in plan[1:] if r.seed == s} for s in study.SEEDS]
     assert len(by_seed) == 5
     assert all(variants == by_seed[0] for variants in by_seed)
-    new = [{(r.method, r.beta) for r in plan if r.seed == seed} for seed in study.NEW_SEEDS]
-    leaders = {("grpo", 0.0), ("frpo", study.BEST_BETA), ("grpo-kl-loss", study.BEST_BETA)}
-    assert new == [leaders] * 10
-    assert not set(study.NEW_SEEDS) & set(study.SEEDS)
     files = {file.stem for file in (study.ROOT / "configs" / "methods").glob("*.yaml")}
     assert {run.method for run in plan} == files | {"base"}
 
@@ -57,7 +53,6 @@ def test_it_goes_on_where_it_stopped_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [Run("base"), Run("grpo"), Run("frpo", beta=0.1), Run("frpo", beta=0.1, seed=1)]
-    monkeypatch.setattr(study, "SEEDS", range(2))
     carried_out: list[Run] = []
 
     def carry_out(run: Run, threads: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -87,18 +82,6 @@ def test_it_goes_on_where_it_stopped_and_reports(
     assert "| frpo | 0.1 |  | 2 | 0.500 ± 0.000 |" in table[4]
     assert {file.name for file in tmp_path.glob("*.png")} == {"betas.png", "curves-0.1.png"}
     assert capsys.readouterr().out.count("| frpo |") == 1
-
-
-def test_new_seeds_are_a_table_of_their_own(tmp_path: Path) -> None:
-    rows = [row("grpo", 0, 0.2), row("frpo", 0, 0.9), row("grpo", 1, 0.5), row("frpo", 1, 0.6)]
-    pd.DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
-    curve = {"method": "grpo", "beta": 0.0, "steps": "", "seed": 0, "iteration": 0}
-    curve |= dict.fromkeys(CURVES, 0.5)
-    pd.DataFrame([curve]).to_csv(tmp_path / "curves.csv", index=False)
-    report(tmp_path / "results.csv", tmp_path / "curves.csv", tmp_path, seeds=[0])
-    old, new = (tmp_path / "table.md").read_text().split("On seeds that nothing was chosen on:")
-    assert "| +0.700 |" in old
-    assert "| +0.100 |" in new
 
 
 def test_a_failed_run_shows_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -114,25 +113,18 @@ def draw_betas(results: pd.DataFrame, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def report(results: Path, curves: Path, folder: Path, seeds: Sequence[int]) -> None:
+def report(results: Path, curves: Path, folder: Path) -> None:
     """Write table.md, curves-<beta>.png and betas.png.
 
     Args:
         results: CSV of the runs.
         curves: CSV of their iterations.
         folder: where to.
-        seeds: those that the choice of the leaders was made on; the others are a table of their
-            own, and in no picture.
     """
     runs = read_results(results)
-    is_new = ~runs.seed.isin(seeds)
-    text = table(runs[~is_new])
-    if is_new.any():
-        text += f"\nOn seeds that nothing was chosen on:\n\n{table(runs[is_new])}"
+    text = table(runs)
     (folder / "table.md").write_text(text)
-    runs = runs[~is_new]
     iterations = read_results(curves)
-    iterations = iterations[iterations.seed.isin(seeds)]
     # A run that was broken off between its curves and its row has them twice.
     iterations = iterations.drop_duplicates([*VARIANT, "seed", "iteration"], keep="last")
     for beta in sorted(set(runs.beta) - {0.0}):
