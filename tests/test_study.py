@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import study
-from compare import difference, half_width, interval
+from compare import difference, frpo_less, half_width, interval
 from study import Run
 
 
@@ -37,6 +37,18 @@ def test_differences_are_paired_by_seed() -> None:
     mean, half = paired.iloc[0]
     assert mean == pytest.approx(0.15)
     assert half == pytest.approx(12.706 * 0.05)
+
+
+def test_frpo_less_another_is_paired_by_beta_and_seed() -> None:
+    """At one beta +0.1 and +0.3, at the other +0.2 and +0.4: of the seeds' means +0.15, +0.35."""
+    values = {(0.1, 0): 0.3, (0.1, 1): 0.5, (0.2, 0): 0.4, (0.2, 1): 0.6, (0.3, 0): 0.9}
+    rows = [row("frpo", seed, v) | {"beta": beta} for (beta, seed), v in values.items()]
+    rows += [row("other", seed, 0.2) | {"beta": beta} for beta, seed in list(values)[:4]]
+    first, second, both = frpo_less(pd.DataFrame(rows), "other").splitlines()
+    width = 12.706 * 0.1  # standard error of two values 0.2 apart, by Student's t
+    assert first.startswith(f"| other | 0.1 | +0.200 ± {width:.3f} |")
+    assert second.startswith(f"| other | 0.2 | +0.300 ± {width:.3f} |")
+    assert both.startswith(f"| other | all | +0.250 ± {width:.3f} |")
 
 
 def test_the_plan_compares_at_every_seed() -> None:
@@ -78,7 +90,7 @@ def test_it_goes_on_where_it_stopped_and_reports(
     assert carried_out == [*runs, runs[3]]
     assert study.missing() == []
     table = (tmp_path / "table.md").read_text().splitlines()
-    assert len(table) == 2 + 3
+    assert len(table) == 2 + 3 + 1 + 2
     assert "| frpo | 0.1 |  | 2 | 0.500 ± 0.000 |" in table[4]
     assert {file.name for file in tmp_path.glob("*.png")} == {"betas.png", "curves-0.1.png"}
     assert capsys.readouterr().out.count("| frpo |") == 1

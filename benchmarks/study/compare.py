@@ -63,6 +63,38 @@ def table(results: pd.DataFrame) -> str:
     return "".join(f"| {line} |\n" for line in lines)
 
 
+def frpo_less(results: pd.DataFrame, method: str) -> str:
+    """Markdown rows: FRPO less another method, paired by seed, at each beta that both have run at.
+
+    Where there are several, also of each seed's mean over them, in which no beta is chosen.
+    """
+    measures = [*SAME, "entropy", "kl_ref"]
+    frpo, other = (
+        results[results.method == name].set_index(["beta", "seed"])[measures]
+        for name in ("frpo", method)
+    )
+    paired = (frpo - other).dropna()
+    rows = [(str(beta), rows) for beta, rows in paired.groupby("beta")]
+    if len(rows) > 1:
+        rows.append(("all", paired.groupby("seed").mean()))
+    lines = [
+        " | ".join(
+            [method, beta, *(interval(d[m].mean(), half_width(d[m]), "+") for m in measures)]
+        )
+        for beta, d in rows
+    ]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def frpo_table(results: pd.DataFrame) -> str:
+    """FRPO less every other method with a beta and without steps."""
+    heads = ["FRPO less", "beta", *SAME, "entropy", "kl_ref"]
+    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
+    others = results[(results.beta > 0) & (results.steps == "") & (results.method != "frpo")]
+    head = "".join(f"| {line} |\n" for line in lines)
+    return head + "".join(frpo_less(results, method) for method in others.method.unique())
+
+
 def interval(mean: float, half: float, sign: str = "") -> str:
     """For example "0.412 ± 0.021"; no interval where one seed ran, nothing where none did."""
     if pd.isna(mean):
@@ -122,7 +154,7 @@ def report(results: Path, curves: Path, folder: Path) -> None:
         folder: where to.
     """
     runs = read_results(results)
-    text = table(runs)
+    text = f"{table(runs)}\n{frpo_table(runs)}"
     (folder / "table.md").write_text(text)
     iterations = read_results(curves)
     # A run that was broken off between its curves and its row has them twice.
