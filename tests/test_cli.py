@@ -183,7 +183,7 @@ def test_mistakes_of_all_sections_are_said_at_once_without_a_traceback(
     [
         (["validate", "--ckpt_path=last"], "--ckpt_path last: no complete checkpoint"),
         (["fit", "--guard.max_skipped=-1"], "guard.max_skipped=-1: must not be negative"),
-        (["fit", "--trainer.accelerator=tpu"], "TPUAccelerator"),
+        (["fit", "--trainer.accelerator=tpu"], "torch_xla"),
     ],
 )
 def test_a_mistake_is_a_message(
