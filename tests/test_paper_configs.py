@@ -105,8 +105,8 @@ def overrides(name: str, folder: Path) -> list[str]:
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     root = tmp_path_factory.mktemp("paper")
     records: dict[str, Record] = {}
-    # Processes of its own for the mixture of experts: vLLM makes its groups with the first engine of
-    # a process, and one of experts only for such a model.
+    # The mixture of experts has processes of its own: vLLM makes its groups with the first engine
+    # of a process, and one of experts only for such a model.
     for version, has_experts in (("v1", False), ("v2", False), ("v2", True)):
         names = [n for n in MODELS if n[:2] == version and (KINDS[n] == "qwen3_moe") == has_experts]
         runs = {name: overrides(name, root / name) for name in names}
