@@ -27,10 +27,10 @@ from prl_lightning.callbacks import (
 )
 from prl_lightning.callbacks.contradictions import (
     Refused,
-    missing_devices,
     refuse,
     warn_of_one_step,
 )
+from prl_lightning.callbacks.rollout import rollout_callback
 from prl_lightning.check import complaints, describe
 from prl_lightning.configuration import (
     Construction,
@@ -119,15 +119,14 @@ class PRLCLI(LightningCLI):
 
     def parts(self) -> tuple[Trainer, PRLModule, PromptDataModule, RolloutCallback]:
         """What a run consists of."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        rollout = next(c for c in callbacks if isinstance(c, RolloutCallback))
-        return self.trainer, self.model, self.datamodule, rollout
+        return self.trainer, self.model, self.datamodule, rollout_callback(self.trainer)
 
     def found(self) -> list[str]:
         """What does not go together; a check is not of this machine."""
-        rollout = self.parts()[-1]
-        here = [] if self.subcommand is None else missing_devices(rollout)
-        return [*complaints(*self.parts(), trains=self.subcommand in (None, "fit")), *here]
+        found = complaints(*self.parts(), trains=self.subcommand in (None, "fit"))
+        if self.subcommand is None:
+            return found
+        return [*found, *rollout_callback(self.trainer).engine.sampler.missing_devices()]
 
     def before_fit(self) -> None:
         """Look ``--ckpt_path last`` up; a first run has none, so one command serves all.

@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import RewardLimits
-from prl_lightning.samplers import ProcessSampler, VLLMSampler
 
 if TYPE_CHECKING:
     from prl_lightning.callbacks.rollout import RolloutCallback
@@ -90,31 +89,6 @@ def contradictions(
     if module.lora is not None and importlib.util.find_spec("peft") is None:
         found.append("model.lora needs peft: install it with `pip install 'prl-lightning[lora]'`.")
     return found + (list(_of_training(trainer, module, data, rollout)) if trains else [])
-
-
-def missing_devices(rollout: RolloutCallback) -> list[str]:
-    """What this machine lacks; ``prl check`` may run on another one.
-
-    Args:
-        rollout: knows the engine.
-    """
-    sampler = rollout.engine.sampler
-    seen = torch.cuda.device_count()
-    found = []
-    if isinstance(sampler, ProcessSampler):
-        lacking = [gpu for gpu in sampler.gpus if gpu >= seen]
-        if lacking:
-            found.append(
-                f"rollout.sampler.gpus={list(sampler.gpus)}, but this process sees {seen} GPUs, "
-                "counted from 0. Name others, or leave gpus out."
-            )
-        sampler = sampler.sampler
-    if isinstance(sampler, VLLMSampler) and sampler.sleeps and not seen:
-        found.append(
-            "rollout.sampler.sleeps=true gives a GPU's memory back, and there is no GPU. Leave it "
-            "out; cache_gib is what the engine takes here."
-        )
-    return found
 
 
 def warn_of_one_step(module: PRLModule, rollout: RolloutCallback) -> None:

@@ -13,16 +13,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from prl_lightning.callbacks.completions import markdown_table, prompt_text
 from prl_lightning.callbacks.parts import prl_module, prompt_data, run_folder, weights_are_of
-from prl_lightning.callbacks.rollout import RolloutCallback
+from prl_lightning.callbacks.rollout import rollout_callback
 from prl_lightning.data.loader import gather
 from prl_lightning.evaluation import Estimate, SetResults
 from prl_lightning.module import PRLModule
+from prl_lightning.rewards import MathReward
 from prl_lightning.run_files import EVALUATIONS
 from prl_lightning.tables import write_table
 from prl_lightning.types import Prompt
-
-# Columns that a reference answer may be in, the first that is there.
-REFERENCES = ("answer", "ground_truth", "solution")
 
 
 class EvaluationLog(Callback):
@@ -70,7 +68,7 @@ class EvaluationLog(Callback):
 
 def _conditions(trainer: Trainer, module: PRLModule) -> dict[str, Any]:
     """What was evaluated, and how: figures of other conditions are not comparable."""
-    rollout = next(c for c in trainer.callbacks if isinstance(c, RolloutCallback))  # type: ignore[attr-defined]
+    rollout = rollout_callback(trainer)
     checkpoint = None if trainer.state.fn == TrainerFn.FITTING else trainer.ckpt_path
     if checkpoint is not None and "://" not in str(checkpoint):
         checkpoint = Path(checkpoint).resolve()
@@ -133,7 +131,7 @@ def _samples(trainer: Trainer) -> Iterator[dict[str, Any]]:
 
 
 def _reference(prompt: Prompt) -> str | None:
-    """As a text, because a column of a table has one type and sets differ."""
-    given = (prompt.columns.get(name) for name in REFERENCES)
+    """Where MathReward looks for it; a text, because a column has one type and sets differ."""
+    given = (prompt.columns.get(name) for name in MathReward.columns[0])
     answer = next((value for value in given if value is not None), None)
     return None if answer is None else str(answer)

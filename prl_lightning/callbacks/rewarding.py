@@ -35,7 +35,6 @@ class Rewarder:
         self.rewards = rewards
         self._shown: set[tuple[str, str]] = set()
         self._unjudged: list[Rollout] = []
-        self._trainer: Trainer | None = None
 
     def reward(self, trainer: Trainer, rollouts: list[Rollout]) -> dict[str, float]:
         """Fill in ``rollout.reward``; a collective.
@@ -59,7 +58,6 @@ class Rewarder:
             scores = self.rewards.score(sources, texts, columns, partial(advance, 1, ""))
         for rollout, reward in zip(rollouts, scores.total.tolist(), strict=True):
             rollout.reward = reward
-        self._trainer = trainer
         self._unjudged = [
             rollouts[call.index]
             for call in scores.failed_calls
@@ -71,12 +69,13 @@ class Rewarder:
             values |= {f"reward/{k}": v.nanmean().item() for k, v in scores.parts.items()}
         return values | {"unrewarded": float(scores.unrewarded)}
 
-    def number_answers(self, rollouts: list[Rollout], group_size: int) -> None:
+    def number_answers(self, trainer: Trainer, rollouts: list[Rollout], group_size: int) -> None:
         """Fill in ``rollout.answer``, where a reward function tells answers apart; a collective.
 
         Completions that it could not judge are not compared: each has an answer of its own.
 
         Args:
+            trainer: knows the ranks and the run's folder.
             rollouts: groups contiguous, of those rewarded last.
             group_size: completions a prompt.
         """
@@ -90,9 +89,9 @@ class Rewarder:
         numbers = [number for group in answers.numbers for number in group]
         for rollout, number in zip(rollouts, numbers, strict=True):
             rollout.answer = number
-        if self._trainer is not None and self.rewards.limits is not None:
+        if self.rewards.limits is not None:
             first = {group * group_size: failure for group, failure in answers.failures.items()}
-            self._note_not_compared(self._trainer, rollouts, first, len(groups))
+            self._note_not_compared(trainer, rollouts, first, len(groups))
 
     def _note_failures(
         self, trainer: Trainer, rollouts: list[Rollout], scores: RewardScores

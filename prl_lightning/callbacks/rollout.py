@@ -22,7 +22,6 @@ from prl_lightning.callbacks.continuation import (
 )
 from prl_lightning.callbacks.contradictions import (
     contradictions,
-    missing_devices,
     refuse,
     warn_of_one_step,
 )
@@ -48,6 +47,12 @@ from prl_lightning.samplers import Sampler, SamplingConfig, VLLMSampler
 from prl_lightning.types import Prompt, Rollout
 
 DEFAULT_LIMITS = RewardLimits()
+
+
+def rollout_callback(trainer: Trainer) -> RolloutCallback:
+    """The one that samples for this Trainer."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next(callback for callback in callbacks if isinstance(callback, RolloutCallback))
 
 
 class RolloutCallback(Callback):
@@ -123,7 +128,7 @@ class RolloutCallback(Callback):
         data, module = prompt_data(trainer), prl_module(pl_module)
         trains = trainer.state.fn == TrainerFn.FITTING
         found = contradictions(trainer, module, data, self, trains)
-        refuse([*found, *missing_devices(self)])
+        refuse([*found, *self.engine.sampler.missing_devices()])
         if trains:
             warn_of_one_step(module, self)
         for where, columns in data.reward_columns.items():
@@ -262,7 +267,7 @@ class RolloutCallback(Callback):
         rollouts = iter(self._rollouts(trainer, prl_module(pl_module), prompts, config))
         for name, some in sets.items():
             own = [next(rollouts) for _ in range(len(some) * data.eval_group_size)]
-            self.rewarder.number_answers(own, data.eval_group_size)
+            self.rewarder.number_answers(trainer, own, data.eval_group_size)
             data.eval_rollouts[name].fill(own)
 
     on_test_epoch_start = on_validation_epoch_start

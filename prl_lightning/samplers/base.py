@@ -53,6 +53,10 @@ class Sampler(ABC):
         """
         return f"{type(self).__name__} {self.dtype}"
 
+    def missing_devices(self) -> list[str]:
+        """What this machine lacks for it, each with its mend; asked before anything is loaded."""
+        return []
+
     @abstractmethod
     def start(self, model: str, max_model_tokens: int) -> None:
         """Build the engine for a model, before the first ``load_weights``.

@@ -12,6 +12,7 @@ from multiprocessing import connection, parent_process
 from threading import Thread
 from typing import Any
 
+import torch
 from torch import Tensor, multiprocessing
 
 from prl_lightning.samplers.base import Progress, Sampler, SamplingConfig, local_rank
@@ -46,6 +47,17 @@ class ProcessSampler(Sampler):
     def identity(self) -> str:
         """See ``Sampler.identity``: that of the engine in the process."""
         return self.sampler.identity()
+
+    def missing_devices(self) -> list[str]:
+        """See ``Sampler.missing_devices``: GPUs, and what the engine in the process says."""
+        seen = torch.cuda.device_count()
+        missing = self.sampler.missing_devices()
+        if any(gpu >= seen for gpu in self.gpus):
+            missing.append(
+                f"ProcessSampler.gpus={list(self.gpus)}, but this process sees {seen} GPUs, "
+                "counted from 0. Name others, or leave gpus out."
+            )
+        return missing
 
     def start(self, model: str, max_model_tokens: int) -> None:
         """See ``Sampler.start``.

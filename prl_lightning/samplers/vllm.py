@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, distributed
 
 from prl_lightning.samplers.base import Progress, Sampler, SamplingConfig, local_rank
 from prl_lightning.types import Completion, Prompt
@@ -58,6 +59,15 @@ class VLLMSampler(Sampler):
         """See ``Sampler.identity``: an argument may be a quantization."""
         return f"{super().identity()} {sorted(self.engine_args.items())}"
 
+    def missing_devices(self) -> list[str]:
+        """See ``Sampler.missing_devices``."""
+        if not self.sleeps or torch.cuda.is_available():
+            return []
+        return [
+            "VLLMSampler.sleeps=true gives a GPU's memory back, and there is no GPU. Leave it out; "
+            "cache_gib is what the engine takes here."
+        ]
+
     def start(self, model: str, max_model_tokens: int) -> None:
         """See ``Sampler.start``.
 
@@ -68,14 +78,10 @@ class VLLMSampler(Sampler):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        import torch
         from vllm import LLM
 
-        if self.sleeps and not torch.cuda.is_available():
-            raise ValueError(
-                "VLLMSampler.sleeps=true gives a GPU's memory back, and there is no GPU. Leave it "
-                "out; cache_gib is what the engine takes here."
-            )
+        if missing := self.missing_devices():
+            raise ValueError(" ".join(missing))
         memory: dict[str, Any] = (
             {"gpu_memory_utilization": self.gpu_memory_utilization}
             if torch.cuda.is_available()
@@ -185,9 +191,6 @@ def _place_among_ranks() -> Iterator[dict[str, Any]]:
     Yields:
         Arguments for the engine, to be started inside.
     """
-    import torch
-    from torch import distributed
-
     if not distributed.is_initialized():
         # vLLM makes process groups of this one process, whose transport (gloo) listens: on loopback
         # and not on the network.

@@ -99,7 +99,7 @@ def test_what_could_not_be_judged_votes_alone_and_what_cannot_be_compared_is_wri
     ):
         rewarder.reward(trainer, rollouts)
     with pytest.warns(UserWarning, match="answers of 1 of 2 groups could not be compared"):
-        rewarder.number_answers(rollouts, 4)
+        rewarder.number_answers(trainer, rollouts, 4)
     rewards.stop()
     a = ord("a")
     assert [rollout.answer for rollout in rollouts] == [a, a + 1, a, -1, 0, -1, 1, 2]
