@@ -16,7 +16,7 @@ from prl_lightning.data import PromptDataModule
 from prl_lightning.models import load_tokenizer
 from prl_lightning.module import PRLModule
 from prl_lightning.samplers import VLLMSampler
-from prl_lightning.steps import StepSplitter
+from prl_lightning.step_splitter import StepSplitter
 
 MIB = 2**20
 

@@ -24,7 +24,7 @@ from prl_lightning.metrics import MeanStd
 from prl_lightning.models import load_policy, load_tokenizer, named_weights
 from prl_lightning.objective import Objective
 from prl_lightning.sharding import leave_frozen_out, shard, total_norm
-from prl_lightning.steps import StepSplitter
+from prl_lightning.step_splitter import StepSplitter
 from prl_lightning.types import RolloutBatch
 
 

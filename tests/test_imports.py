@@ -24,7 +24,7 @@ LAYERS = [
         "unpickling",
     },
     {"adapters", "onednn", "packing"},
-    {"metrics", "steps", "rewards", "samplers", "models", "arithmetic"},
+    {"metrics", "step_splitter", "rewards", "samplers", "models", "arithmetic"},
     {"evaluation", "objective", "data", "export"},
     {"module"},
     {"callbacks"},

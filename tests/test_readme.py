@@ -23,7 +23,7 @@ CHECKED = {"fit", "validate", "check"}
 ELSEWHERE = {
     "configs": "tests/test_packaging.py",
     "export": "tests/test_export.py",
-    "predict": "tests/callbacks/test_completions.py",
+    "predict": "tests/callbacks/test_completion_log.py",
     "report": "tests/report/",
 }
 

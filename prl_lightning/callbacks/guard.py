@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from prl_lightning.callbacks.completions import prompt_text
+from prl_lightning.callbacks.completion_log import prompt_text
 from prl_lightning.callbacks.parts import (
     append_rows,
     checkpoint_path,

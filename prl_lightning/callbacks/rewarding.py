@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from prl_lightning.callbacks.completions import prompt_text
+from prl_lightning.callbacks.completion_log import prompt_text
 from prl_lightning.callbacks.parts import append_rows, sum_over_ranks
 from prl_lightning.callbacks.progress import progress_bar
 from prl_lightning.rewards import RewardScores, RewardSum

@@ -35,7 +35,7 @@ from prl_lightning.callbacks.parts import (
 )
 from prl_lightning.callbacks.progress import hide_bar_from_files, sampling_bar
 from prl_lightning.callbacks.rewarding import Rewarder
-from prl_lightning.callbacks.samples import draw_kept
+from prl_lightning.callbacks.sample_store import draw_kept
 from prl_lightning.callbacks.scoring import prepare_update
 from prl_lightning.callbacks.statistics import describe, over_ranks
 from prl_lightning.data import PromptDataModule

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prl_lightning.callbacks.samples import SampleStore, fingerprint
+from prl_lightning.callbacks.sample_store import SampleStore, fingerprint
 from prl_lightning.cli import main
 from prl_lightning.metrics import MeanAtN, PassAtK
 from prl_lightning.models import load_tokenizer
@@ -193,7 +193,7 @@ def test_an_interrupted_evaluation_goes_on(
     whole.mkdir()
     validate(tied_model, whole)
     counted.drawn.clear()
-    monkeypatch.setattr("prl_lightning.callbacks.samples.PART", 8)  # two prompts of four
+    monkeypatch.setattr("prl_lightning.callbacks.sample_store.PART", 8)  # two prompts of four
     monkeypatch.setattr(counted, "fails_after", 1)
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         validate(tied_model, tmp_path)

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from prl_lightning.callbacks.completions import markdown_table, prompt_text
+from prl_lightning.callbacks.completion_log import markdown_table, prompt_text
 from prl_lightning.callbacks.parts import prl_module, prompt_data, run_folder, weights_are_of
 from prl_lightning.callbacks.rollout import rollout_callback
 from prl_lightning.data.loader import gather

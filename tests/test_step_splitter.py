@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prl_lightning.arithmetic import make_tokenizer
-from prl_lightning.steps import Steps, StepSplitter
+from prl_lightning.step_splitter import Steps, StepSplitter
 
 TEXTS = [
     "One.\nTwo.\n\nThree",

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prl_lightning.callbacks import CompletionLog
-from prl_lightning.callbacks.completions import SHOWN, log_table
+from prl_lightning.callbacks.completion_log import SHOWN, log_table
 from prl_lightning.cli import main
 from prl_lightning.tables import read_table
 from runs import QUICKSTART, fit, metrics_of, tiny_overrides
