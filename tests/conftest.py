@@ -1,7 +1,12 @@
 """Tiny models and rollouts that any test can use."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# Before torch is loaded, here and in what the tests start: a tiny model on several threads waits
+# for them more than it computes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

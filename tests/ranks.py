@@ -46,12 +46,11 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def run_all(
-    root: Path, ranks: int, runs: dict[str, list[str]], config: Path = QUICKSTART
+    root: Path, ranks: int, runs: dict[str, list[str]], config: Path | None = QUICKSTART
 ) -> dict[str, Record]:
     """Command lines of ``fit`` in the same processes, by the name of their folder."""
-    (root / "runs.json").write_text(
-        json.dumps([["fit", f"--config={config}", *args] for args in runs.values()])
-    )
+    first = ["fit"] if config is None else ["fit", f"--config={config}"]
+    (root / "runs.json").write_text(json.dumps([[*first, *args] for args in runs.values()]))
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     subprocess.run(
         [sys.executable, "-m", *torchrun, "fit_all.py", str(root / "runs.json")],

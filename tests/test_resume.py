@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,6 @@ from prl_lightning.run_files import read_metrics
 from prl_lightning.samplers import HFSampler
 from prl_lightning.trainer import PRLTrainer
 from runs import write_prompts
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A tiny model on several threads waits for them more than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 # In one process: every moment at which a checkpoint can be saved
 
@@ -101,29 +91,58 @@ EPOCHS: Settings = {"max_epochs": 3}
 STEPS: Settings = {"max_epochs": -1, "max_steps": 6}
 
 
-@pytest.mark.parametrize(
-    ("hook", "call", "options"),
-    [
-        ("on_train_batch_end", 1, EPOCHS),  # between two updates of an epoch
-        ("on_train_batch_end", 5, STEPS),
-        ("on_train_batch_end", 4, EPOCHS),  # within an update, the first of its epoch
-        ("on_train_batch_end", 2, STEPS),  # within an update
-        ("on_train_batch_end", 3, EPOCHS),  # the last batch of an epoch
-        ("on_train_batch_end", 7, STEPS),
-        ("on_validation_end", 0, EPOCHS),
-        ("on_validation_end", 1, {"max_epochs": 3, "val_check_interval": 3}),  # within an update
-        ("on_train_epoch_end", 1, EPOCHS),
-        ("on_train_epoch_end", 0, {"max_epochs": 3, "max_steps": 6}),
-        ("on_train_epoch_start", 1, EPOCHS),  # while an epoch is being sampled
-        ("on_train_epoch_start", 1, STEPS),
-    ],
-)
+MOMENTS: list[tuple[str, int, Settings]] = [
+    ("on_train_batch_end", 1, EPOCHS),  # between two updates of an epoch
+    ("on_train_batch_end", 5, STEPS),
+    ("on_train_batch_end", 4, EPOCHS),  # within an update, the first of its epoch
+    ("on_train_batch_end", 2, STEPS),  # within an update
+    ("on_train_batch_end", 3, EPOCHS),  # the last batch of an epoch
+    ("on_train_batch_end", 7, STEPS),
+    ("on_validation_end", 0, EPOCHS),
+    ("on_validation_end", 1, {"max_epochs": 3, "val_check_interval": 3}),  # within an update
+    ("on_train_epoch_end", 1, EPOCHS),
+    ("on_train_epoch_end", 0, {"max_epochs": 3, "max_steps": 6}),
+    ("on_train_epoch_start", 1, EPOCHS),  # while an epoch is being sampled
+    ("on_train_epoch_start", 1, STEPS),
+]
+
+
+def saved_at(folder: Path, hook: str, call: int) -> Path:
+    return folder / f"{hook}-{call}.ckpt"
+
+
+@pytest.fixture(scope="module")
+def whole_run(
+    tied_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Settings], Path]:
+    """The folder of a run with these options, which has saved at all of its moments."""
+    folders: dict[str, Path] = {}
+
+    def of(options: Settings) -> Path:
+        name = str(options)
+        if name not in folders:
+            folders[name] = folder = tmp_path_factory.mktemp("whole")
+            moments = [(hook, call) for hook, call, of_it in MOMENTS if of_it == options]
+            saves = [SaveAt(*at, str(saved_at(folder, *at))) for at in moments]
+            train(tied_model, folder, *saves, **options).rename(folder / "whole.ckpt")
+        return folders[name]
+
+    return of
+
+
+@pytest.mark.parametrize(("hook", "call", "options"), MOMENTS)
 def test_a_run_goes_on_exactly_from_any_moment(
-    hook: str, call: int, options: Settings, tied_model: str, tmp_path: Path
+    hook: str,
+    call: int,
+    options: Settings,
+    whole_run: Callable[[Settings], Path],
+    tied_model: str,
+    tmp_path: Path,
 ) -> None:
-    saved = tmp_path / "saved.ckpt"
-    whole = load(train(tied_model, tmp_path, SaveAt(hook, call, str(saved)), **options))
-    resumed = load(train(tied_model, tmp_path, checkpoint=str(saved), seed=99, **options))
+    folder = whole_run(options)
+    saved = str(saved_at(folder, hook, call))
+    resumed = load(train(tied_model, tmp_path, checkpoint=saved, seed=99, **options))
+    whole = load(folder / "whole.ckpt")
     assert whole["global_step"] == 6
     assert differing(resumed, whole) == []
 
@@ -235,7 +254,7 @@ def test_a_killed_run_ends_with_the_parameters_of_one_left_alone(
     assert differing(killed.last(), alone.last()) == []
 
 
-MOMENTS = [
+KILLS = [
     *(callback("KillAt", hook="on_train_batch_start", call=call) for call in (1, 2, 3, 4, 6, 10)),
     *(callback("KillAt", hook="on_train_epoch_start", call=call) for call in (1, 2)),
     callback("KillAt", hook="on_validation_batch_start", call=1),
@@ -253,7 +272,7 @@ def test_many_kills(ranks: int, tied_model: str, tmp_path: Path) -> None:
     assert alone.run()[0] == 0
     seconds = time.monotonic() - start
     draw = random.Random(ranks)
-    kills = [*MOMENTS, *(draw.uniform(0.3 * seconds, 0.9 * seconds) for _ in range(6))]
+    kills = [*KILLS, *(draw.uniform(0.3 * seconds, 0.9 * seconds) for _ in range(6))]
     unequal = []
     for number, kill in enumerate(kills):
         killed = Command(tied_model, tmp_path / f"killed-{number}", ranks)

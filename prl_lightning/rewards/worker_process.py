@@ -163,7 +163,11 @@ def _json(value: Any) -> bytes:
 
 
 def _described(error: BaseException) -> dict[str, str]:
-    shown = "".join(traceback.format_exception(error, limit=-8)) if error.__traceback__ else ""
+    traceback.clear_frames(error.__traceback__)  # they may hold all the memory there is
+    try:
+        shown = "".join(traceback.format_exception(error, limit=-8)) if error.__traceback__ else ""
+    except MemoryError:
+        shown = ""
     kind, message = type(error).__name__, str(error)[:1000]
     return {"kind": kind, "message": message, "traceback": shown[-4000:]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,35 +67,43 @@ def test_too_many_in_a_row_stop_the_run_with_the_weights_before_them(
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs whose second rank has a bad gradient in every update, or one bad loss."""
+    root = tmp_path_factory.mktemp("two_ranks")
+    runs = {
+        name: [
+            *recorded_run(tied_model, root / name),
+            *("--trainer.accelerator=cpu", "--trainer.devices=2", f"--trainer.strategy={strategy}"),
+            *poison,
+        ]
+        for name, strategy, poison in (
+            ("ddp", "ddp", poisoned([0, 1, 2])),
+            ("fsdp2", "fsdp2", poisoned([0, 1, 2])),
+            ("loss", "ddp", poisoned([1], in_loss=True)),
+        )
+    }
+    run_all(root, 2, runs)
+    return root
+
+
+def skipped_rows(run: Path) -> list[dict[str, Any]]:
+    rows = (run / "run" / "version_0" / "skipped_updates.jsonl").read_text()
+    return [json.loads(row) for row in rows.splitlines()]
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_ranks_skip_together(strategy: str, tied_model: str, tmp_path: Path) -> None:
+def test_ranks_skip_together(strategy: str, two_ranks: Path) -> None:
     """One rank's gradient is bad; no rank's weights change, and none waits for another."""
-    overrides = [
-        *recorded_run(tied_model, tmp_path / "run"),
-        "--trainer.accelerator=cpu",
-        f"--trainer.strategy={strategy}",
-        "--trainer.devices=2",
-        *poisoned([0, 1, 2]),
-    ]
-    record = run_all(tmp_path, 2, {"run": overrides})["run"]
+    record = read(two_ranks / strategy)
     assert all(torch.equal(record["before"][name], w) for name, w in record["after"].items())
     assert record["metrics"]["train/skipped_updates"] == 1
-    rows = (tmp_path / "run" / "run" / "version_0" / "skipped_updates.jsonl").read_text()
-    assert [json.loads(row)["rank"] for row in rows.splitlines()] == [0, 1] * 3
+    assert [row["rank"] for row in skipped_rows(two_ranks / strategy)] == [0, 1] * 3
 
 
-def test_the_prompts_of_a_rank_whose_losses_are_sound_are_no_suspects(
-    tied_model: str, tmp_path: Path
-) -> None:
+def test_the_prompts_of_a_rank_whose_losses_are_sound_are_no_suspects(two_ranks: Path) -> None:
     """Its gradient is bad all the same: it is the mean over the ranks."""
-    overrides = [
-        *recorded_run(tied_model, tmp_path / "run"),
-        *("--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2"),
-        *poisoned([1], in_loss=True),
-    ]
-    run_all(tmp_path, 2, {"run": overrides})
-    rows = (tmp_path / "run" / "run" / "version_0" / "skipped_updates.jsonl").read_text()
-    suspects = {row["rank"]: row["completions"] for row in map(json.loads, rows.splitlines())}
+    suspects = {row["rank"]: row["completions"] for row in skipped_rows(two_ranks / "loss")}
     assert suspects[0] == []
     assert suspects[1]
 

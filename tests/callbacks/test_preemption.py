@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from interruptions import Command, callback, differing
+from interruptions import Command, Settings, callback, differing
 from prl_lightning.cli import main
 from runs import QUICKSTART
 
@@ -29,6 +29,13 @@ def interrupted(command: Command, hook: str, call: int, signum: int = signal.SIG
     assert signal.getsignal(signum) == before
 
 
+@pytest.fixture(scope="module")
+def alone(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    command = Command(tied_model, tmp_path_factory.mktemp("alone"))
+    fit(command, "--trainer.callbacks.init_args.every_n_epochs=1")
+    return command.last()
+
+
 @pytest.mark.parametrize(
     ("hook", "call", "step"),
     [
@@ -41,17 +48,17 @@ def test_sigterm_saves_after_the_update_and_the_run_goes_on(
     hook: str,
     call: int,
     step: int,
+    alone: Settings,
     tied_model: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    alone, command = (Command(tied_model, tmp_path / name) for name in ("alone", "stopped"))
-    fit(alone, "--trainer.callbacks.init_args.every_n_epochs=1")
+    command = Command(tied_model, tmp_path)
     interrupted(command, hook, call)
     assert command.last()["global_step"] == step
     assert f"last.ckpt after {step} updates" in caplog.text
     fit(command, "--ckpt_path=last", "--trainer.callbacks.init_args.every_n_epochs=1")
-    assert differing(command.last(), alone.last()) == []
+    assert differing(command.last(), alone) == []
 
 
 def test_sigterm_for_the_first_of_two_ranks_stops_both(tied_model: str, tmp_path: Path) -> None:

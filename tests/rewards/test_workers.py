@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from prl_lightning.rewards import (
     RewardSum,
     equality,
     fork_server,
+    worker_process,
 )
 from prl_lightning.rewards.answers import GroupAnswers
 from rewards.hostile import HOSTILE
@@ -181,8 +183,8 @@ def test_calls_that_take_a_part_of_their_limit_are_all_judged(how: str, scored: 
 
 def test_a_call_that_had_to_let_others_go_first_is_judged_in_the_end(scored: Any) -> None:
     """It takes longer than any before it, and the others take longer than its limit."""
-    texts = ["busy 0.01"] * 10 + ["busy 0.8"] * 4 + ["busy 0.02"] * 700
-    limits = RewardLimits(seconds=6.0, workers=2)
+    texts = ["busy 0.01"] * 10 + ["busy 0.8"] * 4 + ["busy 0.02"] * 400
+    limits = RewardLimits(seconds=3.0, workers=2)
     assert scored(texts, limits=limits).total.tolist() == [1.0] * len(texts)
 
 
@@ -451,6 +453,24 @@ def test_memory_that_math_verify_lacks_is_no_wrong_answer(catches: bool, scored:
     scores = scored([r"\boxed{1}", r"\boxed{2}", r"\boxed{1}"], Fills(catches), PATIENT_256)
     assert scores.total.tolist() == [1.0, -1.0, 1.0]
     assert [call.failure.kind for call in scores.failed_calls] == ["memory"]
+
+
+def test_what_an_error_keeps_alive_is_let_go_before_it_is_described() -> None:
+    """Where memory is short, there is none for the words otherwise."""
+    kept: list[weakref.ref[Any]] = []
+
+    def fill() -> None:
+        large = {1, 2, 3}
+        kept.append(weakref.ref(large))
+        raise MemoryError
+
+    try:
+        fill()
+    except MemoryError as error:
+        described = worker_process._described(error)
+        assert kept[0]() is None
+    assert described["kind"] == "MemoryError"
+    assert "in fill" in described["traceback"]
 
 
 class Keeps:
