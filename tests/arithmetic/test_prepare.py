@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
-from prl_lightning.arithmetic import ArithmeticTask, Problem, base_model, make_tokenizer
+from prl_lightning.arithmetic import (
+    ArithmeticTask,
+    Problem,
+    base_model,
+    draw_problems,
+    make_tokenizer,
+)
 from prl_lightning.models import stop_token_ids
 
 TINY = ArithmeticTask(
@@ -208,3 +215,9 @@ def test_labels_are_the_trace_and_its_end_alone() -> None:
         prompts.add(prompt)
         assert tokenizer.decode(ids[learnt]) == right[f"{prompt}?"]
     assert len(prompts) == 2
+
+
+def test_no_bar_of_the_training_is_drawn_into_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    problems = list(islice(draw_problems(3, 3, 0), 4))
+    base_model.train_base_model(problems, make_tokenizer(), hidden_size=32, layers=1, steps=2)
+    assert "Epoch" not in "".join(capsys.readouterr())
