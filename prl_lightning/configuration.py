@@ -112,9 +112,12 @@ def misread(read: Callable[[list[str]], Any], words: list[str]) -> list[str]:
         except Misread as error:
             said = str(error)
             is_missing = "are required" in said or said.endswith("Got value: None")
+            rest = _without(words, said)
+            if rest == words and (culprit := _culprit(read, words, said)) is not None:
+                said = f"{words[culprit]}: {said}"
+                rest = words[:culprit] + words[culprit + 1 :]
             if not (found and is_missing):  # what has just been taken out
                 found.append(said)
-            rest = _without(words, said)
             if rest == words:
                 return found
             words = rest
@@ -140,6 +143,19 @@ def _without(words: list[str], said: str) -> list[str]:
             rest.append(option + _file_without(word[len(option) :], key) if is_file else word)
         before = word
     return rest
+
+
+def _culprit(read: Callable[[list[str]], Any], words: list[str], said: str) -> int | None:
+    """Which word a message is of that names no key; None where it is of a file."""
+    for place, word in enumerate(words):
+        if word.startswith("--") and "=" in word:
+            try:
+                read(words[:place] + words[place + 1 :])
+            except Misread as error:
+                if str(error) == said:
+                    continue
+            return place
+    return None
 
 
 def _is_option_in(word: str, unknown: str) -> bool:

@@ -10,10 +10,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prl_lightning.arithmetic import make_tokenizer
 from prl_lightning.types import Completion, Prompt, Rollout
+
+# The same examples in each run, so that a change fails for what it does. To look for others:
+# --hypothesis-profile=default, and PRL_FUZZ=1000 for many of the slow ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 MakeRollout = Callable[[list[int], list[int]], Rollout]
 

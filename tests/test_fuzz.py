@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from prl_lightning.cli import main
@@ -31,6 +32,9 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=6,
 )
+
+
+EXAMPLES = int(os.environ.get("PRL_FUZZ", "40"))  # of what takes a moment each
 
 
 def complaint(call: Callable[[], Any]) -> str | None:
@@ -90,11 +94,14 @@ def test_a_pattern_takes_any_text(text: str, reference: str) -> None:
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     rows=st.lists(st.dictionaries(st.sampled_from(["prompt", "answer", "x"]), VALUES), max_size=4)
 )
+@example(rows=[{"prompt": "1", "x": [{"": None, "\x00": None}]}])
 def test_rows_are_prompts_or_a_clear_error(rows: Any, tied_model: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     lines = [json.dumps(row, ensure_ascii=True) for row in rows]
@@ -158,9 +165,13 @@ WORDS = st.sampled_from(
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(changes=st.dictionaries(st.sampled_from(SETTINGS), WORDS, min_size=1, max_size=3))
+@example(changes={"trainer.accumulate_grad_batches": "0"})
+@example(changes={"model.optimizer": "{a: 1}", "data.group_size": "word"})
 def test_a_configuration_fits_or_says_what_does_not(
     changes: dict[str, str], tied_model: str, tmp_path: Path
 ) -> None:

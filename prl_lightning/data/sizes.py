@@ -32,6 +32,7 @@ class EpochSizes:
             ("data.prompts_per_epoch", self.prompts),
             ("data.group_size", self.group_size),
             ("data.updates_per_epoch", self.updates),
+            ("trainer.accumulate_grad_batches", self.micro_batches),
         ):
             if size < 1:
                 raise ValueError(f"{name}={size}: must be at least 1.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, config, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from lightning.pytorch.utilities import rank_zero_info
@@ -95,13 +96,26 @@ class Source:
         # A file of the user's is nobody else's business: `datasets` would report its every load.
         config.HF_UPDATE_DOWNLOAD_COUNTS = False
         try:
-            return load_dataset(form, data_files=str(file), split="train")
+            rows = load_dataset(form, data_files=str(file), split="train")
         # An empty file fails in a way of its own in each format.
         except (DatasetGenerationError, StopIteration, ValueError) as error:
             cause = error.__cause__ or error
             raise ValueError(
                 f"data: {self.path!r} has no rows that can be read as {form}: {cause!r}."
             ) from error
+        if _has_twins(pa.struct(list(rows.features.arrow_schema))):
+            raise ValueError(
+                f"data: {self.path!r} has two columns or fields of one name (what follows a null "
+                "character in a name is not read). Rename one."
+            )
+        return rows
+
+
+def _has_twins(kind: pa.DataType) -> bool:
+    """Whether two fields of a type, or of a type in it, have one name."""
+    fields = [kind.field(i) for i in range(kind.num_fields)]
+    names = {field.name for field in fields}
+    return len(names) < len(fields) or any(_has_twins(field.type) for field in fields)
 
 
 class PromptSet(TorchDataset[Prompt]):
