@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import wrap
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
@@ -45,9 +45,15 @@ def shard(
             f"trainer.strategy: tensor_parallel_size={mesh['tensor_parallel'].size()}, but models "
             "are sharded over data-parallel ranks only. Use `strategy: fsdp2`."
         )
+    data_parallel = mesh["data_parallel"]
     for block in blocks:
-        fully_shard(block, mesh=mesh["data_parallel"])
-    fully_shard(model, mesh=mesh["data_parallel"], reshard_after_forward=not keep_root)
+        fully_shard(block, mesh=data_parallel)
+    fully_shard(model, mesh=data_parallel, reshard_after_forward=not keep_root)
+    if data_parallel.device_type == "cpu":
+        # gloo has no mean, and in some versions of torch (2.8) takes the sum in its place.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
     return model
 
 

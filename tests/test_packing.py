@@ -9,7 +9,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     MistralConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -41,7 +41,7 @@ def batch(make_rollout: MakeRollout) -> RolloutBatch:
     return collate([make_rollout(*row) for row in ROWS], 1, 1)
 
 
-def model_of(config: PreTrainedConfig) -> PreTrainedModel:
+def model_of(config: PretrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(deepcopy(config)).eval()
 
@@ -82,7 +82,7 @@ def test_a_row_alone_and_rows_of_similar_length(make_rollout: MakeRollout) -> No
     ],
     ids=lambda config: config.model_type,
 )
-def test_packed_rows_score_as_each_row_alone(batch: RolloutBatch, config: PreTrainedConfig) -> None:
+def test_packed_rows_score_as_each_row_alone(batch: RolloutBatch, config: PretrainedConfig) -> None:
     """Values, and the gradient of every parameter; with a window shorter than the rows as well."""
     alone, ours = model_of(config), LogprobModel(model_of(config))
     assert ours.is_packed

@@ -258,7 +258,7 @@ def test_reward_is_given_in_yaml_by_path_or_class_path(
 ) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--rewards", type=list[Callable])
-    rewards = parser.instantiate(parser.parse_object({"rewards": [given]})).rewards
+    rewards = parser.instantiate_classes(parser.parse_object({"rewards": [given]})).rewards
     assert check(RewardSum(rewards).functions[0])
 
 
