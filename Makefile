@@ -31,9 +31,11 @@ endif
 demo: install
 	$(BIN)/prl fit --config configs/quickstart.yaml
 
-# A file's tests share what they start. Four at once take some 12 GiB.
+# Files at a time, each some 3 GiB; on a GPU one, for engines would take its memory from each other.
+WORKERS ?= $(if $(filter gpu,$(ENGINE)),0,2)
+
 test: install
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 check: install
 	$(BIN)/ruff check .

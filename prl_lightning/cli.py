@@ -247,9 +247,11 @@ def _command_line(args: list[str] | None, kind: type[PRLCLI] = PRLCLI, run: bool
         args=args,
         run=run,
         parser_kwargs={
+            "description": "Process Reward Learning: teach a language model to reason, by "
+            "Lightning's Trainer.",
             "epilog": "prl check --help: does a configuration fit together, and what does it ask "
             "for; prl report --help: a run as one HTML file; prl export --help: a checkpoint as a "
-            "Hugging Face folder; prl configs --help: the package's configurations, to change"
+            "Hugging Face folder; prl configs --help: the package's configurations, to change",
         },
         auto_configure_optimizers=False,
         parser_class=Parser,

@@ -113,9 +113,10 @@ def misread(read: Callable[[list[str]], Any], words: list[str]) -> list[str]:
             said = str(error)
             is_missing = "are required" in said or said.endswith("Got value: None")
             rest = _without(words, said)
-            if rest == words and (culprit := _culprit(read, words, said)) is not None:
-                said = f"{words[culprit]}: {said}"
-                rest = words[:culprit] + words[culprit + 1 :]
+            if rest == words and not is_missing:  # it names no key
+                own = _words_of(read, words, said)
+                said = f"{' '.join(words[own])}: {said}" if words[own] else said
+                rest = words[: own.start] + words[own.stop :]
             if not (found and is_missing):  # what has just been taken out
                 found.append(said)
             if rest == words:
@@ -145,17 +146,17 @@ def _without(words: list[str], said: str) -> list[str]:
     return rest
 
 
-def _culprit(read: Callable[[list[str]], Any], words: list[str], said: str) -> int | None:
-    """Which word a message is of that names no key; None where it is of a file."""
-    for place, word in enumerate(words):
-        if word.startswith("--") and "=" in word:
-            try:
-                read(words[:place] + words[place + 1 :])
-            except Misread as error:
-                if str(error) == said:
-                    continue
-            return place
-    return None
+def _words_of(read: Callable[[list[str]], Any], words: list[str], said: str) -> slice:
+    """The option that a message is of, and its value: none where that is a file."""
+    for end in range(1, len(words) + 1):
+        try:
+            read(words[:end])
+        except Misread as error:
+            if str(error) == said:
+                start = end - 1 if words[end - 1].startswith("--") else max(0, end - 2)
+                is_file = re.match(r"(--config|-c)(=|$)", words[start])
+                return slice(0, 0) if is_file else slice(start, end)
+    return slice(0, 0)
 
 
 def _is_option_in(word: str, unknown: str) -> bool:

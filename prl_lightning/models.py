@@ -101,16 +101,15 @@ class LogprobModel(nn.Module):
         zeros = logprobs.new_zeros(mask.shape)
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
-    @property
     def _body(self) -> nn.Module:
         """All but the head. Gemma 3 of transformers 4 has no module of its base model's name."""
         base = self.causal_lm.base_model
-        return self.causal_lm.get_decoder() if base is self.causal_lm else base
+        return self.causal_lm.model if base is self.causal_lm else base
 
     def _packed(self, batch: RolloutBatch) -> Tensor:
         """Hidden states that predict the completion tokens, (completion tokens, H)."""
         packing = Packing(batch)
-        output = self._body(
+        output = self._body()(
             input_ids=packing.input_ids,
             position_ids=packing.position_ids,
             use_cache=False,
@@ -119,7 +118,7 @@ class LogprobModel(nn.Module):
         return output.last_hidden_state[0, packing.predictors]
 
     def _padded(self, batch: RolloutBatch) -> Tensor:
-        output = self._body(input_ids=batch.input_ids, use_cache=False)
+        output = self._body()(input_ids=batch.input_ids, use_cache=False)
         row, token = batch.completion_mask.nonzero(as_tuple=True)
         # The hidden state one position earlier predicts a token.
         return output.last_hidden_state[row, batch.prompt_lengths[row] + token - 1]

@@ -18,7 +18,7 @@ from prl_lightning.types import Completion, Prompt, Rollout
 
 # The same examples in each run, so that a change fails for what it does. To look for others:
 # --hypothesis-profile=default, and PRL_FUZZ=1000 for many of the slow ones.
-settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 MakeRollout = Callable[[list[int], list[int]], Rollout]

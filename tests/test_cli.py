@@ -119,7 +119,7 @@ def test_validate_the_last_checkpoint(tied_model: str, tmp_path: Path) -> None:
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
-    """Call the installed command in a folder of the user's; the message that it ends with.
+    """Call what the command calls, in a folder of the user's; the message that it ends with.
 
     Python prints such a message, without a traceback, and exits with 1.
     """
@@ -156,7 +156,7 @@ def test_what_is_refused_is_a_message_and_no_traceback(tied_model: str, tmp_path
     """The process itself; the tests below call the same function here."""
     wrong = ["--data.train=nowhere.jsonl", "--model.pass_at=[64]"]
     overrides = [*without_rewards(tied_model, tmp_path), *wrong]
-    command = [sys.executable, "-m", "prl_lightning", "check", f"--config={QUICKSTART}"]
+    command = [str(Path(sys.executable).with_name("prl")), "check", f"--config={QUICKSTART}"]
     done = subprocess.run([*command, *overrides], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "prl: What is asked for cannot be done:\n- model.pass_at has [64]" in done.stderr
@@ -270,6 +270,9 @@ def test_what_is_not_understood_is_said_all_at_once(tied_model: str, tmp_path: P
         "--model.objective.beta=x",
         *("--model.temperature", "warm"),
         "--rollout.limits.minutes=3",
+        # The parser names no key here, and is not to be taken for complaining of another.
+        "--rollout.sampler.init_args.batch_size=8",
+        "--model.optimizer={a: 1}",
     ]
     overrides = tiny_overrides(tied_model, tmp_path)
     with pytest.raises(Refused) as refused:
@@ -283,10 +286,19 @@ def test_what_is_not_understood_is_said_all_at_once(tied_model: str, tmp_path: P
         'key "model.objective.beta"',
         'key "model.temperature"',
         "unrecognized arguments: --rollout.limits.minutes=3",
+        "--model.optimizer={a: 1}: Option 'a' is not accepted",
     ):
         assert sum(said in message for message in found) == 1, said
-    assert len(found) == 7
+    assert len(found) == 8
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_missing_is_not_said_of_what_is_there() -> None:
+    with pytest.raises(Refused) as refused:
+        main(["fit", "--model.policy=x"])
+    assert str(refused.value).endswith(
+        "\n- the following arguments are required: fit.rollout.rewards"
+    )
 
 
 def test_json_file_with_one_row_is_data_and_not_configuration(

@@ -110,6 +110,17 @@ def test_weights_are_float32_whatever_the_file_has(tied_model: str, tmp_path: Pa
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
 
 
+def test_a_body_that_is_not_where_its_class_says(
+    tied_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load_policy(tied_model)
+    body = policy._body()
+    assert body is policy.causal_lm.model
+    monkeypatch.setattr(type(policy.causal_lm), "base_model_prefix", "language_model")
+    assert policy.causal_lm.base_model is policy.causal_lm
+    assert policy._body() is body
+
+
 # Stop tokens and limits
 
 

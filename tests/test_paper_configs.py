@@ -1,4 +1,7 @@
-"""The papers' experiments run: each architecture tiny, two ranks, rows in the Hub's columns."""
+"""The papers' experiments run: tiny models, two ranks, rows in the Hub's columns.
+
+One of each architecture, and all of them with -m slow.
+"""
 
 from __future__ import annotations
 
@@ -105,8 +108,8 @@ def overrides(name: str, folder: Path) -> list[str]:
 
 
 # Runs that share their processes. The mixture of experts has its own: vLLM makes its groups with
-# the first engine of a process, and one of experts only for such a model. The last ones differ from
-# the first in their models' sizes, which are all the same here.
+# the first engine of a process, and one of experts only for such a model. The last ones are slow:
+# they differ from the first in sizes and in what fits a GPU, and test_readme has them checked.
 TOGETHER = (
     ("v1-qwen2.5-math-1.5b", "v1-llama-3.2-1b", "v2-qwen3-1.7b"),
     ("v2-qwen3-30b-a3b",),

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,11 @@ def whole_run(
     def of(options: Settings) -> Path:
         name = str(options)
         if name not in folders:
-            folders[name] = folder = tmp_path_factory.mktemp("whole")
+            folder = tmp_path_factory.mktemp("whole")
             moments = [(hook, call) for hook, call, of_it in MOMENTS if of_it == options]
             saves = [SaveAt(*at, str(saved_at(folder, *at))) for at in moments]
             train(tied_model, folder, *saves, **options).rename(folder / "whole.ckpt")
+            folders[name] = folder
         return folders[name]
 
     return of
@@ -213,8 +215,11 @@ def killed_and_resumed(command: Command, kill: Settings | float) -> str:
     if isinstance(kill, float):
         process = command.start()
         time.sleep(kill)
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         code, output = finish(process)
+        if code == 0:  # it was quicker than the run by which the moment was chosen
+            return output
     else:
         code, output = command.run(callbacks=(kill,))
     assert code == -signal.SIGKILL, output

@@ -79,16 +79,22 @@ class Source:
         """
         self.check()
         file = Path(self.path).expanduser()
-        if file.suffix in FORMATS:
-            return self._load_file(file)
-        if file.is_file():
+        if file.is_file() and file.suffix not in FORMATS:
             raise ValueError(
                 f"data: {self.path!r} is not read: use one of {', '.join(FORMATS)}, or a dataset "
                 "on the Hub."
             )
-        rows = load_dataset(self.path, self.name, split=self.split)
+        if file.suffix in FORMATS:
+            rows = self._load_file(file)
+        else:
+            rows = load_dataset(self.path, self.name, split=self.split)
         if len(rows) == 0:
             raise ValueError(f"data: {self.path!r} has no rows.")
+        if any(map(_has_twins, rows.features.arrow_schema.types)):
+            raise ValueError(
+                f"data: {self.path!r} has a column with two fields of one name (what follows a "
+                "null character in a name is not read). Rename one."
+            )
         return rows
 
     def _load_file(self, file: Path) -> Dataset:
@@ -96,19 +102,13 @@ class Source:
         # A file of the user's is nobody else's business: `datasets` would report its every load.
         config.HF_UPDATE_DOWNLOAD_COUNTS = False
         try:
-            rows = load_dataset(form, data_files=str(file), split="train")
+            return load_dataset(form, data_files=str(file), split="train")
         # An empty file fails in a way of its own in each format.
         except (DatasetGenerationError, StopIteration, ValueError) as error:
             cause = error.__cause__ or error
             raise ValueError(
                 f"data: {self.path!r} has no rows that can be read as {form}: {cause!r}."
             ) from error
-        if _has_twins(pa.struct(list(rows.features.arrow_schema))):
-            raise ValueError(
-                f"data: {self.path!r} has two columns or fields of one name (what follows a null "
-                "character in a name is not read). Rename one."
-            )
-        return rows
 
 
 def _has_twins(kind: pa.DataType) -> bool:

@@ -163,13 +163,14 @@ def _json(value: Any) -> bytes:
 
 
 def _described(error: BaseException) -> dict[str, str]:
-    traceback.clear_frames(error.__traceback__)  # they may hold all the memory there is
-    try:
+    for one in (error, error.__cause__, error.__context__):
+        if one is not None:  # its frames may hold all the memory there is
+            traceback.clear_frames(one.__traceback__)
+    message = shown = ""
+    with suppress(Exception):  # there may still be none, or no words in the error
+        message = str(error)[:1000]
         shown = "".join(traceback.format_exception(error, limit=-8)) if error.__traceback__ else ""
-    except MemoryError:
-        shown = ""
-    kind, message = type(error).__name__, str(error)[:1000]
-    return {"kind": kind, "message": message, "traceback": shown[-4000:]}
+    return {"kind": type(error).__name__, "message": message, "traceback": shown[-4000:]}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -46,7 +47,9 @@ def test_memory_that_math_verify_lacks_is_no_wrong_answer(catches: bool, scored:
     assert [call.failure.kind for call in scores.failed_calls] == ["memory"]
 
 
-def test_what_an_error_keeps_alive_is_let_go_before_it_is_described() -> None:
+def test_what_an_error_keeps_alive_is_let_go_before_it_is_described(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Where memory is short, there is none for the words otherwise."""
     kept: list[weakref.ref[Any]] = []
 
@@ -55,12 +58,20 @@ def test_what_an_error_keeps_alive_is_let_go_before_it_is_described() -> None:
         kept.append(weakref.ref(large))
         raise MemoryError
 
-    try:
-        fill()
-    except MemoryError as error:
-        described = worker_process._described(error)
+    def shown(error: BaseException, limit: int) -> list[str]:
         assert kept[0]() is None
-    assert described["kind"] == "MemoryError"
+        return format_exception(error, limit=limit)
+
+    format_exception = traceback.format_exception
+    monkeypatch.setattr(traceback, "format_exception", shown)
+    try:
+        try:
+            fill()
+        except MemoryError as cause:
+            raise RuntimeError("no room") from cause
+    except RuntimeError as error:
+        described = worker_process._described(error)
+    assert (described["kind"], described["message"]) == ("RuntimeError", "no room")
     assert "in fill" in described["traceback"]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from noisy import noisy_digits
 from prl_lightning.rewards import RewardLimits, RewardScores, RewardSum
 from rewards.orders import PATIENT, Whole, is_alive, length, wait_until
 
@@ -96,8 +97,6 @@ def test_one_that_needs_all_completions_gets_them(scored: Any) -> None:
 
 def test_random_rewards_depend_on_the_random_state_of_the_run_alone(scored: Any) -> None:
     """A run that is continued has other workers, and they finish in another order."""
-    # Here, for every server that loads this module would take seconds to load that one.
-    from noisy import noisy_digits
 
     def rewards(seed: int) -> list[float]:
         random.seed(seed)
