@@ -5,9 +5,7 @@
 Those that hang wait (as code that was told to sleep does) or compute (as sympy does, with a core
 each). Rates are right completions judged as such, a second: of all the time, and
 of the time until the last right one is judged. What follows that is the tail, in which hanging ones
-are waited for, and which is as long whether there are a hundred completions or a million. A call
-that computes must be given the time of the longest that may end: ``longest_over_mean`` times the
-share of those that hang is lost at least.
+are waited for, and which is as long whether there are a hundred completions or a million.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 from sympy import Symbol
@@ -84,16 +82,6 @@ def problems(number: int) -> tuple[list[str], list[str]]:
     return texts, golds
 
 
-def longest_over_mean(number: int = 512, known: int = 64) -> float:
-    """Of the seconds that a right completion takes; the first ones build tables."""
-    reward, seconds = MathReward(), []
-    for text, gold in zip(*problems(number), strict=True):
-        start = time.process_time()
-        reward(["?"], [text], answer=[gold])
-        seconds.append(time.process_time() - start)
-    return max(seconds[known:]) / mean(seconds[known:])
-
-
 def judge(rewards: RewardSum, number: int, share: float = 0.0, hanging: str = "") -> Taken:
     """No two answers are alike, so that nothing is remembered."""
     every = round(1 / share) if share else number + 1
@@ -120,11 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
-    result: dict[str, Any] = {
-        "completions": args.completions,
-        "share_hanging": args.share,
-        "longest_over_mean": round(longest_over_mean(), 1),
-    }
+    result: dict[str, Any] = {"completions": args.completions, "share_hanging": args.share}
     for seconds in args.seconds:
         rows = []
         for repeat in range(args.repeats):  # in turn: the machine drifts
