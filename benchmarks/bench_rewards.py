@@ -2,10 +2,11 @@
 
     python benchmarks/bench_rewards.py --out benchmarks/results/rewards.json
 
-Those that hang wait (as code that was told to sleep does) or compute (as sympy does, with a core
-each). Rates are right completions judged as such, a second: of all the time, and
-of the time until the last right one is judged. What follows that is the tail, in which hanging ones
-are waited for, and which is as long whether there are a hundred completions or a million.
+Those that hang wait (as code that was told to sleep does), compute (as sympy does, with a core
+each), or are the tests' hostile answers, most of which are found out. Rates are right completions
+judged as such, a second: of all the time, and of the time until the last right one is judged. What
+follows that is the tail, in which hanging ones are waited for, and which is as long whether there
+are a hundred completions or a million.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from runpy import run_path
 from statistics import median
 from typing import Any
 
@@ -25,6 +28,14 @@ from report import publish
 
 COMPUTES = "compute"
 WAITS = "wait"
+TESTS = Path(__file__).parents[1] / "tests"
+HOSTILE = run_path(str(TESTS / "rewards" / "hostile.py"))["HOSTILE"].values()
+# What stands in the place of a right completion.
+HANGING = {
+    "waiting": [WAITS],
+    "computing": [COMPUTES],
+    "hostile": [rf"\boxed{{{answer}}}" for answer in HOSTILE],
+}
 
 # Pairs that are equal, and not by their letters; none has the form of one that the verifier is
 # warmed up with.
@@ -82,19 +93,20 @@ def problems(number: int) -> tuple[list[str], list[str]]:
     return texts, golds
 
 
-def judge(rewards: RewardSum, number: int, share: float = 0.0, hanging: str = "") -> Taken:
-    """No two answers are alike, so that nothing is remembered."""
-    every = round(1 / share) if share else number + 1
+def judge(rewards: RewardSum, number: int, share: float = 0.0, kind: str = "") -> Taken:
+    """No two right answers are alike, so that nothing is remembered."""
     texts, answers = problems(number)
-    texts[every - 1 :: every] = [hanging] * len(texts[every - 1 :: every])
+    hung = range(number)[round(1 / share) - 1 :: round(1 / share)] if share else []
+    for i, text in zip(hung, cycle(HANGING[kind] if kind else [""]), strict=False):
+        texts[i] = text
     start = time.monotonic()
     columns = {"answer": answers, "started": [start] * number}
     scores = rewards.score(["?"] * number, texts, columns)
     whole = time.monotonic() - start
     # Every one that hangs is killed for its time, and every other one is right.
-    hung = [i for i, text in enumerate(texts) if text == hanging]
-    assert [call.index for call in scores.failed_calls] == hung
-    assert {call.failure.kind for call in scores.failed_calls} <= {"time"}
+    failed = [call.index for call in scores.failed_calls]
+    assert failed == list(hung) if kind != "hostile" else set(failed) <= set(hung)
+    assert {call.failure.kind for call in scores.failed_calls} <= {"time", "memory"}
     assert int((scores.total > 0).sum()) == number - len(hung)
     return Taken(number - len(hung), float(scores.total.max()), whole)
 
@@ -114,19 +126,18 @@ def main() -> None:
         for repeat in range(args.repeats):  # in turn: the machine drifts
             rewards = RewardSum([TimedMathReward()], limits=RewardLimits(seconds=seconds))
             judge(rewards, 64)  # loads the verifier
-            none = judge(rewards, args.completions)
-            waiting = judge(rewards, args.completions, args.share, WAITS)
-            computing = judge(rewards, args.completions, args.share, COMPUTES)
+            row = [judge(rewards, args.completions)]
+            row += [judge(rewards, args.completions, args.share, kind) for kind in HANGING]
             rewards.stop()
-            rows.append((none, waiting, computing))
-            print(seconds, repeat, none, waiting, computing, flush=True)
+            rows.append(row)
+            print(seconds, repeat, *row, flush=True)
         result[f"limit_{seconds:g}_seconds"] = summary(rows)
     publish(result, args.out)
 
 
-def summary(rows: list[tuple[Taken, Taken, Taken]]) -> dict[str, float]:
+def summary(rows: list[list[Taken]]) -> dict[str, float]:
     found: dict[str, float] = {"per_second": round(median(row[0].rates()[0] for row in rows))}
-    for place, name in ((1, "waiting"), (2, "computing")):
+    for place, name in enumerate(HANGING, 1):
         for which, what in ((0, "rate"), (1, "steady_rate")):
             ratios = (row[place].rates()[which] / row[0].rates()[which] for row in rows)
             found[f"{what}_with_{name}"] = round(median(ratios), 3)

@@ -58,14 +58,16 @@ def test_what_a_killed_call_has_started_is_killed_too(scored: Any, tmp_path: Pat
 @pytest.mark.parametrize("how", ["busy", "run"])
 def test_calls_that_take_a_part_of_their_limit_are_all_judged(how: str, scored: Any) -> None:
     """Whether they compute themselves or a child does, and whoever else wants the cores."""
-    scores = scored([f"{how} 0.3"] * 40)
+    # Longer in all than the limit, which leaves each of them ten times what it takes.
+    limits = RewardLimits(seconds=4.0, memory_mib=256, workers=2)
+    scores = scored([f"{how} 0.4"] * 40, limits=limits)
     assert scores.total.tolist() == [1.0] * 40
 
 
 def test_a_call_that_had_to_let_others_go_first_is_judged_in_the_end(scored: Any) -> None:
     """It takes longer than any before it, and the others take longer than its limit."""
-    texts = ["busy 0.01"] * 10 + ["busy 0.8"] * 4 + ["busy 0.02"] * 400
-    limits = RewardLimits(seconds=3.0, workers=2)
+    texts = ["busy 0.01"] * 10 + ["busy 0.8"] * 4 + ["busy 0.02"] * 600
+    limits = RewardLimits(seconds=5.0, workers=2)
     assert scored(texts, limits=limits).total.tolist() == [1.0] * len(texts)
 
 
