@@ -96,8 +96,9 @@ def problems(number: int) -> tuple[list[str], list[str]]:
 def judge(rewards: RewardSum, number: int, share: float = 0.0, kind: str = "") -> Taken:
     """No two right answers are alike, so that nothing is remembered."""
     texts, answers = problems(number)
-    hung = range(number)[round(1 / share) - 1 :: round(1 / share)] if share else []
-    for i, text in zip(hung, cycle(HANGING[kind] if kind else [""]), strict=False):
+    every = round(1 / share) if share else number + 1
+    hung = range(every - 1, number, every)
+    for i, text in zip(hung, cycle(HANGING.get(kind, [""])), strict=False):
         texts[i] = text
     start = time.monotonic()
     columns = {"answer": answers, "started": [start] * number}
@@ -105,8 +106,13 @@ def judge(rewards: RewardSum, number: int, share: float = 0.0, kind: str = "") -
     whole = time.monotonic() - start
     # Every one that hangs is killed for its time, and every other one is right.
     failed = [call.index for call in scores.failed_calls]
-    assert failed == list(hung) if kind != "hostile" else set(failed) <= set(hung)
-    assert {call.failure.kind for call in scores.failed_calls} <= {"time", "memory"}
+    kinds = {call.failure.kind for call in scores.failed_calls}
+    if kind == "hostile":
+        assert set(failed) <= set(hung)
+        assert kinds <= {"time", "memory"}
+    else:
+        assert failed == list(hung)
+        assert kinds <= {"time"}
     assert int((scores.total > 0).sum()) == number - len(hung)
     return Taken(number - len(hung), float(scores.total.max()), whole)
 

@@ -15,6 +15,8 @@ from prl_lightning.callbacks.contradictions import Refused
 from prl_lightning.cli import main, run_command
 from runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
+PRL = str(Path(sys.executable).with_name("prl"))  # the installed command
+
 
 @pytest.mark.parametrize("model", ["tied_model", "untied_model"])
 def test_fit_with_the_vllm_engine(
@@ -146,7 +148,7 @@ def test_a_reward_beside_the_configuration_is_found(tied_model: str, tmp_path: P
         "--rollout.rewards=[my_rewards.short]",
         *one,
     ]
-    command = [str(Path(sys.executable).with_name("prl")), "fit", "--config", str(QUICKSTART)]
+    command = [PRL, "fit", f"--config={QUICKSTART}"]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([*command, *overrides], cwd=tmp_path, env=env, check=True)
     assert "rollout/reward" in metrics_of(tmp_path)
@@ -156,7 +158,7 @@ def test_what_is_refused_is_a_message_and_no_traceback(tied_model: str, tmp_path
     """The process itself; the tests below call the same function here."""
     wrong = ["--data.train=nowhere.jsonl", "--model.pass_at=[64]"]
     overrides = [*without_rewards(tied_model, tmp_path), *wrong]
-    command = [str(Path(sys.executable).with_name("prl")), "check", f"--config={QUICKSTART}"]
+    command = [PRL, "check", f"--config={QUICKSTART}"]
     done = subprocess.run([*command, *overrides], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "prl: What is asked for cannot be done:\n- model.pass_at has [64]" in done.stderr

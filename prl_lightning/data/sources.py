@@ -79,13 +79,13 @@ class Source:
         """
         self.check()
         file = Path(self.path).expanduser()
-        if file.is_file() and file.suffix not in FORMATS:
+        if file.suffix in FORMATS:
+            rows = self._load_file(file)
+        elif file.is_file():
             raise ValueError(
                 f"data: {self.path!r} is not read: use one of {', '.join(FORMATS)}, or a dataset "
                 "on the Hub."
             )
-        if file.suffix in FORMATS:
-            rows = self._load_file(file)
         else:
             rows = load_dataset(self.path, self.name, split=self.split)
         if len(rows) == 0:
