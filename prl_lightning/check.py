@@ -68,6 +68,7 @@ def describe(
         data: see there.
         rollout: see there.
     """
+    rollout.engine.sampler.follow(str(trainer.precision))
     lines = []
     if data.train_sources:
         longest = data.max_prompt_tokens + rollout.max_new_tokens

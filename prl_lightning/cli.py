@@ -126,7 +126,7 @@ class PRLCLI(LightningCLI):
         found = complaints(*self.parts(), trains=self.subcommand in (None, "fit"))
         if self.subcommand is None:
             return found
-        return [*found, *rollout_callback(self.trainer).engine.sampler.missing_devices()]
+        return [*found, *rollout_callback(self.trainer).engine.sampler.missing_requirements()]
 
     def before_fit(self) -> None:
         """Look ``--ckpt_path last`` up; a first run has none, so one command serves all.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -78,6 +79,20 @@ class LogprobModel(nn.Module):
         else:
             use_onednn(causal_lm)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogprobModel:
+        """Move or cast, but leave the precision of buffers alone.
+
+        ``precision: bf16-true`` casts a whole module. The rotary frequencies would be rounded with
+        it, to angles that are off by a radian after some hundred tokens; the engine keeps them.
+        """
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != before[name].dtype:
+                parent, _, own_name = name.rpartition(".")
+                self.get_submodule(parent)._buffers[own_name] = before[name].to(buffer.device)
+        return self
+
     def blocks(self) -> list[nn.Module]:
         """The decoder layers, or whatever the architecture wants to be kept in one piece."""
         names = set(self.causal_lm._no_split_modules or ())
@@ -124,7 +139,9 @@ class LogprobModel(nn.Module):
         return output.last_hidden_state[row, batch.prompt_lengths[row] + token - 1]
 
 
-def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_weights(
+    model: nn.Module, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its Hugging Face name, whole, as an engine or a file wants it.
 
     Sharded weights are gathered one by one while this is iterated over, by all ranks in the same
@@ -132,11 +149,12 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Args:
         model: a LogprobModel, with an adapter or without, as the strategy has wrapped it.
+        dtype: of the matrices, by default their own; vectors keep theirs.
 
     Yields:
         Name and tensor.
     """
-    for name, tensor in merged(model, named_tensors(model)):
+    for name, tensor in merged(model, named_tensors(model), dtype):
         yield name.removeprefix("causal_lm."), tensor
 
 
@@ -152,11 +170,21 @@ def load_causal_lm(name_or_path: str) -> PreTrainedModel:
     )
 
 
+def empty_causal_lm(name_or_path: str) -> PreTrainedModel:
+    """The model of ``load_causal_lm`` before it has weights; costs nothing on the meta device."""
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.get_default_dtype(), trust_remote_code=False
+    )
+    return model.eval()
+
+
 def load_policy(
     name_or_path: str,
     lora: dict[str, Any] | None = None,
     gradient_checkpointing: bool = False,
     compile: bool = False,
+    with_weights: bool = True,
 ) -> LogprobModel:
     """Load a model to train.
 
@@ -165,11 +193,13 @@ def load_policy(
         lora: train an adapter with these arguments of ``peft.LoraConfig`` instead of all weights.
         gradient_checkpointing: see LogprobModel.
         compile: see LogprobModel.
+        with_weights: False leaves every tensor on the meta device.
     """
-    causal_lm = load_causal_lm(name_or_path)
-    if lora is not None:
-        add_lora(causal_lm, lora)
-    return LogprobModel(causal_lm, gradient_checkpointing, compile)
+    with nullcontext() if with_weights else torch.device("meta"):
+        causal_lm = (load_causal_lm if with_weights else empty_causal_lm)(name_or_path)
+        if lora is not None:
+            add_lora(causal_lm, lora)
+        return LogprobModel(causal_lm, gradient_checkpointing, compile)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from math import inf
 from typing import Any, Literal, cast
@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from prl_lightning.adapters import adapters_off
@@ -23,7 +23,13 @@ from prl_lightning.functional.masks import keep_tokens
 from prl_lightning.metrics import MeanStd
 from prl_lightning.models import load_policy, load_tokenizer, named_weights
 from prl_lightning.objective import Objective
-from prl_lightning.sharding import leave_frozen_out, shard, total_norm
+from prl_lightning.sharding import (
+    full,
+    leave_frozen_out,
+    load_sharded,
+    sharding_of,
+    total_norm,
+)
 from prl_lightning.step_splitter import StepSplitter
 from prl_lightning.types import RolloutBatch
 
@@ -86,6 +92,7 @@ class PRLModule(LightningModule):
         self._eval_names: list[str] = []
         self.eval_results: dict[str, SetResults] = {}
         self.loaded_at: dict[str, int] = {}  # step and epoch of the checkpoint that was loaded
+        self._gradient_norm: Tensor | None = None
         leave_frozen_out(self)
 
     # Loading
@@ -95,16 +102,29 @@ class PRLModule(LightningModule):
         if self.policy is not None:
             return
         self.splitter = StepSplitter(self.objective.steps, load_tokenizer(self.policy_name))
-        policy = load_policy(
-            self.policy_name, self.lora, self.gradient_checkpointing, self.compile_blocks
-        )
-        self.policy = shard(policy, policy.blocks(), self.device_mesh, keep_root=True)
+        self.policy = self._load(self._policy, keep_root=True)
         shares_weights = self.lora is not None and self.reference_name == self.policy_name
         if self.keeps_reference and not shares_weights:
-            reference = load_policy(self.reference_name, compile=self.compile_blocks)
-            reference.requires_grad_(False)
-            blocks = reference.blocks()
-            self.reference = shard(reference, blocks, self.device_mesh, keep_root=False)
+            self.reference = self._load(self._reference, keep_root=False)
+
+    def _policy(self, with_weights: bool) -> torch.nn.Module:
+        return load_policy(
+            self.policy_name,
+            self.lora,
+            self.gradient_checkpointing,
+            self.compile_blocks,
+            with_weights,
+        )
+
+    def _reference(self, with_weights: bool) -> torch.nn.Module:
+        reference = load_policy(
+            self.reference_name, compile=self.compile_blocks, with_weights=with_weights
+        )
+        return reference.requires_grad_(False)
+
+    def _load(self, load: Callable[[bool], torch.nn.Module], keep_root: bool) -> torch.nn.Module:
+        sharding = sharding_of(self)
+        return load(True) if sharding is None else load_sharded(load, sharding, keep_root)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name what the weights belong to, for ``prl export``."""
@@ -181,9 +201,19 @@ class PRLModule(LightningModule):
             logprobs: Tensor = scorer(batch, temperature or self.temperature)[0]
         return logprobs
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights under their Hugging Face names, for an engine; a collective."""
-        return named_weights(self.loaded_policy)
+    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights under their Hugging Face names, for an engine; a collective.
+
+        Args:
+            dtype: see ``named_weights``.
+        """
+        return named_weights(self.loaded_policy, dtype)
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of this update's gradient as backward left it, computed once; a collective."""
+        if self._gradient_norm is None:
+            self._gradient_norm = total_norm(self.loaded_policy)
+        return self._gradient_norm
 
     def configure_gradient_clipping(
         self,
@@ -191,17 +221,23 @@ class PRLModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the Trainer says; FSDP1, which Lightning leaves to the model, included."""
-        by_norm = gradient_clip_algorithm in (None, "norm")
-        if gradient_clip_val and by_norm and isinstance(self.policy, FullyShardedDataParallel):
-            self.policy.clip_grad_norm_(gradient_clip_val)
+        """Clip as the Trainer says, by the norm that is there already.
+
+        Lightning would compute it again, cannot under FSDP1, and refuses fused optimizers under
+        bf16-mixed, where there is nothing to unscale.
+        """
+        norm, self._gradient_norm = self._gradient_norm, None
+        is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        by_norm = gradient_clip_algorithm in (None, "norm") and not is_scaled
+        if gradient_clip_val and by_norm and norm is not None:
+            clip_grads_with_norm_(self.loaded_policy.parameters(), gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradient, before any clipping; a skipped update has none."""
         if any(p.grad is not None for p in self.loaded_policy.parameters()):
-            self._log_train({"grad_norm": total_norm(self.loaded_policy)}, weight=1)
+            self._log_train({"grad_norm": full(self.gradient_norm())}, weight=1)
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
         """Log the process term over all tokens of the iteration.
@@ -236,7 +272,7 @@ class PRLModule(LightningModule):
     # Evaluation: the callback samples, a step only counts
 
     def setup(self, stage: str) -> None:
-        """Make the metrics of every evaluation set.
+        """Make the metrics of every evaluation set, on the device of this rank.
 
         Raises:
             ValueError: see ``check_metrics``.
@@ -247,6 +283,8 @@ class PRLModule(LightningModule):
         self.eval_metrics = torch.nn.ModuleList(
             SetMetrics(data.eval_group_size, self.pass_at, self.solved_at) for _ in self._eval_names
         )
+        # FSDP1 moves nothing but what it shards, and would log and feed batches on the CPU.
+        self.to(self.trainer.strategy.root_device)
 
     def check_metrics(self, data: PromptDataModule) -> None:
         """Look whether what is asked for can be computed.

@@ -2,59 +2,168 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp.wrap import wrap
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import get_total_norm
 
 
-def shard(
-    model: nn.Module, blocks: Collection[nn.Module], mesh: DeviceMesh | None, keep_root: bool
-) -> nn.Module:
-    """Shard a model as the Trainer's strategy wants it.
+@dataclass(frozen=True)
+class Sharding:
+    """How a strategy shards a model.
 
-    Called in ``configure_model``: with the mesh of ModelParallelStrategy by FSDP2, inside the
-    context of FSDPStrategy by FSDP1, under any other strategy not at all.
+    Attributes:
+        device: of this rank.
+        mesh: of FSDP2; None for FSDP1.
+        policy: dtypes of FSDP2. Under bf16-mixed, weights are gathered and computed with in
+            bfloat16; shards, sums of gradients and the optimizer stay float32.
+        fsdp1_precision: dtypes of FSDP1, None if it changes none.
+    """
+
+    device: torch.device
+    mesh: DeviceMesh | None
+    policy: MixedPrecisionPolicy
+    fsdp1_precision: MixedPrecision | None
+
+
+def sharding_of(module: LightningModule) -> Sharding | None:
+    """How the module's strategy shards; None where each rank holds the whole model.
 
     Args:
-        model: the root; it holds whatever is in no block.
-        blocks: modules of the model that are gathered one after the other.
-        mesh: the strategy's ``device_mesh``, None if it has none.
-        keep_root: keep the root gathered from forward to backward (FSDP2).
-
-    Returns:
-        The model, or what replaces it.
+        module: attached to a Trainer, or to none yet.
 
     Raises:
-        ValueError: the mesh asks for tensor parallelism.
+        ValueError: the strategy asks for tensor parallelism.
     """
-    if mesh is None:
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if child in blocks:
-                    setattr(parent, name, wrap(child))
-        return wrap(model)
-    if mesh["tensor_parallel"].size() > 1:
+    trainer = module._trainer
+    if trainer is None or not isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+        return None
+    strategy, mesh = trainer.strategy, module.device_mesh
+    if mesh is not None and mesh["tensor_parallel"].size() > 1:
         raise ValueError(
             f"trainer.strategy: tensor_parallel_size={mesh['tensor_parallel'].size()}, but models "
             "are sharded over data-parallel ranks only. Use `strategy: fsdp2`."
         )
-    data_parallel = mesh["data_parallel"]
-    for block in blocks:
-        fully_shard(block, mesh=data_parallel)
-    fully_shard(model, mesh=data_parallel, reshard_after_forward=not keep_root)
-    if data_parallel.device_type == "cpu":
+    policy, fsdp1_precision = MixedPrecisionPolicy(), None
+    if trainer.precision == "bf16-mixed":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if isinstance(strategy, FSDPStrategy) and strategy.mixed_precision_config is not None:
+        # Lightning's rounds gradients before they are added up, and buffers: the frequencies of
+        # the rotary positions, whose angles are then off by a radian after some hundred tokens.
+        fsdp1_precision = replace(
+            strategy.mixed_precision_config, reduce_dtype=torch.float32, buffer_dtype=None
+        )
+    return Sharding(strategy.root_device, mesh, policy, fsdp1_precision)
+
+
+def load_sharded(
+    load: Callable[[bool], nn.Module], sharding: Sharding, keep_root: bool
+) -> nn.Module:
+    """Load a model on the first rank alone, and give every rank its shards.
+
+    The first rank has the model in main memory, the others never more than one block of it. To be
+    called by all ranks, in ``configure_model``.
+
+    Args:
+        load: makes the model: with its weights for True, on the meta device for False. Its
+            ``blocks()`` are gathered one after the other; what is in none belongs to the root.
+        sharding: how.
+        keep_root: keep the root gathered from forward to backward (FSDP2).
+
+    Returns:
+        The model, or what replaces it (FSDP1).
+
+    Raises:
+        RuntimeError: the first rank could not load it.
+    """
+    model = _load_on_first_rank(load)
+    blocks: list[nn.Module] = model.blocks()  # type: ignore[operator]
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in blocks:
+                _take_from_first_rank(child.modules(), sharding.device)
+                setattr(parent, name, _shard(child, sharding))
+    inside = {module for block in blocks for module in block.modules()}
+    of_root = (module for module in model.modules() if module not in inside)
+    _take_from_first_rank(of_root, sharding.device)
+    model = _shard(model, sharding, reshard_after_forward=not keep_root)
+    if sharding.device.type == "cpu":
         # gloo has no mean, and in some versions of torch (2.8) takes the sum in its place.
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _load_on_first_rank(load: Callable[[bool], nn.Module]) -> nn.Module:
+    failure: list[str | None] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            model = load(True)
+        except Exception as error:
+            failure = [f"{type(error).__name__}: {error}"]
+            raise
+        finally:  # the others wait for this, also where it goes wrong
+            distributed.broadcast_object_list(failure)
+        return model
+    distributed.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise RuntimeError(f"the first rank could not load the model: {failure[0]}")
+    return load(False)
+
+
+@torch.no_grad()
+def _take_from_first_rank(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Put the first rank's parameters and buffers in the place of those at hand, on the device."""
+    is_first = distributed.get_rank() == 0
+    taken: dict[int, Tensor] = {}
+    replaced = []  # alive, so that no two of them have one id
+    for module in modules:
+        held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in held:
+            for name, tensor in tensors.items():
+                # A flat parameter of FSDP1 is of a block that is done.
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if id(tensor) not in taken:
+                    whole = (
+                        tensor.detach().to(device)
+                        if is_first
+                        else torch.empty_like(tensor, device=device)
+                    )
+                    distributed.broadcast(whole, src=0)
+                    if isinstance(tensor, nn.Parameter):
+                        whole = nn.Parameter(whole, requires_grad=tensor.requires_grad)
+                    taken[id(tensor)] = whole
+                    replaced.append(tensor)
+                tensors[name] = taken[id(tensor)]
+
+
+def _shard(module: nn.Module, sharding: Sharding, reshard_after_forward: bool = True) -> nn.Module:
+    if sharding.mesh is None:
+        return wrap(module, mixed_precision=sharding.fsdp1_precision)
+    fully_shard(
+        module,
+        mesh=sharding.mesh["data_parallel"],
+        mp_policy=sharding.policy,
+        reshard_after_forward=reshard_after_forward,
+    )
+    return module
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -82,11 +191,16 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def total_norm(model: nn.Module) -> Tensor:
-    """Norm of the gradient over all parameters of all ranks."""
-    norm = full(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    """Norm of the gradient over all parameters of all ranks; a collective.
+
+    Under FSDP2 it is a DTensor, as ``clip_grads_with_norm_`` needs it.
+    """
+    norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if isinstance(norm, DTensor):
+        return norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)
     if isinstance(model, FullyShardedDataParallel):  # each rank has only its own part
         squares = norm.square()
-        torch.distributed.all_reduce(squares)
+        distributed.all_reduce(squares)
         norm = squares.sqrt()
     return norm
 

@@ -29,8 +29,8 @@ class Prompt:
         source: the prompt as the data has it, text or chat messages; reward functions get this.
         columns: every other column of its row; reward functions get these too.
         seed: its completions are drawn with the random numbers of seed, seed + 1 and so on. It
-            depends on the prompt's place in the data alone, so that what is sampled does not depend
-            on how many ranks share the prompts.
+            depends on the prompt's place in the data alone, not on how many ranks share the
+            prompts. Whether equal seeds give equal tokens: see ``Sampler.generate``.
         is_padding: a repeated prompt of an evaluation set that the ranks do not divide; it keeps
             them in step and is not counted.
     """

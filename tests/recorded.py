@@ -85,8 +85,11 @@ class Record(Callback):
 
 
 def _trained(module: LightningModule) -> dict[str, Tensor]:
-    """Clones: a later update happens in place."""
-    return {n: full(p).clone() for n, p in module.named_parameters() if p.requires_grad}
+    """Clones: a later update happens in place.
+
+    Out of the state, for after a scoring pass FSDP2 leaves the root's parameters gathered.
+    """
+    return {name: full(tensor).clone() for name, tensor in module.state_dict().items()}
 
 
 def _sent(module: LightningModule) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from prl_lightning.callbacks.parts import (
     prl_module,
     train_rollouts,
 )
-from prl_lightning.sharding import total_norm
+from prl_lightning.sharding import full
 
 SKIPPED = "skipped_updates.jsonl"
 
@@ -60,7 +60,7 @@ class UpdateGuard(Callback):
         if is_scaled:
             is_finite = bool(torch.stack(losses).isfinite().all())
         else:
-            is_finite = bool(total_norm(prl_module(pl_module).loaded_policy).isfinite())
+            is_finite = bool(full(prl_module(pl_module).gradient_norm()).isfinite())
         is_usable = trainer.strategy.reduce_boolean_decision(is_finite, all=True)
         # Every rank has the same count.
         pl_module.log("train/skipped_updates", float(not is_usable), on_step=False, on_epoch=True,

@@ -126,9 +126,10 @@ class RolloutCallback(Callback):
                 completion exceed the model.
         """
         data, module = prompt_data(trainer), prl_module(pl_module)
+        self.engine.sampler.follow(str(trainer.precision))
         trains = trainer.state.fn == TrainerFn.FITTING
         found = contradictions(trainer, module, data, self, trains)
-        refuse([*found, *self.engine.sampler.missing_devices()])
+        refuse([*found, *self.engine.sampler.missing_requirements()])
         if trains:
             warn_of_one_step(module, self)
         for where, columns in data.reward_columns.items():

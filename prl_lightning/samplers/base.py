@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, distributed
 
 from prl_lightning.types import Completion, Prompt
@@ -40,11 +41,31 @@ class Sampler(ABC):
 
     Attributes:
         dtype: the precision it computes in; "float32" is held to a smaller engine gap.
+        follows_trainer: whether ``follow`` sets the dtype, because the user named none.
         is_concurrent: whether ``generate`` may run in a thread while the trainer trains.
     """
 
     dtype: str
+    follows_trainer = False
     is_concurrent = False
+
+    def follow(self, precision: str) -> None:
+        """Take the dtype that suits the trainer and this machine, if none was asked for.
+
+        Called before ``start``. On a GPU that is the trainer's own half precision; on a CPU always
+        float32, which is as fast there and the most exact.
+
+        Args:
+            precision: the Trainer's, such as "bf16-mixed".
+        """
+        if self.follows_trainer:
+            half = {"bf16": "bfloat16", "16": "float16"}.get(precision.partition("-")[0])
+            self.dtype = half if half and torch.cuda.is_available() else "float32"
+
+    @property
+    def weights_dtype(self) -> torch.dtype | None:
+        """Dtype in which weights are handed over; None, as they are, where it has another name."""
+        return getattr(torch, self.dtype, None)
 
     def identity(self) -> str:
         """What its completions depend on, beside weights, prompt and ``SamplingConfig``.
@@ -53,7 +74,7 @@ class Sampler(ABC):
         """
         return f"{type(self).__name__} {self.dtype}"
 
-    def missing_devices(self) -> list[str]:
+    def missing_requirements(self) -> list[str]:
         """What this machine lacks for it, each with its mend; asked before anything is loaded."""
         return []
 
@@ -72,9 +93,9 @@ class Sampler(ABC):
         """Replace the engine's weights by the trainer's.
 
         Args:
-            weights: (name, tensor) under the names of the Hugging Face model; a tied output head
-                is sent as well, under its own name. To be read to its end on every rank, because
-                each step of it may gather a sharded tensor.
+            weights: (name, tensor) under the names of the Hugging Face model, matrices in this
+                sampler's dtype; a tied output head is sent as well, under its own name. To be read
+                to its end on every rank, because each step of it may gather a sharded tensor.
         """
 
     @abstractmethod
@@ -83,8 +104,11 @@ class Sampler(ABC):
     ) -> list[list[Completion]]:
         """Draw ``config.n`` completions for each prompt, in the order of the prompts.
 
-        Sample j of a prompt draws from a generator of its own, seeded by ``prompt.seed`` + j: the
-        same prompt gets the same completions, whatever is drawn beside it or was drawn before.
+        Sample j of a prompt draws from a generator of its own, seeded by ``prompt.seed`` + j, so
+        its random numbers do not depend on the other prompts or on earlier calls. Its tokens do
+        not either on a CPU. On a GPU the kernels round differently at another batch size, and one
+        token that differs changes all later ones: equal seeds give equally distributed completions
+        there, and equal ones only in a batch-invariant engine (``VLLMSampler.batch_invariant``).
         The log-probabilities returned are of the distribution that was sampled from.
 
         Args:

@@ -26,12 +26,13 @@ class HFSampler(Sampler):
 
     Args:
         batch_size: rows generated together; lower it where memory is short.
-        dtype: precision of the copy.
+        dtype: precision of the copy; by default float32, and on a GPU the trainer's.
     """
 
-    def __init__(self, batch_size: int = 128, dtype: str = "float32") -> None:
+    def __init__(self, batch_size: int = 128, dtype: str | None = None) -> None:
         self.batch_size = batch_size
-        self.dtype = dtype
+        self.dtype = dtype or "float32"
+        self.follows_trainer = dtype is None
         self._model: PreTrainedModel | None = None
 
     def start(self, model: str, max_model_tokens: int) -> None:

