@@ -306,9 +306,10 @@ class MeanStd(Metric):
                     f"values and mask must have one shape, got {tuple(values.shape)} and "
                     f"{tuple(mask.shape)}"
                 )
-            values = values[mask.bool()]
+            # Zeros, and not left out: for their number a GPU would have to be waited for.
+            values = torch.where(mask.bool(), values, torch.zeros_like(values))
         values = values.detach().double()
-        self.count += values.numel()
+        self.count += values.numel() if mask is None else mask.bool().sum()
         self.total += values.sum()
         self.total_squares += values.square().sum()
 

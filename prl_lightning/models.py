@@ -22,7 +22,8 @@ from transformers import (
 from prl_lightning.adapters import add_lora, merged
 from prl_lightning.functional import token_logprobs
 from prl_lightning.onednn import use_onednn
-from prl_lightning.packing import Packing, pack_attention
+from prl_lightning.packed_attention import disable_cudnn_attention, pack_attention
+from prl_lightning.packing import Packing
 from prl_lightning.sharding import named_tensors
 from prl_lightning.types import RolloutBatch
 
@@ -66,6 +67,7 @@ class LogprobModel(nn.Module):
                 )
         if getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
             raise ValueError("model.policy: an output head with a bias is not supported.")
+        disable_cudnn_attention()
         self.causal_lm = causal_lm
         self.is_packed = pack_attention(causal_lm)
         if gradient_checkpointing:
@@ -101,29 +103,34 @@ class LogprobModel(nn.Module):
     def forward(self, batch: RolloutBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Score the completions of a batch.
 
+        Nothing here waits for a GPU: every size is that of a tensor of ``batch.packing``.
+
         Args:
-            batch: uses ``input_ids``, ``prompt_lengths``, ``completion_ids``, ``completion_mask``.
+            batch: uses ``packing``, and ``input_ids`` where rows cannot be packed.
             temperature: the logits are divided by it.
 
         Returns:
             Log-probabilities of the completion tokens and entropies of the distributions they
             were drawn from, both (B, T), float32, zero outside the mask.
         """
-        mask = batch.completion_mask
-        hidden = self._packed(batch) if self.is_packed else self._padded(batch)
+        packing = batch.packing
+        hidden = self._packed(packing) if self.is_packed else self._padded(batch)
         head = self.causal_lm.get_output_embeddings().weight
-        logprobs, entropy = token_logprobs(hidden, head, batch.completion_ids[mask], temperature)
-        zeros = logprobs.new_zeros(mask.shape)
-        return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+        logprobs, entropy = token_logprobs(hidden, head, packing.targets, temperature)
+        zeros = logprobs.new_zeros(batch.completion_mask.numel())
+        shape = batch.completion_mask.shape
+        return (
+            zeros.index_copy(0, packing.cells, logprobs).view(shape),
+            zeros.index_copy(0, packing.cells, entropy).view(shape),
+        )
 
     def _body(self) -> nn.Module:
         """All but the head. Gemma 3 of transformers 4 has no module of its base model's name."""
         base = self.causal_lm.base_model
         return self.causal_lm.model if base is self.causal_lm else base
 
-    def _packed(self, batch: RolloutBatch) -> Tensor:
+    def _packed(self, packing: Packing) -> Tensor:
         """Hidden states that predict the completion tokens, (completion tokens, H)."""
-        packing = Packing(batch)
         output = self._body()(
             input_ids=packing.input_ids,
             position_ids=packing.position_ids,
@@ -134,7 +141,8 @@ class LogprobModel(nn.Module):
 
     def _padded(self, batch: RolloutBatch) -> Tensor:
         output = self._body()(input_ids=batch.input_ids, use_cache=False)
-        row, token = batch.completion_mask.nonzero(as_tuple=True)
+        width = batch.completion_mask.shape[1]
+        row, token = batch.packing.cells // width, batch.packing.cells % width
         # The hidden state one position earlier predicts a token.
         return output.last_hidden_state[row, batch.prompt_lengths[row] + token - 1]
 

@@ -163,7 +163,7 @@ class PRLModule(LightningModule):
         # Lightning averages over micro-batches and ranks; the loss is already a share of the sum.
         loss = loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
         self._log_train({"ratio_max": stats.pop("ratio_max")}, weight=1, reduce_fx="max")
-        tokens = int(batch.completion_mask.sum())  # once, for it waits for the device
+        tokens = batch.num_tokens
         by_token = {"entropy": entropy, "advantage": stats.pop("advantage")}
         if "process_term" in stats:
             self.process_term.update(stats.pop("process_term"), batch.completion_mask)

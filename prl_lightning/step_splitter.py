@@ -37,6 +37,7 @@ class StepSplitter:
                 f"{' or '.join(map(repr, DELIMITERS))}."
             )
         self.steps = steps
+        self._tables: list[Tensor] = []
         if steps in DELIMITERS:
             self._read_tokens(DELIMITERS[str(steps)], tokenizer)
 
@@ -46,8 +47,8 @@ class StepSplitter:
             return None
         if isinstance(self.steps, int):
             return fixed_length_steps(completion_mask, self.steps)
-        tables = [table.to(completion_ids.device) for table in self._tables]
-        contains, opens, closes = tables
+        self._tables = [table.to(completion_ids.device) for table in self._tables]
+        contains, opens, closes = self._tables
         # A model may have more rows than its tokenizer has tokens; the last entry stands for them.
         completion_ids = completion_ids.clamp(max=len(contains) - 1)
         ends = delimiter_steps(completion_ids, completion_mask, contains)

@@ -17,6 +17,8 @@ from typing import Any, dataclass_transform
 import torch
 from torch import Tensor
 
+from prl_lightning.packing import Packing
+
 Message = dict[str, str]
 
 
@@ -104,6 +106,7 @@ class RolloutBatch(_Fields):
         prompt_lengths: (B,) tokens of each prompt.
         completion_ids: (B, T) the completion part of ``input_ids``.
         completion_mask: (B, T) bool, True on sampled tokens, the end-of-sequence token included.
+        packing: the rows as one long row, see Packing.
         rollout_logprobs: (B, T).
         rewards: (B,).
         finished: (B,) bool, False where a completion was cut at the limit.
@@ -121,6 +124,7 @@ class RolloutBatch(_Fields):
     prompt_lengths: Tensor
     completion_ids: Tensor
     completion_mask: Tensor
+    packing: Packing
     rollout_logprobs: Tensor
     rewards: Tensor
     finished: Tensor
@@ -132,12 +136,22 @@ class RolloutBatch(_Fields):
     answers: Tensor | None = None
     is_padding: bool = False
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> RolloutBatch:
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens of this micro-batch."""
+        return len(self.packing.targets)
+
+    def to(self, device: torch.device | str) -> RolloutBatch:
         """Return the batch on ``device`` (the method that Lightning's transfer calls)."""
+
+        def move(tensor: Tensor) -> Tensor:
+            if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+                # Out of other memory a copy waits for all that the GPU has to do.
+                return tensor.pin_memory().to(device, non_blocking=True)
+            return tensor.to(device)
+
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=non_blocking)
-            if isinstance(value, Tensor)
-            else value
+            name: move(value) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
-        return RolloutBatch(**moved)
+        return RolloutBatch(**moved | {"packing": self.packing.map(move)})

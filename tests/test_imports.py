@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "prl_lightning"
 
 # A part may import the parts below it, never one beside or above it. arithmetic stands beside all.
 LAYERS = [
+    {"packing"},
     {
         "types",
         "functional",
@@ -23,7 +24,7 @@ LAYERS = [
         "terminal",
         "unpickling",
     },
-    {"adapters", "onednn", "packing"},
+    {"adapters", "onednn", "packed_attention"},
     {"metrics", "step_splitter", "rewards", "samplers", "models", "arithmetic"},
     {"evaluation", "objective", "data", "export"},
     {"module"},

@@ -16,7 +16,6 @@ from transformers import (
 from own_logits import by_the_models_own_logits
 from prl_lightning.data import collate
 from prl_lightning.models import LogprobModel
-from prl_lightning.packing import Packing
 from prl_lightning.types import Rollout, RolloutBatch
 
 MakeRollout = Callable[[list[int], list[int]], Rollout]
@@ -52,10 +51,12 @@ def each_alone(model: PreTrainedModel) -> Tensor:
 
 def test_a_packing_by_hand(make_rollout: MakeRollout) -> None:
     rows = [([5, 14], [4, 9, 1]), ([5, 14], [8]), ([5], [3, 2]), ([5], [7, 6])]
-    packing = Packing(collate([make_rollout(*row) for row in rows], 1, 1))
+    packing = collate([make_rollout(*row) for row in rows], 1, 1).packing
     assert packing.input_ids.tolist() == [[5, 14, 4, 9, 5, 3, 7]]
     assert packing.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 1]]
     assert packing.predictors.tolist() == [1, 2, 3, 1, 4, 5, 4, 6]
+    assert packing.targets.tolist() == [4, 9, 1, 8, 3, 2, 7, 6]
+    assert packing.cells.tolist() == [0, 1, 2, 3, 6, 7, 9, 10]
     assert [block.tolist() for block in packing.blocks] == [[[0, 1, 2, 3]], [[4, 5], [4, 6]]]
     assert packing.places.tolist() == [0, 1, 2, 3, 6, 5, 7]
 
@@ -63,7 +64,7 @@ def test_a_packing_by_hand(make_rollout: MakeRollout) -> None:
 def test_a_row_alone_and_rows_of_similar_length(make_rollout: MakeRollout) -> None:
     """A prompt is a row of its own only if no completion of its group goes on from it."""
     rows = [([5], [2, 3, 4, 6]), ([7, 8], [2, 3, 4]), ([9, 4], [2]), ([9, 4], [3])]
-    packing = Packing(collate([make_rollout(*row) for row in rows], 1, 1))
+    packing = collate([make_rollout(*row) for row in rows], 1, 1).packing
     assert packing.input_ids.tolist() == [[5, 2, 3, 4, 7, 8, 2, 3, 9, 4]]
     blocks = [block.tolist() for block in packing.blocks]
     assert blocks == [[[0, 1, 2, 3], [4, 5, 6, 7]], [[8, 9]]]

@@ -106,11 +106,13 @@ def test_gradient_and_parameters_are_those_of_one_rank(
 def test_half_precision_trains_as_on_one_rank(
     one_rank: dict[str, Record], two_ranks: dict[str, Record], strategy: str, precision: str
 ) -> None:
-    ours, theirs = two_ranks[f"{strategy}/{precision}"], one_rank[precision]
+    ours = two_ranks[f"{strategy}/{precision}"]
+    # FSDP2 computes with the gathered weights in bfloat16, norms and residual stream as well.
+    theirs = one_rank["bf16_true" if strategy == "fsdp2" else precision]
     dtype = torch.float32 if precision == "bf16_mixed" else torch.bfloat16
     assert {tensor.dtype for tensor in ours["after"].values()} == {dtype}
-    assert gap(ours["gradient"], theirs["gradient"]) < 0.05
     exact = one_rank["token_mean"]["gradient"]
+    assert gap(ours["gradient"], theirs["gradient"]) < 0.05
     assert 1e-5 < gap(ours["gradient"], exact) < 0.1
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from prl_lightning.packing import Packing
 from prl_lightning.types import Rollout, RolloutBatch
 
 
@@ -77,6 +78,7 @@ def collate(rollouts: Sequence[Rollout], update_tokens: int, update_sequences: i
         prompt_lengths=torch.tensor([len(ids) for ids in prompts]),
         completion_ids=_pad(completions),
         completion_mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        packing=Packing(prompts, completions),
         rollout_logprobs=_pad([torch.tensor(r.completion.logprobs) for r in rollouts]),
         rewards=torch.tensor([rollout.reward for rollout in rollouts]),
         finished=torch.tensor([rollout.completion.finished for rollout in rollouts]),

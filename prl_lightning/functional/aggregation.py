@@ -90,12 +90,12 @@ def _constant(values: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
     return values.sum() / (sequences * totals.max_length)
 
 
-def _divisor(total: Count | None, at_hand: Tensor, values: Tensor) -> Tensor:
+def _divisor(total: Count | None, at_hand: Tensor, values: Tensor) -> Count:
     """Return the total, or 1 for 0: nothing over nothing is a loss of 0, not a NaN."""
-    count = torch.as_tensor(
-        at_hand if total is None else total, dtype=values.dtype, device=values.device
-    )
-    return torch.where(count == 0, torch.ones_like(count), count)
+    count = at_hand if total is None else total
+    if not isinstance(count, Tensor):
+        return count or 1
+    return torch.where(count == 0, torch.ones_like(count), count).to(values)
 
 
 AGGREGATIONS: dict[str, Callable[[Tensor, Tensor, Totals], Tensor]] = {

@@ -72,16 +72,16 @@ def policy_loss(
 
 
 def _ratio_stats(ratio: Tensor, is_clipped: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    if not mask.any():
-        return {
-            "clip_fraction": ratio.new_zeros(()),
-            "ratio_mean": ratio.new_ones(()),
-            "ratio_max": ratio.new_ones(()),
-        }
+    """Of the tokens inside the mask; as for a ratio of 1 where there are none."""
+    # Sums over all entries: to pick those inside the mask, a GPU's count of them is waited for.
+    count = mask.sum()
+    zero, one = torch.zeros_like(ratio), ratio.new_ones(())
+    # ratio is above 0, so that a 0 outside the mask is never the largest.
+    largest = torch.where(mask, ratio, zero).amax() if mask.numel() else one
     return {
-        "clip_fraction": is_clipped[mask].to(ratio.dtype).mean(),
-        "ratio_mean": ratio[mask].mean(),
-        "ratio_max": ratio[mask].max(),
+        "clip_fraction": (is_clipped & mask).to(ratio.dtype).sum() / count.clamp(min=1),
+        "ratio_mean": torch.where(count > 0, torch.where(mask, ratio, zero).sum() / count, one),
+        "ratio_max": torch.where(count > 0, largest, one),
     }
 
 

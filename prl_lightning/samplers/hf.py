@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from prl_lightning.packed_attention import disable_cudnn_attention
 from prl_lightning.samplers.base import Progress, Sampler, SamplingConfig
 from prl_lightning.types import Completion, Prompt
 
@@ -37,6 +38,7 @@ class HFSampler(Sampler):
 
     def start(self, model: str, max_model_tokens: int) -> None:
         """See ``Sampler.start``."""
+        disable_cudnn_attention()  # each step has a new length
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         self._model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
         # The model's own defaults (a top-k, a repetition penalty) would bend the distribution.

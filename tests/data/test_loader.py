@@ -7,6 +7,7 @@ import torch
 
 from prl_lightning.data import RolloutBuffer, RolloutLoader
 from prl_lightning.data.loader import pack, unpack
+from prl_lightning.packing import Packing
 from prl_lightning.types import Completion, Prompt, Rollout, RolloutBatch
 
 UPDATES, MICRO_BATCHES, SIZE = 2, 2, 8  # rollouts an update over all ranks
@@ -62,8 +63,17 @@ def assert_same(one: list[RolloutBatch], other: list[RolloutBatch]) -> None:
         assert len(vars(first)) > 10
         for name, mine in vars(first).items():
             theirs = vars(second)[name]
-            same = torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
-            assert same, name
+            assert len(tensors(mine)) == len(tensors(theirs)), name
+            assert all(map(torch.equal, tensors(mine), tensors(theirs))), name
+            assert tensors(mine) or mine == theirs, name
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """Those of a tensor or a Packing."""
+    found: list[torch.Tensor] = []
+    if isinstance(value, Packing):
+        value.map(lambda tensor: (found.append(tensor), tensor)[1])
+    return [value] if isinstance(value, torch.Tensor) else found
 
 
 @pytest.mark.parametrize("per_token", [False, True])

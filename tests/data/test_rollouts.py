@@ -136,7 +136,11 @@ def test_a_batch_moves_with_all_its_tensors() -> None:
                  "old_logprobs"):  # fmt: skip
         assert getattr(moved, name).device.type == "meta", name
         assert getattr(batch, name).device.type == "cpu", name
+    for name, value in vars(moved.packing).items():
+        values = value if isinstance(value, list) else [value]
+        assert all(tensor.device.type == "meta" for tensor in values), name
     assert moved.ref_logprobs is None
+    assert moved.num_tokens == batch.num_tokens == int(batch.completion_mask.sum())
     assert (moved.update_tokens, moved.update_sequences) == (50, 20)
     assert batch.to("cpu").rewards.tolist() == [1.0, -2.0]
 
