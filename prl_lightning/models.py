@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from prl_lightning.adapters import add_lora, merged
+from prl_lightning.experts import use_autocast_experts
 from prl_lightning.functional import token_logprobs
 from prl_lightning.onednn import use_onednn
 from prl_lightning.packed_attention import disable_cudnn_attention, pack_attention
@@ -70,6 +71,7 @@ class LogprobModel(nn.Module):
         disable_cudnn_attention()
         self.causal_lm = causal_lm
         self.is_packed = pack_attention(causal_lm)
+        use_autocast_experts(causal_lm)
         if gradient_checkpointing:
             # Not by Hugging Face's switch, which works in train mode alone: with dropout the
             # trainer's policy would not be the one that the engine samples from.

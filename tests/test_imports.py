@@ -24,7 +24,7 @@ LAYERS = [
         "terminal",
         "unpickling",
     },
-    {"adapters", "onednn", "packed_attention"},
+    {"adapters", "experts", "onednn", "packed_attention"},
     {"metrics", "step_splitter", "rewards", "samplers", "models", "arithmetic"},
     {"evaluation", "objective", "data", "export"},
     {"module"},

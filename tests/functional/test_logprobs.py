@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import prl_lightning.functional.logprobs as logprobs_file
 from prl_lightning.functional import token_logprobs
 
 from .batches import quick
@@ -226,10 +227,24 @@ def test_no_more_than_one_chunk_of_logits_exists(dtype: torch.dtype, temperature
 def test_automatic_chunks_bound_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = inputs(64, 1000, 2)
     for elements, largest in ((5_000, 5_000), (500, 2_000)):  # no more than the weight
-        monkeypatch.setattr("prl_lightning.functional.logprobs._CHUNK_ELEMENTS", elements)
+        monkeypatch.setitem(logprobs_file._CHUNK_ELEMENTS, "cpu", elements)
         with Recorder() as recorder:
             token_logprobs(hidden, weight, targets)[0].sum().backward()
         assert recorder.largest == largest
+
+
+def test_a_gpu_has_larger_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen on the meta device, which runs the same code and computes nothing."""
+    monkeypatch.setitem(logprobs_file._CHUNK_ELEMENTS, "meta", 4_000)
+    monkeypatch.setitem(logprobs_file._CHUNK_ELEMENTS, "cpu", 1_000)
+    products: dict[str, int] = {}
+    for device in ("cpu", "meta"):
+        hidden, weight, targets = (x.detach().to(device) for x in inputs(64, 1000, 2))
+        with Recorder() as recorder:
+            token_logprobs(hidden, weight, targets)
+        products[device] = recorder.products
+    assert products == {"cpu": 64, "meta": 16}
+    assert logprobs_file._CHUNK_ELEMENTS["cuda"] == 2**28
 
 
 def test_no_tokens() -> None:
