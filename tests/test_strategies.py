@@ -132,6 +132,47 @@ def test_metrics_are_those_of_one_rank(
     assert 0 < theirs["val/tiny/mean@4"] < theirs["val/tiny/pass@2"] < 1
 
 
+@pytest.fixture(scope="module")
+def fsdp1(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+    """FSDP1 on two ranks; torch cannot gather its checkpoint on a CPU, so there is none."""
+    folder = tmp_path_factory.mktemp("fsdp1")
+    runs = {}
+    for objective in ("token_mean", "lora", "checkpointing", "bf16_mixed"):
+        first = overrides(tied_model, folder / objective, objective)
+        place = first.index("--trainer.callbacks+=recorded.Record")
+        runs[objective] = [
+            *first[:place],
+            "--trainer.callbacks=[]",
+            *first[place:],
+            "--trainer.enable_checkpointing=false",
+            "--trainer.devices=2",
+            "--trainer.strategy={class_path: fsdp1_on_cpu.FSDP1OnCPU}",
+        ]
+    return run_all(folder, 2, runs)
+
+
+@pytest.mark.parametrize("objective", ["token_mean", "lora", "checkpointing"])
+def test_fsdp1_does_what_one_rank_does(
+    one_rank: dict[str, Record], fsdp1: dict[str, Record], objective: str
+) -> None:
+    """The gradient is clipped by its norm over all ranks, of which each knows its own part."""
+    ours, theirs = fsdp1[objective], one_rank[objective]
+    assert gap(ours["sent"], theirs["sent"]) < 1e-5
+    assert gap(ours["sent"], ours["sent_before"]) > 1e-3
+    for name, value in theirs["metrics"].items():
+        if not name.endswith(OF_A_RANK):
+            assert ours["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert theirs["metrics"]["train/grad_norm"] > 2  # so that it was clipped
+
+
+def test_fsdp1_computes_in_half_precision_and_keeps_its_weights_whole(
+    one_rank: dict[str, Record], fsdp1: dict[str, Record]
+) -> None:
+    ours, theirs = fsdp1["bf16_mixed"]["sent"], one_rank["token_mean"]["sent"]
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
+    assert 1e-6 < gap(ours, theirs) < 0.02
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_files_are_those_of_one_rank(
     root: Path, one_root: Path, one_rank: Any, two_ranks: Any, strategy: str

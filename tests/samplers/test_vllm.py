@@ -1,5 +1,6 @@
 """What only VLLMSampler promises; the rest is in test_protocol.py."""
 
+import gc
 import importlib.util
 from typing import Any
 
@@ -66,6 +67,20 @@ def test_it_sleeps_after_each_sampling_and_wakes_for_weights_or_the_next(sleeps:
         assert engine.events == [*rounds, "wake", *rounds]
     else:
         assert engine.events == [*load, *draw, *draw] * 2
+
+
+def test_torch_gives_back_what_an_update_has_freed_before_the_engine_wakes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The engine maps memory past torch's allocator, which would keep what gradients took."""
+    sampler = VLLMSampler(sleeps=True)
+    sampler._llm = engine = EngineThatSleeps()
+    monkeypatch.setattr(gc, "collect", lambda: engine.events.append("collect"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: engine.events.append("empty_cache"))
+    sampler.generate([], SamplingConfig(1, 1.0, 1, (1,)))
+    engine.events.clear()
+    sampler.load_weights([])
+    assert engine.events[:3] == ["collect", "empty_cache", "wake"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
