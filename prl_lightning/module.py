@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
@@ -238,6 +239,17 @@ class PRLModule(LightningModule):
         """Log the norm of the gradient, before any clipping; a skipped update has none."""
         if any(p.grad is not None for p in self.loaded_policy.parameters()):
             self._log_train({"grad_norm": full(self.gradient_norm())}, weight=1)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, and let the gradient go: the engine that samples next can use its memory."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
         """Log the process term over all tokens of the iteration.

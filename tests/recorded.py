@@ -79,6 +79,9 @@ class Record(Callback):
         self.record["after"] = _trained(pl_module)
         self.record["sent"] = _sent(pl_module)
         self.record["steps"] = trainer.global_step
+        self.record["gradients_left"] = [
+            name for name, parameter in pl_module.named_parameters() if parameter.grad is not None
+        ]
         self.record["metrics"] = {k: float(v) for k, v in trainer.callback_metrics.items()}
         if trainer.is_global_zero:
             torch.save(self.record, self.file)

@@ -84,6 +84,57 @@ def test_named_weights_are_those_of_the_file_and_an_explicit_head(
     assert torch.equal(sent["lm_head.weight"], saved.get_output_embeddings().weight)
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": "all-linear"}])
+def test_matrices_are_sent_in_the_engines_dtype(
+    untied_model: str, lora: dict[str, object] | None
+) -> None:
+    policy = load_policy(untied_model, lora)
+    whole, half = dict(named_weights(policy)), dict(named_weights(policy, torch.bfloat16))
+    assert list(half) == list(whole)
+    for name, tensor in whole.items():
+        dtype = torch.bfloat16 if tensor.ndim > 1 else torch.float32
+        assert half[name].dtype == dtype, name
+        assert torch.equal(half[name], tensor.to(dtype)), name
+
+
+@torch.no_grad()
+def test_a_cast_to_half_precision_leaves_the_positions_alone(
+    untied_model: str, make_rollout: MakeRollout
+) -> None:
+    """As ``precision: bf16-true`` casts; the engine has its rotary frequencies in float32."""
+    long = [3 + i % 15 for i in range(1500)]
+    batch = batch_of(make_rollout, [(long, [4, 9, 1])])
+    policy = LogprobModel(load_causal_lm(untied_model))
+    exact = policy(batch, 1.0)[0]
+    frequencies = policy.causal_lm.model.rotary_emb.inv_freq.clone()
+    ours = policy.to(torch.bfloat16)(batch, 1.0)[0]
+    assert {weight.dtype for weight in policy.parameters()} == {torch.bfloat16}
+    assert torch.equal(policy.causal_lm.model.rotary_emb.inv_freq, frequencies)
+    theirs = AutoModelForCausalLM.from_pretrained(untied_model, dtype=torch.bfloat16)
+    expected, _ = by_the_models_own_logits(theirs, long, [4, 9, 1])
+    torch.testing.assert_close(ours[0], expected.float(), atol=0.05, rtol=0)
+    policy.causal_lm.model.rotary_emb.inv_freq = frequencies.bfloat16()
+    rounded = policy(batch, 1.0)[0]
+    assert (rounded - exact).abs().mean() > 3 * (ours - exact).abs().mean()
+
+
+def test_buffers_move_with_the_model(untied_model: str) -> None:
+    policy = LogprobModel(load_causal_lm(untied_model)).to("meta", torch.bfloat16)
+    assert {buffer.device.type for buffer in policy.buffers()} == {"meta"}
+    assert {buffer.dtype for buffer in policy.buffers()} == {torch.float32}
+
+
+def test_attention_that_plans_for_each_shape_is_never_chosen(untied_model: str) -> None:
+    for use in (
+        lambda: load_policy(untied_model),
+        lambda: HFSampler().start(untied_model, 8),
+    ):
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        use()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_an_architecture_that_changes_its_logits_is_named() -> None:
     config = Gemma2Config(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,

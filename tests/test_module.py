@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
+from prl_lightning.sharding import total_norm
+from ranks import gap, read, recorded_run
+from runs import fit
 
 
 def loaded(model: str, objective: Objective, **options: bool) -> PRLModule:
@@ -68,6 +74,54 @@ def test_optimizer_gets_the_policy_alone(tied_model: str) -> None:
 def test_weights_name_a_tied_head_too(tied_model: str) -> None:
     names = dict(loaded(tied_model, Objective()).weights())
     assert torch.equal(names["lm_head.weight"], names["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_an_update_is_clipped_by_the_norm_that_is_computed_once(
+    tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    """The guard asks for it, the log, and the clipping; of plain steps of size 1."""
+    computed: list[float] = []
+
+    def norm(model: torch.nn.Module) -> Tensor:
+        found = total_norm(model)
+        computed.append(float(found))
+        return found
+
+    monkeypatch.setattr("prl_lightning.module.total_norm", norm)
+    fit(
+        *recorded_run(tied_model, tmp_path),
+        "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 1.0}}",
+        "--trainer.max_epochs=1",
+        "--trainer.check_val_every_n_epoch=1",
+        "--trainer.gradient_clip_val=0.5",
+        f"--trainer.gradient_clip_algorithm={algorithm}",
+    )
+    record = read(tmp_path)
+    gradient = record["gradient"]
+    by_hand = sum(float(g.double().square().sum()) for g in gradient.values()) ** 0.5
+    assert computed == [pytest.approx(by_hand, rel=1e-5)]
+    assert record["metrics"]["train/grad_norm"] == pytest.approx(by_hand, rel=1e-5)
+    assert by_hand > 1
+    assert record["gradients_left"] == []
+    for name, raw in gradient.items():
+        step = record["before"][name] - record["after"][name]
+        expected = raw * 0.5 / by_hand if algorithm == "norm" else raw.clamp(-0.5, 0.5)
+        torch.testing.assert_close(step, expected, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_a_fused_optimizer_is_clipped_under_bf16_mixed(tied_model: str, tmp_path: Path) -> None:
+    """Lightning refuses it, for gradients that a scaler has scaled; here there is none."""
+    fit(
+        *recorded_run(tied_model, tmp_path),
+        "--model.optimizer={class_path: torch.optim.AdamW, init_args: {lr: 0.01, fused: true}}",
+        "--trainer.precision=bf16-mixed",
+        "--trainer.max_epochs=1",
+        "--trainer.check_val_every_n_epoch=1",
+    )
+    record = read(tmp_path)
+    assert record["metrics"]["train/grad_norm"] > 1
+    assert gap(record["after"], record["before"]) > 1e-3
 
 
 def test_temperature_must_be_positive(tied_model: str) -> None:

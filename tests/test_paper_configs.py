@@ -143,7 +143,7 @@ def test_settings_are_the_papers(version: str) -> None:
     objective = model["objective"]
     assert (objective["outcome"], objective["kl"], objective["beta"]) == ("grpo", "process", 0.01)
     assert objective["unbiased_std"]  # the authors' code divides by n - 1
-    assert model["optimizer"]["init_args"] == {"lr": 1e-6}
+    assert model["optimizer"]["init_args"] == {"lr": 1e-6, "fused": True}
     assert model["temperature"] == rollout["eval_temperature"] == 1.0
     assert data["group_size"] == 5
     assert data["format"]["template"] == "{prompt}" + ADDED

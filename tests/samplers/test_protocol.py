@@ -20,6 +20,12 @@ EOS = 1
 SAMPLING = SamplingConfig(n=4, temperature=1.0, max_new_tokens=12, stop_token_ids=(EOS,), top_p=1.0)
 
 
+# test_gpu.py has what holds there.
+ON_A_CPU = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU's kernels round otherwise at another batch size"
+)
+
+
 class Engine:
     """A started sampler, the folder of its model, and the trainer's policy that it must follow."""
 
@@ -119,6 +125,7 @@ def test_completions_of_a_prompt_differ(engine: Engine) -> None:
         assert len({tuple(ids) for ids in group}) >= 4  # two may both end at once
 
 
+@ON_A_CPU
 def test_completions_follow_their_prompts_seed_and_not_its_neighbours(engine: Engine) -> None:
     engine.policy()
     prompt, other = PROMPTS[0], replace(PROMPTS[0], seed=77)
@@ -167,6 +174,7 @@ def test_progress_adds_up_to_what_is_drawn(engine: Engine) -> None:
     assert sum(prompts for prompts, _ in told) == len(PROMPTS)
 
 
+@ON_A_CPU
 def test_many_long_prompts_are_read_with_their_seeds(engine: Engine) -> None:
     """More tokens than the engine takes in a step: no prompt may be read in parts on a CPU."""
     engine.policy()

@@ -1,0 +1,83 @@
+"""A training step never waits for a GPU; benchmarks/fake_cuda has what sees it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from micro_batch import OBJECTIVES, WithoutTrainer, micro_batch
+from torch import Tensor
+from waits import Waits
+
+from prl_lightning.functional import delimiter_steps
+
+WAITS: dict[str, Callable[[Tensor], object]] = {
+    "a value": lambda x: x.sum().item(),
+    "a condition": lambda x: bool((x > 0).any()),
+    "all values": lambda x: x.tolist(),
+    "a move": lambda x: x.cpu(),
+    "a comparison": lambda x: torch.equal(x, x),
+    "a mask as index": lambda x: x[x > 0],
+    "a mask to write by": lambda x: x.clone().index_put_((x > 0,), x[:2]),
+    "places": lambda x: x.nonzero(),
+    "repeats": lambda x: x.repeat_interleave(torch.ones(3, dtype=torch.long)),
+    "different values": lambda x: x.unique(),
+    "numbers from the host": lambda x: torch.tensor([1.0], device=x.device),
+}
+NO_WAITS: dict[str, Callable[[Tensor], object]] = {
+    "an index": lambda x: x[torch.tensor([0, 2])],
+    "a mask to choose by": lambda x: torch.where(x > 0, x, 0.0),
+    "a mask to fill by": lambda x: x.masked_fill(x > 0, 0.0),
+    "so many repeats": lambda x: x.repeat_interleave(torch.ones(3).long(), output_size=3),
+}
+
+
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package looks at values where it is not on a GPU, so it is told that it is."""
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_training_step_waits_for_nothing(tied_model: str, name: str) -> None:
+    module = WithoutTrainer(tied_model, OBJECTIVES[name])
+    module.configure_model()
+    batch = micro_batch(module.objective)
+    with Waits() as waits:
+        loss = module.training_step(batch, 0)
+        loss.backward()
+    assert module.logged["train/loss"] == loss
+    assert waits.found == []
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_a_wait_is_seen(wait: Callable[[Tensor], object]) -> None:
+    values = torch.tensor([1.0, -1.0, 2.0])
+    with Waits() as waits:
+        wait(values)
+    assert waits.found
+
+
+@pytest.mark.parametrize("operation", NO_WAITS.values(), ids=NO_WAITS)
+def test_what_is_no_wait_is_none(operation: Callable[[Tensor], object]) -> None:
+    values = torch.tensor([1.0, -1.0, 2.0])
+    with Waits() as waits:
+        operation(values)
+    assert waits.found == []
+
+
+def test_a_wait_in_the_backward_pass_is_seen() -> None:
+    values = torch.ones(3, requires_grad=True)
+    product = values * 2
+    product.register_hook(lambda gradient: gradient * gradient.sum().item())
+    with Waits() as waits:
+        product.sum().backward()
+    assert len(waits.found) == 1
+
+
+def test_a_wait_has_its_line() -> None:
+    ids, mask = torch.tensor([[4, 1, 4]]), torch.ones(1, 3)
+    with Waits() as waits:
+        delimiter_steps(ids, mask, torch.zeros(5))
+    (wait,) = waits.found
+    assert wait.startswith("_local_scalar_dense at functional/steps.py:")
