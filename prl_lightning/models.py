@@ -19,6 +19,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+try:
+    from transformers.core_model_loading import revert_weight_conversion
+except ImportError:  # transformers 4, whose modules are named as their files are
+    revert_weight_conversion = None
+
 from prl_lightning.adapters import add_lora, merged
 from prl_lightning.experts import use_autocast_experts
 from prl_lightning.functional import token_logprobs
@@ -150,7 +155,7 @@ class LogprobModel(nn.Module):
 
 
 def named_weights(
-    model: nn.Module, dtype: torch.dtype | None = None
+    model: nn.Module, dtype: torch.dtype | None = None, as_in_file: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its Hugging Face name, whole, as an engine or a file wants it.
 
@@ -160,12 +165,18 @@ def named_weights(
     Args:
         model: a LogprobModel, with an adapter or without, as the strategy has wrapped it.
         dtype: of the matrices, by default their own; vectors keep theirs.
+        as_in_file: under the names, and in the pieces, that a published model's files have;
+            transformers keeps the experts of a mixture in one tensor.
 
     Yields:
         Name and tensor.
     """
-    for name, tensor in merged(model, named_tensors(model), dtype):
-        yield name.removeprefix("causal_lm."), tensor
+    for full_name, tensor in merged(model, named_tensors(model), dtype):
+        name = full_name.removeprefix("causal_lm.")
+        if as_in_file and revert_weight_conversion is not None:
+            yield from revert_weight_conversion(model.causal_lm, {name: tensor}).items()
+        else:
+            yield name, tensor
 
 
 def load_causal_lm(name_or_path: str) -> PreTrainedModel:

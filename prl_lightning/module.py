@@ -202,13 +202,16 @@ class PRLModule(LightningModule):
             logprobs: Tensor = scorer(batch, temperature or self.temperature)[0]
         return logprobs
 
-    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def weights(
+        self, dtype: torch.dtype | None = None, as_in_file: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights under their Hugging Face names, for an engine; a collective.
 
         Args:
             dtype: see ``named_weights``.
+            as_in_file: see there.
         """
-        return named_weights(self.loaded_policy, dtype)
+        return named_weights(self.loaded_policy, dtype, as_in_file)
 
     def gradient_norm(self) -> Tensor:
         """Norm of this update's gradient as backward left it, computed once; a collective."""

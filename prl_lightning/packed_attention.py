@@ -75,6 +75,8 @@ def packed_attention(
     Returns:
         (1, N, heads, head size), and no attention weights.
     """
+    if query.is_cuda and query.dtype == torch.float32:
+        module, key, value = _with_all_heads(query, key, value)
     outputs = []
     for block in packing.blocks:
         # A group's prompt in each of its rows: what the plain causal kernels save outweighs that.
@@ -88,6 +90,16 @@ def packed_attention(
         )
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs).index_select(0, packing.places)[None], None
+
+
+def _with_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+    """Keys and values of every head, and a layer that says of no heads that they are grouped.
+
+    No kernel for float32 on a GPU takes grouped heads: torch would fall back to plain products,
+    whose memory grows with the square of a row.
+    """
+    groups = query.shape[1] // key.shape[1]
+    return nn.Module(), key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
 
 
 def _window(tokens: int, size: int | None, device: torch.device) -> Tensor | None:

@@ -100,6 +100,30 @@ def test_packed_rows_score_as_each_row_alone(batch: RolloutBatch, config: Pretra
         )
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "mistral"])
+def test_every_head_has_its_keys_where_a_kernel_knows_no_groups(
+    batch: RolloutBatch, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU in float32: no product of all rows is made, and the values are the same."""
+    model = LogprobModel(model_of(AutoConfig.for_model(kind, **SIZES)))
+    expected = model(batch, 1.0)[0]
+    grouped: list[bool] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        grouped.append(kwargs.get("enable_gqa", False) or args[0].shape[1] != args[1].shape[1])
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    model(batch, 1.0)
+    assert all(grouped)
+    grouped.clear()
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    torch.testing.assert_close(model(batch, 1.0)[0], expected, atol=1e-6, rtol=1e-6)
+    assert grouped
+    assert not any(grouped)
+
+
 def test_a_window_hides_what_is_farther_away(batch: RolloutBatch) -> None:
     """The test above would pass if both sides forgot the window."""
     config = MistralConfig(**SIZES, sliding_window=4)

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from micro_batch import OBJECTIVES, WithoutTrainer, micro_batch
 from torch import Tensor
-from waits import Waits
 
+from micro_batch import OBJECTIVES, WithoutTrainer, micro_batch
 from prl_lightning.functional import delimiter_steps
+from waits import Waits
 
 WAITS: dict[str, Callable[[Tensor], object]] = {
     "a value": lambda x: x.sum().item(),

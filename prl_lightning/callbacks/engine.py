@@ -115,7 +115,8 @@ class EngineLink:
                 self.sampler.start(module.policy_name, max_model_tokens)
         if self._has_weights_of != trainer.global_step:
             with self._as_one_error(f"did not take the weights of update {trainer.global_step}"):
-                self.sampler.load_weights(module.weights(self.sampler.weights_dtype))
+                weights = module.weights(self.sampler.weights_dtype, self.sampler.reads_files)
+                self.sampler.load_weights(weights)
             self._has_weights_of = trainer.global_step
             self._gap = None
 

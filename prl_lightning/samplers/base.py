@@ -42,10 +42,13 @@ class Sampler(ABC):
     Attributes:
         dtype: the precision it computes in; "float32" is held to a smaller engine gap.
         follows_trainer: whether ``follow`` sets the dtype, because the user named none.
+        reads_files: whether it knows weights by the names of a published model's files, and not by
+            those of transformers' modules; they differ for mixtures of experts.
         is_concurrent: whether ``generate`` may run in a thread while the trainer trains.
     """
 
     dtype: str
+    reads_files = False
     follows_trainer = False
     is_concurrent = False
 
@@ -93,9 +96,10 @@ class Sampler(ABC):
         """Replace the engine's weights by the trainer's.
 
         Args:
-            weights: (name, tensor) under the names of the Hugging Face model, matrices in this
-                sampler's dtype; a tied output head is sent as well, under its own name. To be read
-                to its end on every rank, because each step of it may gather a sharded tensor.
+            weights: (name, tensor) under the names of the Hugging Face model (see
+                ``reads_files``), matrices in this sampler's dtype; a tied output head is sent as
+                well, under its own name. To be read to its end on every rank, because each step of
+                it may gather a sharded tensor.
         """
 
     @abstractmethod

@@ -40,6 +40,7 @@ class ProcessSampler(Sampler):
     def __init__(self, sampler: Sampler | None = None, gpus: Sequence[int] = ()) -> None:
         self.sampler = VLLMSampler() if sampler is None else sampler
         self.dtype = self.sampler.dtype
+        self.reads_files = self.sampler.reads_files
         self.gpus = gpus
         self._pool: ProcessPoolExecutor | None = None
         self._process_id: int | None = None

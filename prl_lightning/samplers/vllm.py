@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from prl_lightning.samplers.base import Progress, Sampler, SamplingConfig, local_rank
 from prl_lightning.samplers.vllm_requirements import missing_requirements, refuse_several_processes
@@ -37,6 +37,8 @@ class VLLMSampler(Sampler):
         ImportError: vLLM is not installed.
         ValueError: an engine argument that would spread it over several processes.
     """
+
+    reads_files = True
 
     def __init__(
         self,
@@ -117,6 +119,8 @@ class VLLMSampler(Sampler):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See ``Sampler.load_weights``."""
         self._wake()
+        if not torch.cuda.is_available():
+            self._llm.apply_model(_forget_packed_experts)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         # Cached keys and values belong to the old weights.
         self._llm.reset_prefix_cache()
@@ -181,6 +185,17 @@ class VLLMSampler(Sampler):
             torch.cuda.empty_cache()
             self._llm.wake_up()
             self._is_asleep = False
+
+
+def _forget_packed_experts(model: nn.Module) -> None:
+    """Have the experts of a mixture packed again when they are loaded again.
+
+    The build for CPUs packs them when their kernel is made, and later loads reuse the kernel.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
+            method.moe_kernel = None
 
 
 @contextmanager
