@@ -223,6 +223,20 @@ def load_policy(
         return LogprobModel(causal_lm, gradient_checkpointing, compile)
 
 
+def load_reference(
+    name_or_path: str, compile: bool = False, with_weights: bool = True
+) -> LogprobModel:
+    """Load a model that is not trained.
+
+    Args:
+        name_or_path: Hugging Face id or folder.
+        compile: see LogprobModel.
+        with_weights: see ``load_policy``.
+    """
+    reference = load_policy(name_or_path, compile=compile, with_weights=with_weights)
+    return reference.requires_grad_(False)
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a Hugging Face id or folder; no remote code is run."""
     return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)

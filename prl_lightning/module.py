@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from math import inf
 from typing import Any, Literal, cast
 
@@ -22,12 +23,12 @@ from prl_lightning.evaluation import SetMetrics, SetResults
 from prl_lightning.functional import get_divergence, kl_estimate, process_rewards
 from prl_lightning.functional.masks import keep_tokens
 from prl_lightning.metrics import MeanStd
-from prl_lightning.models import load_policy, load_tokenizer, named_weights
+from prl_lightning.models import load_policy, load_reference, load_tokenizer, named_weights
 from prl_lightning.objective import Objective
 from prl_lightning.sharding import (
     full,
     leave_frozen_out,
-    load_sharded,
+    load_on_ranks,
     sharding_of,
     total_norm,
 )
@@ -103,29 +104,18 @@ class PRLModule(LightningModule):
         if self.policy is not None:
             return
         self.splitter = StepSplitter(self.objective.steps, load_tokenizer(self.policy_name))
-        self.policy = self._load(self._policy, keep_root=True)
-        shares_weights = self.lora is not None and self.reference_name == self.policy_name
-        if self.keeps_reference and not shares_weights:
-            self.reference = self._load(self._reference, keep_root=False)
-
-    def _policy(self, with_weights: bool) -> torch.nn.Module:
-        return load_policy(
+        policy = partial(
+            load_policy,
             self.policy_name,
             self.lora,
             self.gradient_checkpointing,
             self.compile_blocks,
-            with_weights,
         )
-
-    def _reference(self, with_weights: bool) -> torch.nn.Module:
-        reference = load_policy(
-            self.reference_name, compile=self.compile_blocks, with_weights=with_weights
-        )
-        return reference.requires_grad_(False)
-
-    def _load(self, load: Callable[[bool], torch.nn.Module], keep_root: bool) -> torch.nn.Module:
-        sharding = sharding_of(self)
-        return load(True) if sharding is None else load_sharded(load, sharding, keep_root)
+        self.policy = load_on_ranks(policy, sharding_of(self), keep_root=True)
+        shares_weights = self.lora is not None and self.reference_name == self.policy_name
+        if self.keeps_reference and not shares_weights:
+            reference = partial(load_reference, self.reference_name, self.compile_blocks)
+            self.reference = load_on_ranks(reference, sharding_of(self), keep_root=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name what the weights belong to, for ``prl export``."""

@@ -75,6 +75,11 @@ def packed_attention(
     Returns:
         (1, N, heads, head size), and no attention weights.
     """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        # Now, and not inside the attention: half the bytes are gathered below.
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.is_cuda and query.dtype == torch.float32:
         module, key, value = _with_all_heads(query, key, value)
     outputs = []

@@ -71,18 +71,18 @@ def sharding_of(module: LightningModule) -> Sharding | None:
     return Sharding(strategy.root_device, mesh, policy, fsdp1_precision)
 
 
-def load_sharded(
-    load: Callable[[bool], nn.Module], sharding: Sharding, keep_root: bool
+def load_on_ranks(
+    load: Callable[..., nn.Module], sharding: Sharding | None, keep_root: bool
 ) -> nn.Module:
-    """Load a model on the first rank alone, and give every rank its shards.
+    """Load a model as the strategy has it: whole on every rank, or sharded.
 
-    The first rank has the model in main memory, the others never more than one block of it. To be
-    called by all ranks, in ``configure_model``.
+    Of a model to be sharded the first rank alone reads the weights and has them all in main memory,
+    the others never more than one block of them. To be called by all ranks, in ``configure_model``.
 
     Args:
-        load: makes the model: with its weights for True, on the meta device for False. Its
-            ``blocks()`` are gathered one after the other; what is in none belongs to the root.
-        sharding: how.
+        load: makes the model, on the meta device where it is called with ``with_weights=False``.
+            Its ``blocks()`` are gathered one after the other; what is in none belongs to the root.
+        sharding: how; None for whole models.
         keep_root: keep the root gathered from forward to backward (FSDP2).
 
     Returns:
@@ -91,15 +91,17 @@ def load_sharded(
     Raises:
         RuntimeError: the first rank could not load it.
     """
+    if sharding is None:
+        return load()
     model = _load_on_first_rank(load)
     blocks: list[nn.Module] = model.blocks()  # type: ignore[operator]
+    inside = {module for block in blocks for module in block.modules()}
+    of_root = [module for module in model.modules() if module not in inside]
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child in blocks:
                 _take_from_first_rank(child.modules(), sharding.device)
                 setattr(parent, name, _shard(child, sharding))
-    inside = {module for block in blocks for module in block.modules()}
-    of_root = (module for module in model.modules() if module not in inside)
     _take_from_first_rank(of_root, sharding.device)
     model = _shard(model, sharding, reshard_after_forward=not keep_root)
     if sharding.device.type == "cpu":
@@ -110,11 +112,11 @@ def load_sharded(
     return model
 
 
-def _load_on_first_rank(load: Callable[[bool], nn.Module]) -> nn.Module:
+def _load_on_first_rank(load: Callable[..., nn.Module]) -> nn.Module:
     failure: list[str | None] = [None]
     if distributed.get_rank() == 0:
         try:
-            model = load(True)
+            model = load()
         except Exception as error:
             failure = [f"{type(error).__name__}: {error}"]
             raise
@@ -124,7 +126,7 @@ def _load_on_first_rank(load: Callable[[bool], nn.Module]) -> nn.Module:
     distributed.broadcast_object_list(failure)
     if failure[0] is not None:
         raise RuntimeError(f"the first rank could not load the model: {failure[0]}")
-    return load(False)
+    return load(with_weights=False)
 
 
 @torch.no_grad()
@@ -137,14 +139,13 @@ def _take_from_first_rank(modules: Iterable[nn.Module], device: torch.device) ->
         held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for tensors in held:
             for name, tensor in tensors.items():
-                # A flat parameter of FSDP1 is of a block that is done.
-                if tensor is None or isinstance(tensor, DTensor):
+                if tensor is None:
                     continue
                 if id(tensor) not in taken:
                     whole = (
-                        tensor.detach().to(device)
+                        tensor.detach().to(device).contiguous()
                         if is_first
-                        else torch.empty_like(tensor, device=device)
+                        else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                     )
                     distributed.broadcast(whole, src=0)
                     if isinstance(tensor, nn.Parameter):

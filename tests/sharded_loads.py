@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from prl_lightning.models import load_causal_lm, load_policy
-from prl_lightning.sharding import Sharding, full, load_sharded
+from prl_lightning.sharding import Sharding, full, load_on_ranks
 
 
 def peak_mib() -> float:
@@ -27,8 +27,7 @@ def peak_mib() -> float:
 def load(folder: str, lora: dict[str, Any] | None = None) -> nn.Module:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
     sharding = Sharding(torch.device("cpu"), mesh, MixedPrecisionPolicy(), None)
-    of_rank = partial(load_policy, folder, lora)
-    return load_sharded(lambda whole: of_rank(with_weights=whole), sharding, keep_root=True)
+    return load_on_ranks(partial(load_policy, folder, lora), sharding, keep_root=True)
 
 
 def compared(model: nn.Module, folder: str) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from runs import fit, metrics_of, tiny_overrides
 
-METRICS = Path(__file__).parents[1] / "docs" / "metrics.md"
+ROOT = Path(__file__).parents[1]
+METRICS = ROOT / "docs" / "metrics.md"
 
 
 def documented() -> set[str]:
@@ -45,3 +46,16 @@ def test_every_logged_name_is_documented(tied_model: str, tmp_path: Path) -> Non
     assert logged <= documented()
     rare = {"rollout/waiting_seconds", "rollout/staleness"}
     assert {name for name in documented() if not name.startswith("test/")} - rare <= logged
+
+
+def test_what_is_said_to_be_shown_by_a_test_is() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    functions = set(re.findall(r"`(test_\w+)`", text))
+    files = set(re.findall(r"`((?:tests|benchmarks|constraints)/[\w/.]+)`", text))
+    assert len(functions) > 10
+    assert len(files) > 5
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name in functions if f"def {name}(" not in tests] == []
+    assert [
+        name for name in files if not (ROOT / name).exists() and not list(ROOT.glob(f"{name}*"))
+    ] == []
