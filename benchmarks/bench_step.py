@@ -52,7 +52,8 @@ class VLLMOfLengths(VLLMSampler):
         outputs = self._llm.generate(
             [{"prompt_token_ids": prompt.token_ids} for prompt, _ in rows], params, use_tqdm=False
         )
-        drawn = iter(_completion(output.outputs[0]) for output in outputs)
+        # Their lengths are given: each ends by itself where it is to end.
+        drawn = iter(replace(_completion(output.outputs[0]), finished=True) for output in outputs)
         return [[next(drawn) for _ in group] for group in lengths]
 
 
@@ -71,7 +72,7 @@ class HFOfLengths(HFSampler):
         never = replace(config, stop_token_ids=(self.no_token,))
         groups = super().generate(prompts, never, on_progress)
         return [
-            [Completion(c.token_ids[:n], c.logprobs[:n], False) for c, n in zip(*pair, strict=True)]
+            [Completion(c.token_ids[:n], c.logprobs[:n], True) for c, n in zip(*pair, strict=True)]
             for pair in zip(groups, lengths, strict=True)
         ]
 
