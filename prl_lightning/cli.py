@@ -44,7 +44,6 @@ from prl_lightning.data import PromptDataModule
 from prl_lightning.export import export_checkpoint, refuse_existing
 from prl_lightning.module import PRLModule
 from prl_lightning.report import write_report
-from prl_lightning.strategies import FSDP2Strategy  # noqa: F401  (known by its name from here on)
 from prl_lightning.trainer import PRLTrainer, last_checkpoint
 
 # Warnings that say nothing of the user's run, and why.

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
+from prl_lightning.strategies import FSDP2Strategy  # noqa: F401  (known by its name from here on)
 from prl_lightning.unpickling import refuse_code
 
 
@@ -75,7 +76,7 @@ class PRLTrainer(Trainer):
             ValueError: a plugin writes in the background, so that nobody knows when it is complete.
         """
         if "://" in str(filepath):  # an object store shows what is complete and nothing else
-            super().save_checkpoint(filepath, weights_only, storage_options)
+            super().save_checkpoint(filepath, bool(weights_only), storage_options)
             return
         if isinstance(self.strategy.checkpoint_io, AsyncCheckpointIO):
             raise ValueError(
@@ -88,7 +89,7 @@ class PRLTrainer(Trainer):
             _remove(part)
         self.strategy.barrier("PRLTrainer.save_checkpoint: begin")
         try:
-            super().save_checkpoint(part, weights_only, storage_options)
+            super().save_checkpoint(part, bool(weights_only), storage_options)
             if self.is_global_zero:
                 _to_disk(part)
                 _put_in_place(part, final)

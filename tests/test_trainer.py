@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,3 +232,26 @@ def test_the_newest_whole_one_of_all_runs_is_last(tmp_path: Path) -> None:
     for path in paths:
         path.unlink()
     assert last_checkpoint(trainer) == own / "epoch=9.ckpt"
+
+
+def test_strategies_are_known_by_name_from_python() -> None:
+    """In a process that has imported nothing of the command line."""
+    code = (
+        "from prl_lightning.trainer import PRLTrainer\n"
+        "trainer = PRLTrainer(strategy='fsdp2', accelerator='cpu', devices=1, logger=False)\n"
+        "print(type(trainer.strategy).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "FSDP2Strategy"
+
+
+@pytest.mark.parametrize("weights_only", [None, False, True])
+def test_a_checkpoint_has_what_was_asked_for_and_nothing_is_said_of_defaults(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, weights_only: bool | None
+) -> None:
+    trainer = fitted(tmp_path)
+    with caplog.at_level("INFO", logger="lightning"):
+        trainer.save_checkpoint(tmp_path / "some.ckpt", weights_only)
+    assert "weights_only" not in caplog.text
+    saved = torch.load(tmp_path / "some.ckpt", weights_only=True)
+    assert ("optimizer_states" in saved) == (not weights_only)

@@ -60,7 +60,7 @@ class EngineLink:
         self._is_started = False
         self._has_weights_of: int | None = None
         self._gap: dict[str, float] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._thread: ThreadPoolExecutor | None = None
         self._ahead: _Ahead | None = None
 
     def take_ahead(self, prompts: list[Prompt], config: SamplingConfig) -> Drawn | None:
@@ -79,6 +79,8 @@ class EngineLink:
 
         The sampler must be able to work while the trainer does; see ``Sampler.is_concurrent``.
         """
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prl-engine")
         self._ahead = _Ahead(prompts, config, self._thread.submit(self.draw, prompts, config))
 
     def draw(
@@ -142,6 +144,10 @@ class EngineLink:
         if self._is_started:
             self.sampler.stop()
             self._is_started = False
+        if self._thread is not None:
+            # Not waited for: what it draws ends with the engine.
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._thread = None
         self._ahead = None
         self.forget_weights()
 

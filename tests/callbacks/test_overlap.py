@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -115,6 +116,14 @@ def run(
         enable_model_summary=False,
     ).fit(module, datamodule=data)
     return module, watch
+
+
+def test_no_thread_of_the_engine_is_left_behind(tied_model: str, tmp_path: Path) -> None:
+    run(tied_model, tmp_path, ConcurrentSampler())
+    for thread in threading.enumerate():
+        if thread.name.startswith("prl-engine"):
+            thread.join(timeout=30)  # it ends once it is told to
+            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("evaluates", [False, True], ids=["training", "evaluating-in-between"])
