@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from prl_lightning.callbacks import RolloutCallback
 from prl_lightning.callbacks.contradictions import contradictions, messages_of
 from prl_lightning.data import PromptDataModule
-from prl_lightning.models import load_tokenizer
+from prl_lightning.models import empty_causal_lm, load_tokenizer
 from prl_lightning.module import PRLModule
 from prl_lightning.samplers import VLLMSampler
 from prl_lightning.step_splitter import StepSplitter
@@ -107,9 +107,8 @@ def _is_there(name: str, data: PromptDataModule) -> bool:
 
 
 def _parameters(name: str) -> int:
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        skeleton = empty_causal_lm(name)
     return sum(parameter.numel() for parameter in skeleton.parameters())
 
 

@@ -111,11 +111,12 @@ class PRLModule(LightningModule):
             self.gradient_checkpointing,
             self.compile_blocks,
         )
-        self.policy = load_on_ranks(policy, sharding_of(self), keep_root=True)
+        sharding = sharding_of(self)
+        self.policy = load_on_ranks(policy, sharding, keep_root=True)
         shares_weights = self.lora is not None and self.reference_name == self.policy_name
         if self.keeps_reference and not shares_weights:
             reference = partial(load_reference, self.reference_name, self.compile_blocks)
-            self.reference = load_on_ranks(reference, sharding_of(self), keep_root=False)
+            self.reference = load_on_ranks(reference, sharding, keep_root=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name what the weights belong to, for ``prl export``."""

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from observer import Observer
 from prl_lightning.data import collate
 from prl_lightning.models import LogprobModel
 from prl_lightning.types import Rollout, RolloutBatch
@@ -25,19 +25,16 @@ EXPERTS = {"qwen2_moe": "num_experts", "qwen3_moe": "num_experts", "olmoe": "num
            "mixtral": "num_local_experts"}  # fmt: skip
 
 
-class Products(TorchDispatchMode):
+class Products(Observer):
     """Dtypes of inputs and weights of grouped products."""
 
     def __init__(self) -> None:
         super().__init__()
         self.grouped: set[torch.dtype] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def see(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         if "grouped_mm" in func.name():
             self.grouped |= {args[0].dtype, args[1].dtype}
-        return func(*args, **(kwargs or {}))
 
 
 def mixture(kind: str) -> PreTrainedModel:

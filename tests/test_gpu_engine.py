@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from prl_lightning.data import collate
-from prl_lightning.models import LogprobModel, load_policy, named_weights
+from engine_gap import trainer_gap
+from prl_lightning.models import load_policy, named_weights
 from prl_lightning.samplers import SamplingConfig, VLLMSampler
-from prl_lightning.types import Completion, Prompt, Rollout
+from prl_lightning.types import Prompt
 from ranks import environment
 
 pytestmark = [
@@ -35,18 +35,6 @@ def engines() -> Iterator[list[VLLMSampler]]:
     torch.cuda.empty_cache()
 
 
-def engine_gap(policy: LogprobModel, groups: list[list[Completion]]) -> float:
-    rollouts = [
-        Rollout(prompt, completion, "")
-        for prompt, group in zip(PROMPTS, groups, strict=True)
-        for completion in group
-    ]
-    batch = collate(rollouts, 1, 1).to("cuda")
-    with torch.no_grad():
-        logprobs, _ = policy(batch, 1.0)
-    return (logprobs - batch.rollout_logprobs).abs()[batch.completion_mask].mean().item()
-
-
 def test_the_engine_wakes_up_after_an_update_has_filled_the_memory(
     tied_model: str, engines: list[VLLMSampler]
 ) -> None:
@@ -66,7 +54,8 @@ def test_the_engine_wakes_up_after_an_update_has_filled_the_memory(
         for weight in policy.parameters():
             weight.mul_(1.05)
     sampler.load_weights(named_weights(policy, as_in_file=True))
-    assert engine_gap(policy, sampler.generate(PROMPTS, SAMPLING)) < 1e-4
+    groups = sampler.generate(PROMPTS, SAMPLING)
+    assert trainer_gap(policy, PROMPTS, groups).mean() < 1e-4
 
 
 def test_a_sleeping_engine_gives_its_memory_back_and_goes_on_the_same(

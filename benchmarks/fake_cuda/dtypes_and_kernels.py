@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fake_gpu import bf16_mixed, fake_gpu, fake_model, group, say, to_gpu
+from observer import Observer
 from prl_lightning.packed_attention import disable_cudnn_attention
 
 SIZES = {
@@ -34,7 +34,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], Callable[[], AbstractContextManager[A
 }
 
 
-class Products(TorchDispatchMode):
+class Products(Observer):
     """Count matrix products and attention by the dtypes of what they multiply.
 
     Attributes:
@@ -45,19 +45,12 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         name = func.overloadpacket.__name__
         if name in PRODUCTS or ATTENTION in name:
             factors = [x for x in args[:3] if isinstance(x, Tensor) and x.is_floating_point()]
             dtypes = {str(factor.dtype).removeprefix("torch.") for factor in factors}
             self.counts[name][" and ".join(sorted(dtypes))] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def dtypes() -> dict[str, Any]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dtypes_and_kernels import ATTENTION, PRODUCTS
+from observer import Observer
 
 # What makes tensors without reading any; what reads only the rows that it picks.
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty"}
@@ -26,7 +26,7 @@ CASTS = {"_to_copy", "copy_", "clone"}
 FUSIBLE = {torch.Tag.pointwise, torch.Tag.reduction}
 
 
-class Memory(TorchDispatchMode):
+class Memory(Observer):
     """Follow what tensors take, and count what operations read and write.
 
     Attributes:
@@ -41,24 +41,16 @@ class Memory(TorchDispatchMode):
         self.traffic: Counter[str] = Counter()
         self._storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         before = {x.untyped_storage() for x in inputs}
         is_view = any(x.untyped_storage() in before for x in outputs)
         if not outputs or (is_view and not func._schema.is_mutable):
-            return result
+            return
         for storage in {x.untyped_storage() for x in outputs} - before:
             self._add(storage)
         name = func.overloadpacket.__name__
         self.traffic[_kind(name, func.tags)] += _traffic(name, inputs, outputs)
-        return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         if storage not in self._storages:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import prl_lightning
+from observer import Observer
 
 PACKAGE = Path(prl_lightning.__file__).parent
 READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount"}
@@ -29,7 +29,7 @@ METHODS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.new_tensor}
 FACTORIES = {torch.tensor, torch.as_tensor}
 
 
-class Waits(TorchDispatchMode):
+class Waits(Observer):
     """Record what waits for a GPU while this is entered.
 
     Attributes:
@@ -55,22 +55,14 @@ class Waits(TorchDispatchMode):
         super().__exit__(kind, error, trace)
         self._methods.__exit__(kind, error, trace)
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        name = func.overloadpacket.__name__
         if name in READS or _has_unknown_size(func, name, args, kwargs):
             self.found.append(f"{name} at {package_line(traceback.extract_stack())}")
-        result = func(*args, **kwargs)
         if name in COPIES and not kwargs.get("non_blocking"):
             source = args[1] if name == "copy_" else args[0]
             if source.device != result.device:
                 self.found.append(f"{name} at {package_line(traceback.extract_stack())}")
-        return result
 
 
 class _Methods(TorchFunctionMode):

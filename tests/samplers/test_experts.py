@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from prl_lightning.data import collate
-from prl_lightning.models import LogprobModel, load_policy, named_weights
+from engine_gap import trainer_gap
+from prl_lightning.models import load_policy, named_weights
 from prl_lightning.samplers import HFSampler, Sampler, SamplingConfig, VLLMSampler
-from prl_lightning.types import Completion, Prompt, Rollout
+from prl_lightning.types import Prompt
 from random_models import EXPERTS, random_model
 
 KINDS = ["qwen2_moe", "qwen3_moe", "olmoe", "mixtral"]
@@ -19,18 +19,6 @@ SAMPLING = SamplingConfig(n=4, temperature=1.0, max_new_tokens=16, stop_token_id
 PROMPTS = [Prompt([5 + row, 14, 7], "", seed=100 * row) for row in range(4)]
 # vLLM's attention on a CPU knows no smaller heads than of 32.
 SIZES: dict[str, Any] = {"hidden_size": 128, "max_position_embeddings": 256}
-
-
-@torch.no_grad()
-def engine_gap(policy: LogprobModel, groups: list[list[Completion]]) -> float:
-    rollouts = [
-        Rollout(prompt, completion, "")
-        for prompt, group in zip(PROMPTS, groups, strict=True)
-        for completion in group
-    ]
-    batch = collate(rollouts, 1, 1)
-    logprobs, _ = policy(batch, 1.0)
-    return (logprobs - batch.rollout_logprobs).abs()[batch.completion_mask].max().item()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,7 +37,8 @@ def test_every_expert_reaches_the_engine(kind: str, engine: str, tmp_path: Path)
                     if ".experts." in name and expert is not None:
                         weight[expert] *= 1.5
             sampler.load_weights(named_weights(policy, as_in_file=sampler.reads_files))
-            assert engine_gap(policy, sampler.generate(PROMPTS, SAMPLING)) < 1e-4
+            groups = sampler.generate(PROMPTS, SAMPLING)
+            assert trainer_gap(policy, PROMPTS, groups).max() < 1e-4
     finally:
         sampler.stop()
 

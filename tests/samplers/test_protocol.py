@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prl_lightning.data import collate
+from engine_gap import trainer_gap
 from prl_lightning.models import LogprobModel, load_causal_lm, named_weights
 from prl_lightning.samplers import HFSampler, ProcessSampler, Sampler, SamplingConfig, VLLMSampler
-from prl_lightning.types import Completion, Prompt, Rollout
+from prl_lightning.types import Prompt
 
 LONG = 200  # above the engines' cache blocks, so that a stale prefix would be reused
 TOKEN_IDS = [[5, 14, 7, 17], [9], [4 + i % 9 for i in range(LONG)], [6, 13, 8, 15, 3, 17]]
@@ -64,24 +64,6 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     started = Engine(sampler, request.getfixturevalue(f"{tie}_model"))
     yield started
     sampler.stop()
-
-
-@torch.no_grad()
-def trainer_gap(
-    policy: LogprobModel,
-    prompts: list[Prompt],
-    groups: list[list[Completion]],
-    temperature: float,
-) -> Tensor:
-    """Absolute differences between the engine's log-probabilities and the trainer's."""
-    rollouts = [
-        Rollout(prompt, completion, text="")
-        for prompt, group in zip(prompts, groups, strict=True)
-        for completion in group
-    ]
-    batch = collate(rollouts, update_tokens=1, update_sequences=1)
-    logprobs, _ = policy(batch, temperature)
-    return (logprobs - batch.rollout_logprobs).abs()[batch.completion_mask]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
