@@ -14,7 +14,7 @@ from prl_lightning.callbacks.completion_log import prompt_text
 from prl_lightning.callbacks.parts import append_rows, sum_over_ranks
 from prl_lightning.callbacks.progress import progress_bar
 from prl_lightning.rewards import RewardScores, RewardSum
-from prl_lightning.rewards.tasks import Failure
+from prl_lightning.rewards.sandbox.limits import Failure
 from prl_lightning.types import Rollout
 
 FAILURES = "reward_failures.jsonl"

@@ -1,4 +1,4 @@
-r"""Reward functions with TRL's signature, and what runs them.
+r"""Reward functions with TRL's signature, and their weighted sum.
 
 >>> from prl_lightning.rewards import MathReward
 >>> MathReward()(["1 + 1?"], [r"So it is \boxed{2}."], answer=["2"])
@@ -10,7 +10,7 @@ from prl_lightning.rewards.match import ExactMatch, RegexMatch
 from prl_lightning.rewards.math import MathReward
 from prl_lightning.rewards.protocol import NO_ANSWER, RewardFunction, completion_text
 from prl_lightning.rewards.reward_sum import RewardScores, RewardSum
-from prl_lightning.rewards.tasks import RewardLimits
+from prl_lightning.rewards.sandbox.limits import RewardLimits
 
 __all__ = [
     "NO_ANSWER",

@@ -46,7 +46,6 @@ class MathReward:
     """
 
     columns = (("answer", "ground_truth", "solution"),)
-    is_repeatable = True
 
     def __init__(self) -> None:
         self.failures = 0

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from prl_lightning.rewards.answers import GroupAnswers, compare_here, compare_in_workers
-from prl_lightning.rewards.calls import FailedCall, Judged, call_here, call_in_workers
-from prl_lightning.rewards.cores import usable_cores
+from prl_lightning.rewards.calls import FailedCall, Judged, call_here, call_in_sandbox
 from prl_lightning.rewards.protocol import (
     PROVIDED,
     RewardFunction,
@@ -19,8 +17,10 @@ from prl_lightning.rewards.protocol import (
     in_form_of,
     required_columns,
 )
-from prl_lightning.rewards.tasks import Reply, RewardLimits, Task
-from prl_lightning.rewards.workers import RewardWorkers
+from prl_lightning.rewards.sandbox.client import Sandbox
+from prl_lightning.rewards.sandbox.cores import usable_cores
+from prl_lightning.rewards.sandbox.limits import Reply, RewardLimits, Task
+from prl_lightning.rewards.votes import GroupAnswers, compare_here, compare_in_sandbox
 
 if TYPE_CHECKING:  # loaded where sums are made: the processes of the functions do without it
     from torch import Tensor
@@ -98,7 +98,7 @@ class RewardSum:
         self.weights = weights
         self.names = distinct_names(self.functions)
         self.limits = None if limits is None or limits.workers == 0 else limits
-        self._workers: RewardWorkers | None = None
+        self._sandbox: Sandbox | None = None
 
     def start(self, ranks: int = 1) -> None:
         """Begin to load the functions in their process; without it, the first call does.
@@ -117,14 +117,14 @@ class RewardSum:
                     function.warm_up()
             return
         number = self.limits.workers or max(1, usable_cores() // ranks)
-        self._workers = RewardWorkers(self.functions, self.limits.memory_mib, number)
-        self._workers.start()
+        self._sandbox = Sandbox(self.functions, self.limits.memory_mib, number)
+        self._sandbox.start()
 
     def stop(self) -> None:
         """End the functions' processes."""
-        if self._workers is not None:
-            self._workers.stop()
-            self._workers = None
+        if self._sandbox is not None:
+            self._sandbox.stop()
+            self._sandbox = None
 
     def check_columns(self, column_names: Collection[str], where: str = "the data") -> None:
         """Check, before anything is sampled, that every function finds the columns it needs.
@@ -172,7 +172,7 @@ class RewardSum:
         index = self.names.index(self.answering)
         if self.limits is None:
             return compare_here(self.functions[index], groups)
-        return compare_in_workers(index, groups, left_out, self.limits, self._run)
+        return compare_in_sandbox(index, groups, left_out, self.limits, self._run)
 
     def score(
         self,
@@ -209,13 +209,13 @@ class RewardSum:
         if self.limits is None:
             return self._sum(call_here(functions, arguments, len(messages)))
         run = partial(self._run, done=done)
-        return self._sum(call_in_workers(functions, arguments, len(messages), self.limits, run))
+        return self._sum(call_in_sandbox(functions, arguments, len(messages), self.limits, run))
 
     def _run(self, tasks: Sequence[Task], done: Callable[[], Any] = lambda: None) -> list[Reply]:
-        if self._workers is None:
+        if self._sandbox is None:
             self.start()
-        assert self._workers is not None
-        return self._workers.run(tasks, done)
+        assert self._sandbox is not None
+        return self._sandbox.run(tasks, done)
 
     def _sum(self, judged: Judged) -> RewardScores:
         import torch
@@ -230,7 +230,7 @@ class RewardSum:
                 f"{self.names} (each returned None); they count as 0",
                 stacklevel=3,
             )
-        return RewardScores(total, tensors, judged.failures, unrewarded, judged.failed_calls)
+        return RewardScores(total, tensors, judged.failures, unrewarded, tuple(judged.failed_calls))
 
 
 def _check_lengths(size: int, columns: Mapping[str, Sequence[Any]]) -> None:
