@@ -1,4 +1,4 @@
-"""Scoring within limits."""
+"""Scoring in the sandbox."""
 
 from __future__ import annotations
 

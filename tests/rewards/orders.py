@@ -1,4 +1,4 @@
-"""Reward functions that do what a completion tells them to, and what their tests wait for."""
+"""Reward functions that do what a completion tells them to, and helpers of their tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +14,8 @@ from typing import Any
 
 from prl_lightning.rewards import RewardLimits
 
-TIGHT = RewardLimits(seconds=2.0, memory_mib=256, failure_value=-1.0, workers=2)
-PATIENT_256 = RewardLimits(seconds=120.0, memory_mib=256, failure_value=-1.0, workers=2)
-PATIENT = RewardLimits(seconds=120.0, failure_value=-1.0, workers=2)
-BYTES = 8 << 30
+TIGHT = RewardLimits(seconds=1.0, memory_mib=256, failure_value=-1.0, workers=2)
+PATIENT = RewardLimits(seconds=120.0, memory_mib=256, failure_value=-1.0, workers=2)
 
 
 def length(completions: Sequence[str], **columns: Any) -> list[float]:
@@ -24,16 +23,28 @@ def length(completions: Sequence[str], **columns: Any) -> list[float]:
 
 
 def obey(completions: Sequence[str], **columns: Any) -> Any:
-    """Do what the completion says."""
+    """Do what each completion says."""
     values: list[Any] = []
     for text in completions:
         match text.split():
+            case ["log", file, *rest]:
+                with open(file, "a") as log:
+                    log.write(f"{os.getpid()}\n")
+                values += obey([" ".join(rest)])
+            case ["nice", *rest]:
+                os.nice(10)
+                values += obey([" ".join(rest)])
+            case ["thread", *rest]:
+                thread = threading.Thread(target=obey, args=([" ".join(rest)],))
+                thread.start()
+                thread.join()
+                values.append(1.0)
             case ["sleep"]:
                 time.sleep(1000)
             case ["compute"]:
                 values.append(10 ** (10**10))
             case ["fill"]:
-                values.append(len(bytearray(BYTES)))
+                values.append(len(bytearray(8 << 30)))
             case ["exit"]:
                 os._exit(3)
             case ["crash"]:
@@ -56,32 +67,23 @@ def obey(completions: Sequence[str], **columns: Any) -> Any:
                     subprocess.Popen(["sleep", "1000"], start_new_session=alone)
                     for alone in (False, True)
                 ]
-                Path(file).write_text(" ".join(map(str, [os.getpid(), *pids_of(children)])))
+                Path(file).write_text(" ".join(str(child.pid) for child in children))
                 children[0].wait()
-            case ["meet", folder, number]:
-                (Path(folder) / str(os.getpid())).touch()
-                while len(os.listdir(folder)) < int(number):
-                    time.sleep(0.01)
-                values.append(2.0)
+            case ["object"]:
+                values.append(object())
             case ["nan"]:
                 values.append(float("nan"))
             case ["text"]:
                 values.append("one")
             case ["none"]:
                 values.append(None)
-            case ["priority"]:
-                values.append(float(os.getpriority(os.PRIO_PROCESS, 0)))
             case _:
                 values.append(1.0)
     return values
 
 
-def pids_of(children: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    return [child.pid for child in children]
-
-
 class Whole:
-    """Wants all completions of a call."""
+    """Needs the batch."""
 
     needs_batch = True
 
@@ -97,7 +99,7 @@ def is_alive(process: int) -> bool:
     return stat.rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 20.0) -> bool:
+def wait_until(is_so: Callable[[], bool], seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end and not is_so():
         time.sleep(0.05)

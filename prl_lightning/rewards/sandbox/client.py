@@ -87,15 +87,16 @@ class Sandbox:
             RuntimeError: The server cannot load the functions, or ends repeatedly.
         """
         replies: dict[int, Reply] = {}
-        died: set[int] = set()
+        run_again: set[int] = set()
         try:
             while missing := {i: task for i, task in enumerate(tasks) if i not in replies}:
-                for index, reply in self._replies(missing, fresh=bool(died)):
-                    if reply.failure == DIED and index not in died:
-                        died.add(index)  # and it is still missing
-                        continue
-                    replies[index] = reply
-                    done()
+                for index, reply in self._replies(missing, fresh=bool(run_again)):
+                    is_external = reply.failure and reply.failure.kind in ("died", "memory")
+                    if is_external and index not in run_again:
+                        run_again.add(index)
+                    else:
+                        replies[index] = reply
+                        done()
         except BaseException:
             self.stop()
             raise
@@ -127,6 +128,7 @@ class Sandbox:
                 if fields is None:  # a worker is ready for it
                     self._control.send_bytes(_body(tasks[index]))
                     begun.add(index)
+                    self._has_ended_idle = False
                     continue
                 left -= 1
                 begun.discard(index)

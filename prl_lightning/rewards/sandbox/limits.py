@@ -22,13 +22,17 @@ class RewardLimits:
     after all others, so that calls that hang delay the others only a little. Once max(2, workers)
     calls in a row have exceeded the full limit, the remaining ones fail without a second run.
 
-    A call whose process dies (a crash, an exit, the out-of-memory killer) runs again once.
+    A call whose process dies (a crash, an exit, the out-of-memory killer) runs again once, in a new
+    process. So does a call that runs out of memory, since earlier calls may have kept some of it.
+
+    Processor time and memory are only measured on Linux. On other systems a call always counts as
+    waiting.
 
     Attributes:
         seconds: Processor time for one completion, in seconds. A call with several completions gets
             as much for each.
         memory_mib: What a process may allocate in addition to what the loaded functions take, in
-            MiB (Linux only). If a function catches the MemoryError itself, the call fails only if
+            MiB. If a function catches the MemoryError itself, the call fails only if
             small objects filled the memory.
         failure_value: The reward of a completion whose call failed.
         max_failures: The run stops when more than this share of an iteration's completions failed.

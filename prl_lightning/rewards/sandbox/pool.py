@@ -9,10 +9,10 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 from prl_lightning.rewards.sandbox.limits import DIED, Failure
 from prl_lightning.rewards.sandbox.process_tree import kill_tree, usage
@@ -24,22 +24,22 @@ _SHORT = 0.1
 _WAITING = 2.0  # times the limit: what a call waits for may be slow because the machine is busy
 _LOADING = 2.0  # times what first calls of the function took so far
 
-# A worker is looked at when its call's age has grown by a tenth, within these bounds.
+# A worker is looked at whenever its call's age has grown by a tenth, at the soonest after this.
 _LOOK_SHARE = 0.1
-_LOOK_SECONDS = (0.01, 1.0)
+_LOOK_SECONDS = 0.01
+_SIGN_SECONDS = 1.0  # between signs of life to the trainer
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call, as the server sees it.
+class Call(NamedTuple):
+    """A call, as the server sees it; the trainer has its arguments.
 
     Attributes:
-        index: Identifies the call to the trainer, which has its arguments.
+        number: Identifies the call.
         function: Index of the function.
         seconds: Full limit of its processor time.
     """
 
-    index: int
+    number: int
     function: int
     seconds: float
 
@@ -55,7 +55,7 @@ class Worker:
         connection: Likewise.
         called: The functions that have been called in it.
         call: The current call.
-        limit: The limit of the current call's processor time in this pass, in seconds.
+        limit: Limit of the current call's processor time in this pass, in seconds.
         next_look: When to look at it again, by the monotonic clock.
     """
 
@@ -70,35 +70,34 @@ class Worker:
         Args:
             call: The call.
             body: What to send for it.
-            limit: Its limit in this pass, in seconds.
+            limit: Limit of its processor time, in seconds.
         """
         self.call, self.limit = call, limit
         self._computed = self._waited = 0.0
-        self._used = usage(self._process)[0]
+        self._used, _ = usage(self._process)
         self._begun = self._looked = time.monotonic()
-        self.next_look = self._begun + _LOOK_SECONDS[0]
-        with suppress(OSError):  # it has died, which its connection will tell
+        self.next_look = self._begun + _LOOK_SECONDS
+        with suppress(OSError):  # it has died, and its connection says so
             self.connection.send_bytes(body)
 
     def look(self) -> float:
         """Advance the clocks.
 
         Returns:
-            The seconds that the call has taken so far, by the clock that is ahead.
+            How many seconds the call has taken, by the clock that is ahead.
         """
-        used, is_ready = usage(self._process)
-        now = time.monotonic()
+        (used, is_ready), now = usage(self._process), time.monotonic()
         computed = max(0.0, used - self._used)
         self._computed += computed
         if not is_ready:
             self._waited += max(0.0, now - self._looked - computed)
         self._used, self._looked = used, now
-        shortest, longest = _LOOK_SECONDS
-        self.next_look = now + min(longest, max(shortest, _LOOK_SHARE * (now - self._begun)))
+        pause = max(_LOOK_SECONDS, _LOOK_SHARE * (now - self._begun))
+        self.next_look = now + min(pause, _SIGN_SECONDS)
         return max(self._computed, self._waited)
 
     def overrun(self) -> str:
-        """Describe the limit that the call has exceeded at the last look; empty if none."""
+        """Describe the limit that the call had exceeded at the last look; empty if none."""
         waiting = self.limit if self.limit < self.call.seconds else _WAITING * self.limit
         if self._computed >= self.limit:
             return f"took more than {self.limit:g} s of processor time (limits.seconds)"
@@ -145,50 +144,36 @@ class Pool:
         """
         while fresh and self._idle:
             self._idle.pop().kill()
-        late: dict[Call, str] = {}
-        for worker, reply, overrun in self._outcomes(deque(calls), _SHORT):
-            if overrun and worker.limit < worker.call.seconds:
-                late[worker.call] = overrun
-            else:
-                self._report(worker.call, reply)
-        queue, in_a_row = deque(late), 0
-        for worker, reply, overrun in self._outcomes(queue, 1.0):
-            del late[worker.call]
-            self._report(worker.call, reply)
-            in_a_row = in_a_row + 1 if overrun else 0
-            if in_a_row == max(2, self._size):
-                queue.clear()
-        for call, overrun in late.items():
-            words = f"{overrun}; not run again, since {in_a_row} others exceeded the full limit"
-            self._report(call, _failed(Failure("time", words)))
+        late = self._run_pass(deque(calls), _SHORT, patience=len(calls))
+        patience = max(2, self._size)
+        for call in self._run_pass(late, 1.0, patience):
+            self._fail(call, f"ran out of time, as did the {patience} calls that ran again before")
 
-    def _outcomes(self, queue: deque[Call], share: float) -> Iterator[tuple[Worker, bytes, str]]:
-        """Run calls under a share of their limits.
+    def _run_pass(self, queue: deque[Call], share: float, patience: int) -> deque[Call]:
+        """Run calls under a share of their limits; return those without an outcome.
 
-        Yields:
-            The worker, its reply, and the limit that the call exceeded, if any.
+        It begins no more calls once as many calls in a row as `patience` have run out of time.
         """
-        last_sign = time.monotonic()
-        while queue or self._busy:
-            while queue and len(self._busy) < self._size:
+        late, in_a_row, signed = deque[Call](), 0, time.monotonic()
+        while self._busy or (queue and in_a_row < patience):
+            while queue and in_a_row < patience and len(self._busy) < self._size:
                 self._begin(queue.popleft(), share)
-            until = min(worker.next_look for worker in self._busy.values())
-            ready = wait([self._control, *self._busy], max(0.0, until - time.monotonic()))
-            if self._control in ready:  # while calls run, the trainer sends nothing
-                raise EOFError("the trainer has closed the connection")
-            for connection in list(self._busy):
-                worker = self._busy[connection]
-                if connection in ready:
-                    yield worker, self._hear(worker), ""
-                elif time.monotonic() >= worker.next_look and (overrun := self._check(worker)):
-                    yield worker, _failed(Failure("time", overrun)), overrun
-            if time.monotonic() > last_sign + _LOOK_SECONDS[1]:
-                self._control.send_bytes(b"")  # a sign of life
-                last_sign = time.monotonic()
+            for worker, overrun in self._wait():
+                in_a_row = in_a_row + 1 if overrun else 0
+                if overrun and worker.limit < worker.call.seconds:
+                    late.append(worker.call)
+                elif overrun:
+                    self._fail(worker.call, overrun)
+            if time.monotonic() > signed + _SIGN_SECONDS:
+                self._control.send_bytes(b"")
+                signed = time.monotonic()
+        return late + queue
 
     def _begin(self, call: Call, share: float) -> None:
-        self._control.send_bytes(b"%d null" % call.index)
+        self._control.send_bytes(b"%d null" % call.number)
         body = self._control.recv_bytes()
+        while self._idle and self._idle[-1].connection.poll():  # it has ended
+            self._idle.pop().kill()
         worker = self._idle.pop() if self._idle else self._fork()
         limit = share * call.seconds
         if call.function not in worker.called:
@@ -196,39 +181,46 @@ class Pool:
         worker.begin(call, body, min(limit, call.seconds))
         self._busy[worker.connection] = worker
 
-    def _hear(self, worker: Worker) -> bytes:
-        del self._busy[worker.connection]
+    def _wait(self) -> Iterator[tuple[Worker, str]]:
+        """Wait for a reply or a look; yield workers that are done, with the limit exceeded."""
+        until = min(worker.next_look for worker in self._busy.values())
+        ready = wait([self._control, *self._busy], max(0.0, until - time.monotonic()))
+        if self._control in ready:  # while calls run, the trainer sends nothing
+            raise EOFError("the trainer has closed the connection")
+        for connection, worker in list(self._busy.items()):
+            overrun = ""
+            if time.monotonic() >= worker.next_look:
+                worker.look()
+                overrun = worker.overrun()
+            if connection.poll():  # in time even after an overrun: this process may have been late
+                overrun = ""
+                self._hear(worker)
+            elif overrun:
+                self._loading.setdefault(worker.call.function, 0.0)
+                worker.kill()
+            else:
+                continue
+            del self._busy[connection]
+            yield worker, overrun
+
+    def _hear(self, worker: Worker) -> None:
+        call = worker.call
         try:
-            is_last, reply = worker.connection.recv_bytes().split(b" ", 1)
-        except (EOFError, OSError):
+            self._control.send_bytes(b"%d " % call.number + worker.connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
             worker.kill()
-            return _failed(DIED)
-        if worker.call.function not in worker.called:
-            worker.called.add(worker.call.function)
-            self._note_first_call(worker.call.function, worker.look())
-        if is_last == b"1":
-            worker.kill()
-        else:
-            self._idle.append(worker)
-        return reply
+            self._fail(call, DIED)
+            return
+        self._idle.append(worker)
+        if call.function not in worker.called:
+            worker.called.add(call.function)
+            self._loading[call.function] = max(worker.look(), self._loading.get(call.function, 0.0))
 
-    def _check(self, worker: Worker) -> str:
-        """Kill a worker whose call exceeds a limit, and say which."""
-        worker.look()
-        overrun = worker.overrun()
-        if not overrun or worker.connection.poll():  # or it has just replied
-            return ""
-        del self._busy[worker.connection]
-        worker.kill()
-        if worker.call.function not in worker.called:  # from now on such calls get less time
-            self._note_first_call(worker.call.function, 0.0)
-        return overrun
-
-    def _note_first_call(self, function: int, seconds: float) -> None:
-        self._loading[function] = max(seconds, self._loading.get(function, 0.0))
-
-    def _report(self, call: Call, reply: bytes) -> None:
-        self._control.send_bytes(b"%d " % call.index + reply)
+    def _fail(self, call: Call, failure: Failure | str) -> None:
+        if isinstance(failure, str):
+            failure = Failure("time", failure)
+        reply = json.dumps({"failure": asdict(failure)}).encode()
+        self._control.send_bytes(b"%d " % call.number + reply)
 
     def _fork(self) -> Worker:
         ours, theirs = Pipe()
@@ -249,7 +241,3 @@ class Pool:
         with suppress(OSError):  # the worker does it too, whichever comes first
             os.setpgid(process, process)
         return Worker(ours, process)
-
-
-def _failed(failure: Failure) -> bytes:
-    return json.dumps({"failure": asdict(failure)}).encode()

@@ -1,13 +1,14 @@
-"""The processes that a process has started: their processor time, and their end."""
+"""The processes that a process has started: their processor time, and their end.
+
+They are read from Linux' /proc; psutil would read every process of the machine each time. Other
+systems have no /proc: there a call always counts as waiting, and only its process group is killed.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from contextlib import suppress
-
-import psutil
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -24,10 +25,9 @@ def usage(process: int) -> tuple[float, bool]:
     """
     seconds, is_ready = 0.0, False
     for member in [process, *descendants(process)]:
-        with suppress(psutil.Error, OSError):  # it has just ended
-            used, ready = _usage_of_one(member)
-            seconds += used
-            is_ready |= ready
+        with suppress(OSError):  # it has just ended
+            seconds += sum(map(int, _stat(f"/proc/{member}/stat")[11:15])) / _TICKS
+            is_ready |= any(map(_is_ready, _threads(member)))
     return seconds, is_ready
 
 
@@ -59,15 +59,6 @@ def kill_tree(process: int) -> None:
             os.kill(member, signal.SIGKILL)
 
 
-def _usage_of_one(process: int) -> tuple[float, bool]:
-    if sys.platform != "linux":
-        one = psutil.Process(process)
-        return sum(one.cpu_times()[:4]), one.status() == psutil.STATUS_RUNNING
-    # psutil takes a millisecond for this, and has no states of threads.
-    times = _stat(f"/proc/{process}/stat")[11:15]  # user and system, its own and its children's
-    return sum(map(int, times)) / _TICKS, any(map(_is_ready, _threads(process)))
-
-
 def _is_ready(thread: str) -> bool:
     with suppress(OSError):  # it has just ended
         return _stat(f"{thread}/stat")[0] == b"R"
@@ -86,10 +77,8 @@ def _threads(process: int) -> list[str]:
 
 def _children(process: int) -> list[int]:
     found: list[int] = []
-    with suppress(psutil.Error, OSError):  # it has just ended
-        if sys.platform != "linux":
-            return [child.pid for child in psutil.Process(process).children()]
-        for thread in _threads(process):  # psutil would read every process of the machine
+    with suppress(OSError):  # it has just ended
+        for thread in _threads(process):
             with open(f"{thread}/children", "rb") as file:
                 found += map(int, file.read().split())
     return found

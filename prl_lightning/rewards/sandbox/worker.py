@@ -21,7 +21,7 @@ _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl(2)
 
 
 def work(connection: Connection, functions: Sequence[Any], memory_mib: int) -> None:
-    """Run calls until the server closes the connection.
+    """Run calls until the server closes the connection, or one of them has no memory left.
 
     Args:
         connection: Connects the worker to the server.
@@ -35,8 +35,8 @@ def work(connection: Connection, functions: Sequence[Any], memory_mib: int) -> N
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     set_process_option(_SET_DEATH_SIGNAL, signal.SIGKILL)
     memory = MemoryLimit(memory_mib)
-    called: set[int] = set()
-    while True:
+    reply: dict[str, Any] = {}
+    while reply.get("failure", {}).get("kind") != "memory":
         try:
             index, method, arguments, seed = pickle.loads(connection.recv_bytes())
         except EOFError:
@@ -46,12 +46,9 @@ def work(connection: Connection, functions: Sequence[Any], memory_mib: int) -> N
         if "failure" not in reply and memory.was_reached():
             # The function caught the MemoryError, as math-verify does, and went on.
             reply = {"failure": describe(MemoryError())}
-        is_last = memory.is_low(is_first=index not in called)
-        called.add(index)
         if "failure" in reply and reply["failure"]["kind"] == "MemoryError":
             reply["failure"] |= {"kind": "memory", "message": f"more than {memory_mib} MiB"}
-            is_last = True
-        connection.send_bytes(b"%d " % is_last + _json(reply))
+        connection.send_bytes(_json(reply))
 
 
 def set_process_option(option: int, value: int) -> None:

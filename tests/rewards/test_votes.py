@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prl_lightning.rewards import RewardSum
-from prl_lightning.rewards.answers import GroupAnswers
+from prl_lightning.rewards.votes import GroupAnswers
 from rewards.orders import TIGHT, Whole, obey
 
 
