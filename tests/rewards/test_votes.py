@@ -1,54 +1,54 @@
-"""Which completions of a prompt have the same answer, asked in processes that can be killed."""
+"""Comparing the answers inside a group, in the sandbox."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from prl_lightning.rewards import RewardSum
-from prl_lightning.rewards.votes import GroupAnswers
 from rewards.orders import TIGHT, Whole, obey
 
 
-def test_a_wrong_number_of_answers_is_a_failure() -> None:
-    class Short:
-        def __call__(self, completions: Sequence[str], **columns: Any) -> list[float]:
-            return [0.0 for _ in completions]
-
-        def answers(self, completions: Sequence[str]) -> list[int]:
-            return [0]
-
-    answers = compared(Short(), [["a", "b"], ["c"]])
-    assert answers.numbers == [[0, 1], [0]]
-    assert "answers() returned [0] for 2 completions" in answers.failures[0].message
-
-
 class Stubborn(Whole):
-    """A letter is an answer, and no two are compared beside what it is told to do."""
+    """All non-empty texts are equal answers. Only a comparison obeys what they say."""
 
     def answers(self, completions: Sequence[str]) -> list[int]:
+        if "short" in completions:
+            return [0]
         if len(completions) > 1:
             obey(completions)
         return [0 if text else -1 for text in completions]
 
 
-def compared(function: Any, groups: Any, left_out: Any = (), limits: Any = TIGHT) -> GroupAnswers:
-    rewards = RewardSum([function], limits=limits)
+@pytest.mark.parametrize(
+    ("groups", "left_out", "numbers", "failures"),
+    [
+        # A group that cannot be compared: every answer is different.
+        (
+            [["a", "", "b"], ["raise", "", "b"]],
+            (),
+            [[0, -1, 0], [0, -1, 1]],
+            {1: "no such thing"},
+        ),
+        ([["short", "b"], ["c"]], (), [[0, 1], [0]], {0: "returned [0] for 2 completions"}),
+        # Completions that were left out do not hang the comparison of the others.
+        (
+            [["sleep", "a", "a", ""], ["a", "sleep", "sleep", "a"]],
+            {(0, 0), (1, 1), (1, 2)},
+            [[1, 0, 0, -1], [0, 1, 2, 0]],
+            {},
+        ),
+    ],
+)
+def test_answers_of_groups(
+    groups: Any, left_out: Any, numbers: list[list[int]], failures: dict[int, str]
+) -> None:
+    rewards = RewardSum([Stubborn()], limits=TIGHT)
     answers = rewards.answers(groups, left_out)
     rewards.stop()
     assert answers is not None
-    return answers
-
-
-def test_answers_that_cannot_be_compared_are_all_different_where_there_are_some() -> None:
-    answers = compared(Stubborn(), [["a", "", "b"], ["raise", "", "b"]])
-    assert answers.numbers == [[0, -1, 0], [0, -1, 1]]
-    assert {group: failure.kind for group, failure in answers.failures.items()} == {1: "KeyError"}
-
-
-def test_what_could_not_be_judged_does_not_spoil_its_group() -> None:
-    """A majority of two against answers of their own, whatever would hang in comparing them."""
-    groups = [["sleep", "a", "a", ""], ["a", "sleep", "sleep", "a"]]
-    answers = compared(Stubborn(), groups, {(0, 0), (1, 1), (1, 2)})
-    assert answers.numbers == [[1, 0, 0, -1], [0, 1, 2, 0]]
-    assert answers.failures == {}
+    assert answers.numbers == numbers
+    assert answers.failures.keys() == failures.keys()
+    assert all(words in answers.failures[group].message for group, words in failures.items())

@@ -18,11 +18,12 @@ from prl_lightning.rewards.sandbox.limits import DIED, Failure
 from prl_lightning.rewards.sandbox.process_tree import kill_tree, usage
 from prl_lightning.rewards.sandbox.worker import work
 
-# The first pass's share of a call's limit. A call that hangs costs this share, and a call that
-# takes longer than it is computed twice: a tenth keeps both costs small.
-_SHORT = 0.1
+# The short limit: this many times the longest call of the function so far, and at least this share
+# of the full limit. A call that hangs costs the short limit. An honest call that exceeds it runs
+# twice, and may be given up if most of the other late ones hang.
+_LONGEST = 1.5
+_SHORT = 0.02
 _WAITING = 2.0  # times the limit: what a call waits for may be slow because the machine is busy
-_LOADING = 2.0  # times what first calls of the function took so far
 
 # A worker is looked at whenever its call's age has grown by a tenth, at the soonest after this.
 _LOOK_SHARE = 0.1
@@ -53,15 +54,14 @@ class Worker:
 
     Attributes:
         connection: Likewise.
-        called: The functions that have been called in it.
         call: The current call.
         limit: Limit of the current call's processor time in this pass, in seconds.
-        next_look: When to look at it again, by the monotonic clock.
+        begun: When the current call began, by the monotonic clock.
+        next_look: When to look at it again.
     """
 
     def __init__(self, connection: Connection, process: int) -> None:
         self.connection = connection
-        self.called: set[int] = set()
         self._process = process
 
     def begin(self, call: Call, body: bytes, limit: float) -> None:
@@ -75,8 +75,8 @@ class Worker:
         self.call, self.limit = call, limit
         self._computed = self._waited = 0.0
         self._used, _ = usage(self._process)
-        self._begun = self._looked = time.monotonic()
-        self.next_look = self._begun + _LOOK_SECONDS
+        self.begun = self._looked = time.monotonic()
+        self.next_look = self.begun + _LOOK_SECONDS
         with suppress(OSError):  # it has died, and its connection says so
             self.connection.send_bytes(body)
 
@@ -92,7 +92,7 @@ class Worker:
         if not is_ready:
             self._waited += max(0.0, now - self._looked - computed)
         self._used, self._looked = used, now
-        pause = max(_LOOK_SECONDS, _LOOK_SHARE * (now - self._begun))
+        pause = max(_LOOK_SECONDS, _LOOK_SHARE * (now - self.begun))
         self.next_look = now + min(pause, _SIGN_SECONDS)
         return max(self._computed, self._waited)
 
@@ -130,7 +130,7 @@ class Pool:
         self._size = size
         self._idle: list[Worker] = []
         self._busy: dict[Connection, Worker] = {}
-        self._loading: dict[int, float] = {}  # by function, seconds of its longest first call
+        self._longest: dict[int, float] = {}  # by function, seconds of its longest call
 
     def run(self, calls: Sequence[Call], fresh: bool) -> None:
         """Run calls and report each outcome to the trainer.
@@ -144,20 +144,21 @@ class Pool:
         """
         while fresh and self._idle:
             self._idle.pop().kill()
-        late = self._run_pass(deque(calls), _SHORT, patience=len(calls))
+        self._longest = {name: seconds / 2 for name, seconds in self._longest.items()}  # forget
+        late = self._run_pass(deque(calls), is_first=True, patience=len(calls))
         patience = max(2, self._size)
-        for call in self._run_pass(late, 1.0, patience):
+        for call in self._run_pass(late, is_first=False, patience=patience):
             self._fail(call, f"ran out of time, as did the {patience} calls that ran again before")
 
-    def _run_pass(self, queue: deque[Call], share: float, patience: int) -> deque[Call]:
-        """Run calls under a share of their limits; return those without an outcome.
+    def _run_pass(self, queue: deque[Call], is_first: bool, patience: int) -> deque[Call]:
+        """Run calls under the short or the full limit; return those without an outcome.
 
         It begins no more calls once as many calls in a row as `patience` have run out of time.
         """
         late, in_a_row, signed = deque[Call](), 0, time.monotonic()
         while self._busy or (queue and in_a_row < patience):
             while queue and in_a_row < patience and len(self._busy) < self._size:
-                self._begin(queue.popleft(), share)
+                self._begin(queue.popleft(), is_first)
             for worker, overrun in self._wait():
                 in_a_row = in_a_row + 1 if overrun else 0
                 if overrun and worker.limit < worker.call.seconds:
@@ -169,16 +170,17 @@ class Pool:
                 signed = time.monotonic()
         return late + queue
 
-    def _begin(self, call: Call, share: float) -> None:
+    def _begin(self, call: Call, is_first: bool) -> None:
         self._control.send_bytes(b"%d null" % call.number)
         body = self._control.recv_bytes()
         while self._idle and self._idle[-1].connection.poll():  # it has ended
             self._idle.pop().kill()
         worker = self._idle.pop() if self._idle else self._fork()
-        limit = share * call.seconds
-        if call.function not in worker.called:
-            limit += _LOADING * self._loading.get(call.function, float("inf"))
-        worker.begin(call, body, min(limit, call.seconds))
+        limit = call.seconds
+        if is_first and call.function in self._longest:
+            short = max(_SHORT * limit, _LONGEST * self._longest[call.function])
+            limit = min(limit, short)
+        worker.begin(call, body, limit)
         self._busy[worker.connection] = worker
 
     def _wait(self) -> Iterator[tuple[Worker, str]]:
@@ -196,7 +198,7 @@ class Pool:
                 overrun = ""
                 self._hear(worker)
             elif overrun:
-                self._loading.setdefault(worker.call.function, 0.0)
+                self._longest.setdefault(worker.call.function, 0.0)
                 worker.kill()
             else:
                 continue
@@ -212,9 +214,9 @@ class Pool:
             self._fail(call, DIED)
             return
         self._idle.append(worker)
-        if call.function not in worker.called:
-            worker.called.add(call.function)
-            self._loading[call.function] = max(worker.look(), self._loading.get(call.function, 0.0))
+        longest = self._longest.get(call.function, 0.0)
+        if time.monotonic() - worker.begun >= longest:  # or it cannot have taken longer
+            self._longest[call.function] = max(longest, worker.look())
 
     def _fail(self, call: Call, failure: Failure | str) -> None:
         if isinstance(failure, str):
