@@ -103,7 +103,7 @@ class Run:
         main = psutil.Process(self.process.pid)
         children = self.others = main.children(recursive=True)
         lines = {child: " ".join(child.cmdline()) for child in children}
-        servers = [c for c, line in lines.items() if "worker_process" in line]
+        servers = [c for c, line in lines.items() if "rewards.sandbox.server" in line]
         by_fault = {
             "worker": [c for c in servers if c.ppid() in {s.pid for s in servers}],
             "fork server": [c for c in servers if c.ppid() not in {s.pid for s in servers}],

@@ -1,4 +1,4 @@
-"""Rewards by comparing texts: all of a completion, or what a pattern finds in it."""
+"""Rewards that compare texts: the whole completion, or what a pattern finds in it."""
 
 import math
 import re
@@ -13,23 +13,23 @@ _NUMERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 
 
 def reference_texts(reference: Any) -> list[str]:
-    """The texts by which a dataset's reference answer may be given.
+    """Convert a dataset's reference answer to texts.
 
     Args:
-        reference: A text, a number (27.0 is "27"), or a list of them, any one of which is right.
+        reference: A text, a number (27.0 becomes "27"), or a list of alternatives.
 
     Returns:
-        Those texts, stripped.
+        The alternatives as stripped texts.
 
     Raises:
-        ValueError: If it is none of these, or holds no text at all.
+        ValueError: The reference is none of these, or it is empty.
 
     Example:
         >>> reference_texts(27.0), reference_texts(["1/2", 0.5])
         (['27'], ['1/2', '0.5'])
     """
     if isinstance(reference, bool):
-        pass  # an integer to Python, but no answer that a completion would give
+        pass  # an int in Python, but not an answer that a completion would give
     elif isinstance(reference, list | tuple):
         texts = [text for item in reference for text in reference_texts(item)]
         if texts:
@@ -40,25 +40,24 @@ def reference_texts(reference: Any) -> list[str]:
     elif isinstance(reference, Integral):
         return [str(int(reference))]
     elif isinstance(reference, Real) and math.isfinite(reference):
-        # In digits, since "1e-07" is no number to most readers of answers.
+        # In digits: most parsers of answers do not read "1e-07" as a number.
         digits = format(Decimal(repr(float(reference))), "f")
         return [digits.removesuffix(".0")]
     raise ValueError(
-        f"a reference answer is a text, a number or a list of them, and not empty; got "
-        f"{reference!r}: filter out such rows, or use None for 'this reward does not apply'"
+        f"reference answer {reference!r}: must be a text, a number or a list of them, and not "
+        "empty. Filter out such rows, or use None if the reward does not apply to them"
     )
 
 
 def same_text(left: str, right: str) -> bool:
-    """Whether two texts agree: equal when stripped, or both numerals of the same value.
+    """Check whether two texts are equal: as stripped texts, or as plain decimal numbers.
+
+    "27" equals "27.0", "033" equals "33", and "yes" equals " yes ". "1,000" and "1/2" are not plain
+    decimal numbers, so they do not equal "1000" and "0.5".
 
     Args:
-        left: One text.
-        right: The other.
-
-    Returns:
-        True for "27" and "27.0", for "033" and "33", for "yes" and " yes "; False for "1,000" and
-        "1000" or "1/2" and "0.5", which are not both plain numerals.
+        left: A text.
+        right: Another text.
 
     Example:
         >>> same_text("27.0", "27"), same_text("27 m", "27")
@@ -74,15 +73,15 @@ def same_text(left: str, right: str) -> bool:
 def number_answers(
     answers: Sequence[str | None], are_same: Callable[[str, str], bool]
 ) -> list[int]:
-    """Number the different answers of a group in the order in which they appear.
+    """Number the distinct answers of a group in order of appearance.
 
     Args:
-        answers: Texts; `None` or an empty one is no answer.
-        are_same: Whether two texts are one answer. Each is compared with the first of every number,
-            so that a relation that is not transitive cannot join what no comparison has joined.
+        answers: Texts; `None` or an empty text means "no answer".
+        are_same: Compares two texts. Each answer is compared with the first one of every number, so
+            a relation that is not transitive joins no answers that were never compared.
 
     Returns:
-        Their numbers, `NO_ANSWER` where there is none.
+        One number per answer, `NO_ANSWER` where there is none.
 
     Example:
         >>> number_answers(["4", None, "5", "4.0"], same_text)
@@ -101,10 +100,10 @@ def number_answers(
 
 
 class ExactMatch:
-    """1.0 where the whole completion is the reference answer (`same_text`), else 0.0.
+    """Reward 1.0 if the whole completion equals the reference answer (`same_text`), else 0.0.
 
     Args:
-        column: Dataset column of the reference answers; a row's `None` gives `None`.
+        column: Dataset column of the reference answers. If a row has `None`, its reward is `None`.
 
     Example:
         >>> ExactMatch()(["1 + 1?", "2 + 2?"], [" 2", "It is 4"], answer=["2", "4"])
@@ -116,7 +115,7 @@ class ExactMatch:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The dataset columns that the reward reads."""
+        """The dataset columns that this reward needs."""
         return (self.column,)
 
     def __call__(
@@ -125,15 +124,15 @@ class ExactMatch:
         """Compare each completion with its reference answer.
 
         Args:
-            prompts: B prompts; not looked at.
+            prompts: B prompts; not used.
             completions: B completions, texts or chat messages.
-            **columns: B values each; the one named `column` holds the reference answers.
+            **columns: B values each; the column named `column` has the reference answers.
 
         Returns:
             B rewards.
 
         Raises:
-            ValueError: If the column is missing or has another length, or an answer is empty.
+            ValueError: The column is missing or has another length, or an answer is empty.
         """
         if self.column not in columns:
             raise ValueError(
@@ -144,7 +143,7 @@ class ExactMatch:
         return [self._reward(completion_text(text), reference) for text, reference in pairs]
 
     def answers(self, completions: Sequence[str]) -> list[int]:
-        """Number the answers of one prompt's completions, see `RewardSum.answers`."""
+        """Number the answers of one prompt's completions; see `RewardSum.answers`."""
         return number_answers([self._answer(text) for text in completions], same_text)
 
     def _reward(self, completion: str, reference: Any) -> float | None:
@@ -160,15 +159,15 @@ class ExactMatch:
 
 
 class RegexMatch(ExactMatch):
-    r"""1.0 where the pattern's last match in the completion is the reference answer, else 0.0.
+    r"""Reward 1.0 if the pattern's last match equals the reference answer, else 0.0.
 
     Args:
         pattern: Regular expression, in Python's syntax.
-        column: Dataset column of the reference answers; a row's `None` gives `None`.
-        group: The pattern's group, by number or name, that is the answer.
+        column: Dataset column of the reference answers. If a row has `None`, its reward is `None`.
+        group: Number or name of the pattern's group that contains the answer.
 
     Raises:
-        ValueError: If the pattern is not a regular expression or has no such group.
+        ValueError: The pattern is not a regular expression, or it has no such group.
 
     Example:
         >>> reward = RegexMatch(r"#### *(\S+)")

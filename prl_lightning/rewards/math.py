@@ -1,8 +1,8 @@
-r"""Mathematical answers: the last boxed one of a completion, checked by math-verify.
+r"""Compare a completion's last boxed answer with the reference answer, using math-verify.
 
-As in the papers' experiments, the reference answer is put in a box and both boxes go to math-verify
-(https://github.com/huggingface/Math-Verify). Stricter than its defaults: an answer outside a box is
-not looked for, so a completion without a `\boxed{...}` that closes scores 0.
+As in the papers' experiments, the reference answer is put in a box, and math-verify compares both
+boxes (https://github.com/huggingface/Math-Verify). This is stricter than its defaults: answers
+outside a box do not count, so a completion without a closed `\boxed{...}` scores 0.
 """
 
 import re
@@ -14,28 +14,28 @@ from prl_lightning.rewards.match import number_answers, reference_texts
 from prl_lightning.rewards.protocol import completion_text
 
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
-_BRACE = re.compile(r"\\[{}\\]|[{}]")  # \{ is text and closes nothing
+_BRACE = re.compile(r"\\[{}\\]|[{}]")  # \{ is text, not a brace
 
-# Between boxes that are one answer: "\boxed{1}$ and $\boxed{2}", "x=\boxed{1}, x=\boxed{2}".
+# Between boxes that form one answer: "\boxed{1}$ and $\boxed{2}", "x=\boxed{1}, x=\boxed{2}".
 _BETWEEN_BOXES = re.compile(
     r"[\s$\\()]*(?:[,;]|(?:\\text\s*\{)?\s*(?:and|or)\s*\}?)[\s$\\()]*(?:\w\s*=\s*)?"
 )
 
 
 class MathReward:
-    r"""1.0 where the completion's last boxed answer equals the reference answer, else 0.0.
+    r"""Reward 1.0 if the completion's last boxed answer equals the reference answer, else 0.0.
 
     The reference answers come from the first of the columns `answer`, `ground_truth` (verl) and
-    `solution` (TRL) that is there. One is a text (put in a box; if it holds a box, as a worked
-    solution does, that box counts, and otherwise what follows GSM8K's `####`), a number (27.0 is
-    27) or a list, any one of which is right; `None` makes the reward `None`. Several boxes joined
-    by commas, "and" or "or" are one answer.
+    `solution` (TRL) that exists. A reference answer is a text, a number (27.0 means 27) or a list
+    of alternatives; `None` makes the reward `None`. If the text contains a box, as a worked
+    solution does, that box counts. Otherwise what follows GSM8K's `####` counts, or else the whole
+    text. Several boxes joined by commas, "and" or "or" form one answer.
 
     Attributes:
-        failures: How many completions of the last call could not be judged: math-verify raised, or
-            an answer was so large that it was not asked. They score 0.
-        errors: What math-verify raised for them; see `RewardSum`. An answer that is too large is
-            the completion's fault, and none.
+        failures: How many completions of the last call could not be judged, because math-verify
+            raised or an answer was too complex for it. They score 0.
+        errors: The exceptions that math-verify raised for them; see `RewardSum`. Answers that are
+            too complex add none: they are the completion's fault.
 
     Example:
         >>> reward = MathReward()
@@ -63,18 +63,18 @@ class MathReward:
         """Check each completion's boxed answer.
 
         Args:
-            prompts: B prompts; not looked at.
+            prompts: B prompts; not used.
             completions: B completions, texts or chat messages.
             answer: B reference answers.
-            ground_truth: B reference answers, looked at if `answer` is not given.
-            solution: B reference answers, looked at if neither is given.
-            **columns: Other columns; not looked at.
+            ground_truth: B reference answers, used if `answer` is not given.
+            solution: B reference answers, used if neither is given.
+            **columns: Other columns; not used.
 
         Returns:
             B rewards.
 
         Raises:
-            ValueError: If no reference answers are given, their number differs, or one is empty.
+            ValueError: No reference answers are given, their number differs, or one is empty.
         """
         given = [column for column in (answer, ground_truth, solution) if column is not None]
         if not given:
@@ -87,17 +87,17 @@ class MathReward:
         return [self._reward(completion_text(text), reference) for text, reference in pairs]
 
     def warm_up(self) -> None:
-        """Import math-verify and sympy and let them build their tables: seconds, once.
+        """Import math-verify and sympy and build their tables; takes seconds, once.
 
         Raises:
-            RuntimeError: If math-verify does not find equal what is equal.
+            RuntimeError: math-verify finds equal answers different.
         """
         warm_up()
 
     def answers(self, completions: Sequence[str]) -> list[int]:
-        """Number the boxed answers of one prompt's completions: equal to math-verify is equal.
+        """Number the boxed answers of one prompt's completions, compared by math-verify.
 
-        What math-verify cannot compare is the same only where its text is.
+        Answers that math-verify cannot compare are equal only if their texts are.
         """
         return number_answers([tidy(boxed_answer(text) or "") for text in completions], is_same)
 
@@ -115,7 +115,7 @@ class MathReward:
             try:
                 if is_equal(gold, answer):
                     return 1.0
-            except MemoryError:  # no property of the answer alone
+            except MemoryError:  # it does not depend on the answer alone
                 raise
             except Exception as error:  # sympy raises nearly everything
                 errors.append(error)
@@ -125,14 +125,14 @@ class MathReward:
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""What the last closed `\boxed{...}` (or `\fbox{...}`) of a text holds.
+    r"""Return the content of the last closed `\boxed{...}` (or `\fbox{...}`) of a text.
 
     Args:
         text: A completion, or a worked solution.
 
     Returns:
-        Its content, stripped; of several last boxes joined by commas, semicolons, "and" or "or",
-        the contents joined by commas; `None` if no box is closed.
+        The content, stripped. If the last boxes are joined by commas, semicolons, "and" or "or",
+        their contents are joined by commas. `None` if no box is closed.
 
     Example:
         >>> boxed_answer(r"Not \boxed{1}. So $x=\boxed{\frac{1}{2}}$ or $x=\boxed{3}$.")
@@ -153,12 +153,12 @@ def boxed_answer(text: str) -> str | None:
 
 
 def _marked(reference: str) -> str:
-    """A reference answer without the worked solution before it, as GSM8K has it."""
+    """Remove the worked solution in front of a reference answer, as in GSM8K."""
     return reference.rpartition("####")[2].strip() or reference
 
 
 def _closing_braces(text: str) -> dict[int, int]:
-    """Where each brace that is opened is closed, if it is; in one pass, whatever the text is."""
+    """Map each opening brace to its closing one, in one pass over any text."""
     closings, opened = {}, []
     for brace in _BRACE.finditer(text):
         if brace[0] == "{":

@@ -1,4 +1,4 @@
-"""What a reward function is called with, and what it may return.
+"""The arguments of reward functions, and the values that they may return.
 
 A reward function has TRL's signature (https://huggingface.co/docs/trl, "Using a custom reward
 function"): it is called with keywords only,
@@ -6,11 +6,12 @@ function"): it is called with keywords only,
     f(prompts=..., completions=..., **columns) -> list[float | None]
 
 where `columns` are the dataset's other columns, one value per completion. A function without
-`**kwargs` gets the names it accepts and no others. `None` says "not applicable to this completion".
-A prompt is a text or a list of chat messages; a completion has its prompt's form.
+`**kwargs` gets only the arguments that it names. `None` means "not applicable to this completion".
+A prompt is a text or a list of chat messages. A completion has the same form as its prompt.
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -18,25 +19,25 @@ from typing import Any, TypeAlias
 
 RewardFunction: TypeAlias = Callable[..., Sequence[float | None]]
 
-NO_ANSWER = -1  # the number of a completion without an answer, among those of `answers`
+NO_ANSWER = -1  # what `answers` returns for a completion without an answer
 
 _LARGEST = 3.4028234663852886e38  # of float32, in which rewards are summed
 
-# What every reward function can ask for without the dataset having a column of that name.
+# Arguments that need no column in the dataset.
 PROVIDED = frozenset({"prompts", "completions", "completion_ids"})
 
 
 def completion_text(completion: Any) -> str:
-    """Read a completion's text, whichever of TRL's two forms it has.
+    """Return a completion's text, for both of TRL's forms.
 
     Args:
-        completion: A text, or chat messages, of which the last one's content is read.
+        completion: A text, or chat messages. Of messages, the last one's content is read.
 
     Returns:
-        The text; of content in typed parts, the text parts joined.
+        The text. If the content consists of typed parts, the text parts are joined.
 
     Raises:
-        TypeError: If it is neither.
+        TypeError: The completion is neither.
 
     Example:
         >>> completion_text("4"), completion_text([{"role": "assistant", "content": "4"}])
@@ -57,28 +58,25 @@ def completion_text(completion: Any) -> str:
 
 
 def in_form_of(prompt: Any, completion: Any) -> Any:
-    """A text as an assistant's message where the prompt is a chat, as TRL hands it over."""
+    """Wrap a text in an assistant's message if the prompt is a chat, as TRL does."""
     if isinstance(prompt, str) or not isinstance(completion, str):
         return completion
     return [{"role": "assistant", "content": completion}]
 
 
 def distinct_names(functions: Sequence[RewardFunction]) -> list[str]:
-    """The functions' names, a repeated one made distinct as `name#2`."""
+    """Return the functions' names; repeated names become `name#2`, `name#3`."""
     names: list[str] = []
     for function in functions:
         function = getattr(function, "func", function)  # functools.partial
         base = getattr(function, "__name__", type(function).__name__)
-        name, count = base, 1
-        while name in names:
-            count += 1
-            name = f"{base}#{count}"
-        names.append(name)
+        repeated = (f"{base}#{count}" for count in itertools.count(2))
+        names.append(next(name for name in itertools.chain([base], repeated) if name not in names))
     return names
 
 
 def required_columns(function: RewardFunction) -> list[tuple[str, ...]]:
-    """Columns without which `function` cannot be called; each entry is a choice of names."""
+    """List the columns that a function needs; each entry lists alternative names."""
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     required = [
         (parameter.name,)
@@ -90,7 +88,7 @@ def required_columns(function: RewardFunction) -> list[tuple[str, ...]]:
 
 
 def accepted(function: RewardFunction, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `arguments` that `function` accepts."""
+    """Select the arguments that a function accepts."""
     parameters = _parameters(function)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(arguments)
@@ -99,18 +97,18 @@ def accepted(function: RewardFunction, arguments: Mapping[str, Any]) -> dict[str
 
 
 def checked_rewards(name: str, returned: Any, size: int) -> list[float]:
-    """The rewards that a function has returned, as numbers.
+    """Check a function's return value and convert it to floats.
 
     Args:
-        name: The function's, for messages.
-        returned: What it returned: a list, an array or a tensor.
-        size: How many completions it was called with.
+        name: Name of the function, for messages.
+        returned: The return value: a list, an array or a tensor.
+        size: Number of completions in the call.
 
     Returns:
         `size` rewards that are finite in float32, NaN for `None`.
 
     Raises:
-        ValueError: If it is not `size` finite numbers or `None`.
+        ValueError: The value does not consist of `size` finite numbers or `None`.
     """
     values = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(values, Sequence) or isinstance(values, str):
@@ -129,7 +127,7 @@ def checked_rewards(name: str, returned: Any, size: int) -> list[float]:
 def _parameters(function: RewardFunction) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(function).parameters.values())
-    except ValueError:  # some callables written in C do not say; let them have everything
+    except ValueError:  # some callables written in C have no signature: pass everything
         return [inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)]
 
 

@@ -1,4 +1,4 @@
-"""A weighted sum of reward functions, run so that a mistake in one cannot pass unseen."""
+"""A weighted sum of reward functions, with checks of what goes in and out."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from prl_lightning.rewards.sandbox.cores import usable_cores
 from prl_lightning.rewards.sandbox.limits import Reply, RewardLimits, Task
 from prl_lightning.rewards.votes import GroupAnswers, compare_here, compare_in_sandbox
 
-if TYPE_CHECKING:  # loaded where sums are made: the processes of the functions do without it
+if TYPE_CHECKING:  # imported when rewards are summed: the server does not need it
     from torch import Tensor
 
 
 @dataclass(frozen=True)
 class RewardScores:
-    """What the reward functions gave B completions.
+    """The rewards of B completions.
 
     Attributes:
         total: Weighted sum of the parts that apply, (B,) float32.
         parts: Each function's unweighted rewards by name, (B,) float32, NaN where not applicable.
-        failures: Per function, how many completions it could not judge: the calls that failed, and
-            what its own attribute `failures` said after each call (0 for a function without).
-        unrewarded: Completions to which no function applied; their total is 0.
-        failed_calls: Those that raised, or were killed.
+        failures: By name, how many completions the function could not judge. It adds up the calls
+            that failed and the function's attribute `failures` after each call, if it has one.
+        unrewarded: Number of completions to which no function applied; their total is 0.
+        failed_calls: The calls that raised or were killed.
     """
 
     total: Tensor
@@ -50,24 +50,26 @@ class RewardSum:
     """A weighted sum of reward functions.
 
     Args:
-        functions: Reward functions: functions, or objects that can be called as one. Such an object
-            may have an attribute `columns`, the columns it needs beyond those in its signature (a
-            tuple of names; an entry that is itself a tuple means "one of these"), an attribute
-            `failures`, the number of completions that its last call could not judge, an attribute
-            `errors`, the exceptions that its last call has caught (within limits, the first of them
-            is the call's failure, as if it had not been caught), a method `answers`, see
-            `RewardSum.answers`, and a method `warm_up`, see `RewardWorkers`. One with a true
-            attribute `needs_batch` is called once with all completions; within limits, any other
-            is called with one completion at a time.
-        weights: One weight per function; `None` weighs each by 1.
-        limits: Call the functions in processes of their own, within these limits; `None` calls
-            them here, all completions at once, without any limit.
+        functions: Functions, or callable objects. An object may have these attributes:
+            `columns`: a tuple of the columns that it needs in addition to its parameters. An entry
+            that is itself a tuple lists alternatives.
+            `failures`: the number of completions that its last call could not judge.
+            `errors`: the exceptions that its last call caught. Under limits, the call fails with
+            the first one.
+            `answers`: a method, see `RewardSum.answers`.
+            `warm_up`: a method without arguments, called once before the first call, for slow
+            imports and tables.
+            `needs_batch`: if true, each call gets all completions. Otherwise each call under limits
+            gets one.
+        weights: One weight per function; `None` means 1 for each.
+        limits: Call the functions in other processes under these limits. `None` calls them in this
+            process, with all completions at once and without limits.
 
     Attributes:
-        names: The functions' names, a repeated one made distinct as `name#2`.
+        names: The functions' names; repeated names become `name#2`, `name#3`.
 
     Raises:
-        ValueError: If there is no function, or the weights are not one finite number for each.
+        ValueError: There is no function, or there is not one finite weight for each.
 
     Example:
         >>> def length(completions, **columns):
@@ -84,16 +86,16 @@ class RewardSum:
         limits: RewardLimits | None = None,
     ) -> None:
         if not functions:
-            raise ValueError("no reward function was given: name at least one under rewards")
+            raise ValueError("rewards is empty: name at least one reward function")
         weights = [1.0] * len(functions) if weights is None else list(weights)
         if len(weights) != len(functions):
             raise ValueError(
                 f"{len(weights)} reward weights for {len(functions)} reward functions: "
-                "give one weight for each, or none to weigh all by 1"
+                "give one weight for each, or no weights"
             )
         if not all(math.isfinite(weight) for weight in weights):
             raise ValueError(f"reward weights must be finite numbers, got {weights}")
-        # TRL's users also pass the class itself; jsonargparse has made it an object already.
+        # TRL accepts classes as well. From YAML, jsonargparse has already created the object.
         self.functions = [f() if isinstance(f, type) else f for f in functions]
         self.weights = weights
         self.names = distinct_names(self.functions)
@@ -101,15 +103,15 @@ class RewardSum:
         self._sandbox: Sandbox | None = None
 
     def start(self, ranks: int = 1) -> None:
-        """Begin to load the functions in their process; without it, the first call does.
+        """Start loading the functions in their process; otherwise the first call starts it.
 
-        Without limits, their methods `warm_up` are called here.
+        Without limits, this calls their methods `warm_up` in this process.
 
         Args:
-            ranks: Processes of this machine that have workers, and share its cores.
+            ranks: Number of ranks on this machine, which share its cores.
 
         Raises:
-            TypeError: If a function cannot be sent to another process.
+            TypeError: A function cannot be pickled.
         """
         if self.limits is None:
             for function in self.functions:
@@ -121,20 +123,20 @@ class RewardSum:
         self._sandbox.start()
 
     def stop(self) -> None:
-        """End the functions' processes."""
+        """Stop the functions' processes."""
         if self._sandbox is not None:
             self._sandbox.stop()
             self._sandbox = None
 
     def check_columns(self, column_names: Collection[str], where: str = "the data") -> None:
-        """Check, before anything is sampled, that every function finds the columns it needs.
+        """Check that the dataset has the columns that the functions need.
 
         Args:
             column_names: Names of the dataset's columns.
-            where: What has them, for the message.
+            where: Name of the dataset, for the message.
 
         Raises:
-            ValueError: If a function needs one that is not there; names both and the mend.
+            ValueError: A function needs a column that is missing.
         """
         available = PROVIDED | set(column_names)
         for name, function in zip(self.names, self.functions, strict=True):
@@ -149,23 +151,26 @@ class RewardSum:
 
     @property
     def answering(self) -> str | None:
-        """The name of the function that tells answers apart, if there is one."""
+        """Name of the first function with a method `answers`, if there is one."""
         pairs = zip(self.names, self.functions, strict=True)
         return next((name for name, function in pairs if hasattr(function, "answers")), None)
 
     def answers(
         self, groups: Sequence[Sequence[str]], left_out: Collection[tuple[int, int]] = ()
     ) -> GroupAnswers | None:
-        """Say which completions of a prompt have the same answer, for a majority vote.
+        """Find out which completions of a prompt have equal answers, for a majority vote.
+
+        It asks the first function with a method `answers(completions)`, which returns a number for
+        each completion: equal numbers for equal answers, `NO_ANSWER` for none.
 
         Args:
-            groups: The texts of each prompt.
-            left_out: The group and the place in it of completions that are not compared, since
-                that may take as long as judging them did. Each has an answer of its own.
+            groups: The completions of each prompt.
+            left_out: Completions that are not compared, as (index of the group, index in it).
+                Those that could not be judged would hang the comparison as well. Each counts as a
+                distinct answer.
 
         Returns:
-            Numbers for each group, by the first function that has a method
-            `answers(completions)`; `None` if no function has one.
+            The numbers, or `None` if no function has the method.
         """
         if self.answering is None:
             return None
@@ -185,18 +190,19 @@ class RewardSum:
 
         Args:
             prompts: B prompts, each a text or chat messages.
-            completions: B texts. One whose prompt is a chat is handed to the functions as an
-                assistant message, `[{"role": "assistant", "content": text}]`, as TRL does.
-            columns: Dataset columns, B values each, in the completions' order.
-            done: Called after every call of a function in its process.
+            completions: B texts. If the prompt is a chat, the functions get an assistant message,
+                `[{"role": "assistant", "content": text}]`, as in TRL.
+            columns: Dataset columns, B values each, in the order of the completions.
+            done: Called after every call under limits.
 
         Returns:
             The sum, its parts and the failures.
 
         Raises:
-            ValueError: If the lengths do not agree, a column is missing, or a function that is
-                called here returns something that is not B finite numbers (or `None`).
-            RuntimeError: If a function that is called here raises; its error is the cause.
+            ValueError: The lengths differ, a column is missing, or a function that is called
+                without limits returns something other than B finite numbers or `None`.
+            RuntimeError: A function that is called without limits raises; its exception is the
+                cause.
         """
         self.check_columns(columns)
         _check_lengths(len(completions), {"prompts": prompts, **columns})

@@ -16,11 +16,12 @@ class RewardLimits:
     while the call is ready to run and has no core, so a busy machine fails no call. A call may
     compute for `seconds`, and it may wait for twice as long.
 
-    Every call first runs under a short limit: a tenth of `seconds` on each clock. The first call of
-    a function in a process may load what the function needs. It gets additional time: twice what
-    such first calls have taken. Calls that exceed the short limit run again under the full limit
-    after all others, so that calls that hang delay the others only a little. Once max(2, workers)
-    calls in a row have exceeded the full limit, the remaining ones fail without a second run.
+    Calls run in two passes, so that calls that hang delay the others only a little. In the first
+    pass each clock has a short limit: one and a half times the longest call of the function that
+    has returned so far, and at least a fiftieth of `seconds`. (Until one has returned, calls have
+    the full limit.) Calls that exceed the short limit run again under the full limit after all
+    others. The second pass ends early once max(2, workers) calls in a row have exceeded the full
+    limit. The remaining calls then fail without a second run.
 
     A call whose process dies (a crash, an exit, the out-of-memory killer) runs again once, in a new
     process. So does a call that runs out of memory, since earlier calls may have kept some of it.
@@ -36,8 +37,8 @@ class RewardLimits:
             small objects filled the memory.
         failure_value: The reward of a completion whose call failed.
         max_failures: The run stops when more than this share of an iteration's completions failed.
-        workers: Processes per rank; one per core by default. More are useful for functions that
-            wait, such as requests over a network. 0 calls the functions in the trainer's process,
+        workers: Processes per rank; one per core by default. Functions that wait, as for a network,
+            can use more processes than cores. 0 calls the functions in the trainer's process,
             for those that need its memory: with all completions at once and without limits. An
             exception then stops the run.
 
