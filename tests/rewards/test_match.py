@@ -9,25 +9,14 @@ from prl_lightning.rewards.match import reference_texts, same_text
 @pytest.mark.parametrize(
     ("completion", "reference", "expected"),
     [
-        ("27", 27.0, 1.0),
-        (" 27.0\n", "27", 1.0),
-        ("033", "33", 1.0),
-        ("+2", 2, 1.0),
-        ("-27.0", "-27", 1.0),
-        ("27.", "27", 1.0),
-        (".5", 0.5, 1.0),
-        ("0.0000001", 1e-7, 1.0),
+        ("27", 27.0, 1.0), (" 27.0\n", "27", 1.0), ("033", "33", 1.0), ("+2", 2, 1.0),
+        ("-27.0", "-27", 1.0), ("27.", "27", 1.0), (".5", 0.5, 1.0), ("0.0000001", 1e-7, 1.0),
         ("12345678901234567891", 12345678901234567890, 0.0),  # would be equal as floats
         ("12345678901234567890", 12345678901234567890, 1.0),  # likewise
-        ("yes", "Yes", 0.0),
-        ("27 m", "27", 0.0),
-        ("1,000", "1000", 0.0),
-        ("0.5", "1/2", 0.0),
-        ("b", ["a", "b"], 1.0),
-        ("c", ["a", "b"], 0.0),
-        ("anything", None, None),
+        ("yes", "Yes", 0.0), ("27 m", "27", 0.0), ("1,000", "1000", 0.0), ("0.5", "1/2", 0.0),
+        ("b", ["a", "b"], 1.0), ("c", ["a", "b"], 0.0), ("anything", None, None),
     ],
-)
+)  # fmt: skip
 def test_exact_match(completion: Any, reference: Any, expected: Any) -> None:
     assert ExactMatch()(["?"], [completion], answer=[reference]) == [expected]
 
@@ -54,7 +43,7 @@ def test_group_that_took_no_part_is_no_answer() -> None:
 
 @pytest.mark.parametrize("bad", ["", "  ", [], float("nan"), {"a": 1}, True, [None]])
 def test_reference_that_holds_no_answer_is_an_error(bad: Any) -> None:
-    with pytest.raises(ValueError, match="a reference answer is a text, a number or a list"):
+    with pytest.raises(ValueError, match="reference answer "):
         reference_texts(bad)
 
 

@@ -1,8 +1,7 @@
 import math
 import operator
 import pickle
-import subprocess
-import sys
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -70,9 +69,7 @@ def test_none_is_nan_in_its_part_and_nothing_in_the_total() -> None:
 
 
 def test_completion_that_nothing_applies_to_is_zero_and_reported() -> None:
-    with pytest.warns(
-        UserWarning, match=r"1 of 2 completions got no reward from any of \['even'\]"
-    ):
+    with pytest.warns(UserWarning, match=r"1 of 2 completions .*\['even'\]"):
         scores = score(even)
     assert scores.total.tolist() == [1.0, 0.0]
     assert scores.unrewarded == 1
@@ -113,9 +110,7 @@ def test_completion_text_reads_typed_parts_and_refuses_the_rest() -> None:
     parts = [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert completion_text([{"role": "assistant", "content": parts}]) == "ab"
     for bad in (None, [], 3, [{"role": "assistant"}]):
-        with pytest.raises(
-            TypeError, match="a completion is a text or a non-empty list of messages"
-        ):
+        with pytest.raises(TypeError, match=re.escape(repr(bad))):
             completion_text(bad)
 
 
@@ -133,12 +128,14 @@ def test_arrays_and_tensors_are_rewards(values: Any) -> None:
         ([1.0, float("nan")], r"'reward' returned nan for completion 1: return a finite number"),
         ([float("-inf"), 1.0], r"'reward' returned -inf for completion 0"),
         ([1.0, "2"], r"'reward' returned '2' for completion 1"),
+        *(([1.0, value], r"'reward' returned -?(1e\+39|10+|inf) for completion 1")
+          for value in (1e39, -1e39, 10**50, math.inf)),
         (1.0, r"'reward' returned float: return a list of numbers"),
         (None, r"'reward' returned NoneType: return a list of numbers"),
         ("12", r"'reward' returned str"),
         (torch.tensor(1.0), r"'reward' returned Tensor: return a list of numbers"),
     ],
-)
+)  # fmt: skip
 def test_wrong_return_value_is_an_error(values: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         score(returning(values))
@@ -148,29 +145,16 @@ def test_reward_that_raises_is_named_with_its_cause() -> None:
     def broken(completions: Any, **columns: Any) -> list[float]:
         raise KeyError("level")
 
-    with pytest.raises(
-        RuntimeError, match=r"'broken' raised KeyError: 'level'.*2 completions"
-    ) as e:
+    with pytest.raises(RuntimeError, match=r"'broken' raised KeyError: 'level'.*2 comp") as error:
         score(length, broken)
-    assert isinstance(e.value.__cause__, KeyError)
+    assert isinstance(error.value.__cause__, KeyError)
 
 
 def test_missing_column_is_named_before_anything_is_sampled() -> None:
-    def graded(
-        prompts: Any,
-        completions: Any,
-        completion_ids: Any,
-        level: Any,
-        unit: Any = None,
-        **columns: Any,
-    ) -> list[float]:
+    def graded(completions: Any, completion_ids: Any, level: Any, unit: Any = None, **columns: Any):  # noqa: ANN202
         return [0.0] * len(completions)
 
-    message = (
-        r"'graded' needs the column 'level', but the data has \['answer', 'problem'\]: "
-        r"rename the column with data\.format\.columns, or give the function's parameter a default"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"'level', but the data has \['answer', 'problem'\]"):
         RewardSum([length, graded]).check_columns(["problem", "answer"])
     with pytest.raises(ValueError, match=r"but data\.eval\.held has \['answer'\]"):
         RewardSum([graded]).check_columns(["answer"], "data.eval.held")
@@ -186,7 +170,7 @@ def test_missing_column_is_named_before_anything_is_sampled() -> None:
         (ExactMatch("gold"), "'gold'", ["gold"]),
         (RegexMatch("(.)", column="key"), "'key'", ["key", "answer"]),
     ],
-)
+)  # fmt: skip
 def test_columns_that_an_object_declares_are_required(
     function: RewardFunction, missing: str, enough: list[str]
 ) -> None:
@@ -202,24 +186,22 @@ def test_column_of_another_length_is_an_error() -> None:
         RewardSum([length]).score(["?"], ["a", "b"], {})
 
 
-def test_weights_must_fit_the_functions() -> None:
-    with pytest.raises(ValueError, match="1 reward weights for 2 reward functions: give one"):
-        RewardSum([length, even], weights=[1.0])
-    with pytest.raises(ValueError, match=r"must be finite numbers, got \[nan\]"):
-        RewardSum([length], weights=[math.nan])
-    with pytest.raises(ValueError, match="no reward function was given"):
-        RewardSum([])
+@pytest.mark.parametrize(
+    ("functions", "weights", "message"),
+    [
+        ([length, even], [1.0], "1 reward weights for 2 reward functions"),
+        ([length], [math.nan], r"finite numbers, got \[nan\]"),
+        ([], None, "rewards is empty"),
+    ],
+)
+def test_weights_must_fit_the_functions(functions: Any, weights: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RewardSum(functions, weights)
 
 
 def test_repeated_names_are_made_distinct() -> None:
-    functions = [length, ExactMatch(), partial(length), length, ExactMatch]
-    assert RewardSum(functions).names == [
-        "length",
-        "ExactMatch",
-        "length#2",
-        "length#3",
-        "ExactMatch#2",
-    ]
+    names = RewardSum([length, ExactMatch(), partial(length), length, ExactMatch]).names
+    assert names == ["length", "ExactMatch", "length#2", "length#3", "ExactMatch#2"]
 
 
 def test_failures_are_those_of_the_last_call() -> None:
@@ -262,17 +244,6 @@ def test_reward_is_given_in_yaml_by_path_or_class_path(
     assert check(RewardSum(rewards).functions[0])
 
 
-def test_import_needs_neither_lightning_nor_transformers() -> None:
-    code = (
-        "import sys, prl_lightning.rewards;"
-        "print([m for m in ('lightning', 'transformers', 'sympy') if m in sys.modules])"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"
-
-
 def test_the_first_function_that_can_tells_answers_apart() -> None:
     def length(completions: list[str], **columns: Any) -> list[float]:
         return [0.0 for _ in completions]
@@ -282,17 +253,6 @@ def test_the_first_function_that_can_tells_answers_apart() -> None:
     answers = rewards.answers([["a", "b", "a"], ["b"]])
     assert answers is not None
     assert answers.numbers == [[0, -1, 0], [-1]]
-
-
-@pytest.mark.parametrize("value", [1e39, -1e39, 10**400, math.inf, math.nan])
-def test_what_float32_cannot_hold_is_no_reward(value: float) -> None:
-    def large(completions: list[str], **columns: Any) -> list[float]:
-        return [value for _ in completions]
-
-    with pytest.raises(
-        ValueError, match=r"'large' returned .* return a finite number below 3.4e38"
-    ):
-        score(large)
 
 
 def test_without_limits_the_functions_are_warmed_up_here() -> None:

@@ -21,16 +21,12 @@ from rewards.orders import PATIENT, is_alive, obey, wait_until
         ("sleep", "time", "waited for more than 2 s"),
         ("compute", "time", "more than 1 s of processor time"),
         ("run 1e9", "time", "more than 1 s of processor time"),
-        ("fill", "memory", "more than 256 MiB"),
-        ("exit", "died", ""),
-        ("crash", "died", ""),
-        ("quit", "SystemExit", ""),
-        ("raise", "KeyError", "no such thing"),
-        ("nan", "ValueError", "nan"),
-        ("text", "ValueError", "'one'"),
+        ("fill", "memory", "more than 256 MiB"), ("exit", "died", ""), ("crash", "died", ""),
+        ("quit", "SystemExit", ""), ("raise", "KeyError", "no such thing"),
+        ("nan", "ValueError", "nan"), ("text", "ValueError", "'one'"),
         ("object", "AttributeError", "'object' object has no"),
     ],
-)
+)  # fmt: skip
 @pytest.mark.filterwarnings("ignore:1 of 4 completions got no reward")
 def test_a_failure_is_recorded_and_changes_no_other_result(
     text: str, kind: str, message: str, scored: Any
