@@ -1,12 +1,12 @@
-"""What hanging completions cost the others: math-verify on answers, and 5% that hang.
+"""Measure how much completions that hang slow down the others, with math-verify.
 
     python benchmarks/bench_rewards.py --out benchmarks/results/rewards.json
 
-Those that hang wait (as code that was told to sleep does), compute (as sympy does, with a core
-each), or are the tests' hostile answers, most of which are found out. Rates are right completions
-judged as such, a second: of all the time, and of the time until the last right one is judged. What
-follows that is the tail, in which hanging ones are waited for, and which is as long whether there
-are a hundred completions or a million.
+5% of the completions hang: they wait (like a sleep), they compute forever (like sympy at times) or
+are the tests' hostile answers, most of which MathReward refuses up front. The rates are correct
+completions per second: over the whole time, and up to the last correct completion. The time after
+that is the tail: completions that hang run again under the full limit. The tail is as long for a
+hundred completions as for a million.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ COMPUTES = "compute"
 WAITS = "wait"
 TESTS = Path(__file__).parents[1] / "tests"
 HOSTILE = run_path(str(TESTS / "rewards" / "hostile.py"))["HOSTILE"].values()
-# What stands in the place of a right completion.
+# Replace correct completions.
 HANGING = {
     "waiting": [WAITS],
     "computing": [COMPUTES],
     "hostile": [rf"\boxed{{{answer}}}" for answer in HOSTILE],
 }
 
-# Pairs that are equal, and not by their letters; none has the form of one that the verifier is
-# warmed up with.
+# Equal answers with different texts, in forms that the warm-up does not cover.
 PAIRS = [
     (r"{a}\pi + {b}", r"{b} + \pi \cdot {a}"),
     (r"\frac{{{a}\sqrt{{2}}}}{{{p}}}", r"\sqrt{{2}} \cdot \frac{{{a}}}{{{p}}}"),
@@ -55,7 +54,7 @@ PAIRS = [
 
 
 class TimedMathReward(MathReward):
-    """What is right is worth the seconds since the start; takes forever where it is told to."""
+    """The reward of a correct answer is the seconds since the start; hangs if told to."""
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], *args: Any, **columns: Any
@@ -71,7 +70,7 @@ class TimedMathReward(MathReward):
 
 @dataclass
 class Taken:
-    """Seconds until the last right completion is judged, and until the end."""
+    """Number of correct completions, seconds until the last one is judged, seconds in all."""
 
     right: int
     steady: float
@@ -82,7 +81,7 @@ class Taken:
 
 
 def problems(number: int) -> tuple[list[str], list[str]]:
-    """Boxed answers that are right, and their references; no two are alike."""
+    """Correct boxed answers and their references, all different."""
     texts, golds = [], []
     for i in range(number):
         gold, answer = PAIRS[i % len(PAIRS)]
@@ -94,7 +93,7 @@ def problems(number: int) -> tuple[list[str], list[str]]:
 
 
 def judge(rewards: RewardSum, number: int, share: float = 0.0, kind: str = "") -> Taken:
-    """No two right answers are alike, so that nothing is remembered."""
+    """Judge different answers, so that caches do not help."""
     texts, answers = problems(number)
     every = round(1 / share) if share else number + 1
     hung = range(every - 1, number, every)
@@ -104,7 +103,7 @@ def judge(rewards: RewardSum, number: int, share: float = 0.0, kind: str = "") -
     columns = {"answer": answers, "started": [start] * number}
     scores = rewards.score(["?"] * number, texts, columns)
     whole = time.monotonic() - start
-    # Every one that hangs is killed for its time, and every other one is right.
+    # All completions that hang are killed, and all others are correct.
     failed = [call.index for call in scores.failed_calls]
     kinds = {call.failure.kind for call in scores.failed_calls}
     if kind == "hostile":
@@ -118,10 +117,10 @@ def judge(rewards: RewardSum, number: int, share: float = 0.0, kind: str = "") -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What hanging completions cost the others.")
+    parser = argparse.ArgumentParser(description="The cost of completions that hang.")
     parser.add_argument("--completions", type=int, default=2048)
     parser.add_argument("--seconds", type=float, nargs="+", default=[1.0, 5.0], help="limits")
-    parser.add_argument("--share", type=float, default=0.05, help="of those that hang")
+    parser.add_argument("--share", type=float, default=0.05, help="of completions that hang")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -129,7 +128,7 @@ def main() -> None:
     result: dict[str, Any] = {"completions": args.completions, "share_hanging": args.share}
     for seconds in args.seconds:
         rows = []
-        for repeat in range(args.repeats):  # in turn: the machine drifts
+        for repeat in range(args.repeats):  # interleaved: the machine's speed drifts
             rewards = RewardSum([TimedMathReward()], limits=RewardLimits(seconds=seconds))
             judge(rewards, 64)  # loads the verifier
             row = [judge(rewards, args.completions)]

@@ -91,8 +91,8 @@ class Sandbox:
         try:
             while missing := {i: task for i, task in enumerate(tasks) if i not in replies}:
                 for index, reply in self._replies(missing, fresh=bool(run_again)):
-                    is_external = reply.failure and reply.failure.kind in ("died", "memory")
-                    if is_external and index not in run_again:
+                    kind = reply.failure.kind if reply.failure else ""
+                    if kind in ("died", "memory") and index not in run_again:
                         run_again.add(index)
                     else:
                         replies[index] = reply
@@ -116,17 +116,19 @@ class Sandbox:
 
     def _replies(self, tasks: Mapping[int, Task], fresh: bool) -> Iterator[tuple[int, Reply]]:
         """Run tasks by their index, in new workers if `fresh`, until the server ends."""
-        if self._server is None:
-            self.start()
         left, begun = len(tasks), set[int]()
         try:
+            if self._server is None:
+                self.start()
             self._wait_until_loaded()
             calls = [(index, task.function, task.seconds) for index, task in tasks.items()]
             self._control.send_bytes(json.dumps({"calls": calls, "fresh": fresh}).encode())
             while left:
                 index, fields = self._receive()
                 if fields is None:  # a worker is ready for it
-                    self._control.send_bytes(_body(tasks[index]))
+                    task = tasks[index]
+                    call = (task.function, task.method, task.arguments, task.seed)
+                    self._control.send_bytes(pickle.dumps(call))
                     begun.add(index)
                     self._has_ended_idle = False
                     continue
@@ -167,7 +169,3 @@ class Sandbox:
                 f"{server.returncode}: see its output above; out of memory is the usual reason"
             ) from error
         self._has_ended_idle = is_idle
-
-
-def _body(task: Task) -> bytes:
-    return pickle.dumps((task.function, task.method, task.arguments, task.seed))
