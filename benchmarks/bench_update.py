@@ -66,8 +66,8 @@ def variant(model: str, packed: bool, onednn: bool) -> LogprobModel:
 def seconds(policy: LogprobModel, batch: RolloutBatch) -> float:
     start = time.perf_counter()
     with torch.no_grad():
-        policy(batch, 1.0)
-    policy(batch, 1.0)[0].sum().backward()
+        policy(batch)
+    policy(batch)[0].sum().backward()
     return time.perf_counter() - start
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from prl_lightning.checks.contradictions import Refused
 from prl_lightning.cli import main, run_command
-from runs import QUICKSTART, fit, metrics_of, tiny_overrides
+from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
 PRL = str(Path(sys.executable).with_name("prl"))  # the installed command
 
@@ -156,12 +156,12 @@ def test_a_reward_beside_the_configuration_is_found(tied_model: str, tmp_path: P
 
 def test_what_is_refused_is_a_message_and_no_traceback(tied_model: str, tmp_path: Path) -> None:
     """The process itself; the tests below call the same function here."""
-    wrong = ["--data.train=nowhere.jsonl", "--model.pass_at=[64]"]
+    wrong = ["--data.train=nowhere.jsonl", "--evaluation.pass_at=[64]"]
     overrides = [*without_rewards(tied_model, tmp_path), *wrong]
     command = [PRL, "check", f"--config={QUICKSTART}"]
     done = subprocess.run([*command, *overrides], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "prl: What is asked for cannot be done:\n- model.pass_at has [64]" in done.stderr
+    assert "prl: What is asked for cannot be done:\n- evaluation.pass_at has [64]" in done.stderr
     assert "nowhere.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -224,7 +224,9 @@ def test_users_own_data_and_model_are_a_file(tied_model: str, tmp_path: Path) ->
 def test_evaluation_sets_have_any_name(tied_model: str, tmp_path: Path) -> None:
     overrides = tiny_overrides(tied_model, tmp_path)
     held = tmp_path / "heldout.jsonl"
-    sets = f"--data.eval={{train: {held}, a.b: {held}, a_b: {held}, c/d: {held}, e@4: {held}}}"
+    sets = (
+        f"--evaluation.sets={{train: {held}, a.b: {held}, a_b: {held}, c/d: {held}, e@4: {held}}}"
+    )
     fit(*overrides, sets, "--trainer.max_epochs=1")
     assert {f"val/{name}/mean@4" for name in ("train", "a.b", "a_b", "c/d", "e@4")} <= set(
         metrics_of(tmp_path)
@@ -243,9 +245,9 @@ def test_evaluation_sets_have_any_name(tied_model: str, tmp_path: Path) -> None:
         ("--data.format.columns={prompt: question}", "no column 'question'.*data.format.columns"),
         ("--data.max_prompt_tokens=1", "every prompt is longer.*max_prompt_tokens=1"),
         ("--rollout.max_new_tokens=100000", "max_new_tokens=100000.*the model takes"),
-        ("--model.pass_at=[8]", "pass_at.*eval_group_size=4"),
+        ("--evaluation.pass_at=[8]", "pass_at.*eval_group_size=4"),
         ("--model.objective.divergence=renyi", "renyi.*reverse_kl"),
-        ("--rollout.eval_temperature=0", "rollout.eval_temperature=0"),
+        ("--evaluation.temperature=0", "evaluation.temperature=0"),
         ("--rollout.max_new_tokens=0", "rollout.max_new_tokens=0"),
         ("--model.objective.steps=blank_line", None),
     ],
@@ -270,7 +272,7 @@ def test_what_is_not_understood_is_said_all_at_once(tied_model: str, tmp_path: P
         f"--config={file}",
         "--rollout.rewards=[sample_rewards.no_such_reward]",
         "--model.objective.beta=x",
-        *("--model.temperature", "warm"),
+        *("--rollout.temperature", "warm"),
         "--rollout.limits.minutes=3",
         # The parser names no key here, and is not to be taken for complaining of another.
         "--rollout.sampler.init_args.batch_size=8",
@@ -286,7 +288,7 @@ def test_what_is_not_understood_is_said_all_at_once(tied_model: str, tmp_path: P
         "option 'nothing.a'",
         "no_such_reward",
         'key "model.objective.beta"',
-        'key "model.temperature"',
+        'key "rollout.temperature"',
         "unrecognized arguments: --rollout.limits.minutes=3",
         "--model.optimizer={a: 1}: Option 'a' is not accepted",
     ):

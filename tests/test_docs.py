@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from runs import fit, metrics_of, tiny_overrides
+from tiny_runs import fit, metrics_of, tiny_overrides
 
 ROOT = Path(__file__).parents[1]
 METRICS = ROOT / "docs" / "metrics.md"

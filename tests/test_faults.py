@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from prl_lightning.rewards import RewardSum
 from prl_lightning.sampling import HFSampler
 from ranks import SUPPORT, environment
-from runs import QUICKSTART, fit, metrics_of, tiny_overrides
+from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
 FAULTS = {
     "memory": "FaultySampler failed on 4 prompts x 4.*MemoryError: 16 GiB wanted",

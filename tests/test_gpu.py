@@ -17,7 +17,7 @@ from prl_lightning.objective import Objective
 from prl_lightning.types import RolloutBatch
 from random_models import batch_of, random_model
 from ranks import SUPPORT, environment, gap, recorded_run, run_all
-from runs import QUICKSTART, metrics_of, tiny_overrides
+from tiny_runs import QUICKSTART, metrics_of, tiny_overrides
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ GIB = 2**30
 
 def step(model: LogprobModel, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probabilities and gradients of one micro-batch."""
-    logprobs, _ = model(batch, 0.7)
+    logprobs, _ = model(batch)
     loss, _ = Objective(beta=0.5).loss(logprobs, torch.zeros_like(logprobs), batch, None)
     loss.backward()
     gradients = {name: weight.grad.cpu() for name, weight in model.named_parameters()}
@@ -66,7 +66,7 @@ def test_training_does_not_wait_for_the_device() -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        logprobs, _ = model(batch, 1.0)
+        logprobs, _ = model(batch)
         loss, _ = Objective().loss(logprobs, torch.zeros_like(logprobs), batch, None)
         loss.backward()
     finally:
@@ -115,7 +115,7 @@ def test_a_micro_batch_takes_the_memory_that_was_calculated() -> None:
     batch = batch_of([1024] * 8, prompt=200, group=8).to("cuda")
     before = torch.cuda.memory_allocated()
     with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
-        logprobs, _ = model(batch, 1.0)
+        logprobs, _ = model(batch)
     logprobs.sum().backward()
     peak = (torch.cuda.max_memory_allocated() - before) / GIB
     print(f"peak {peak:.2f} GiB, calculated {expected:.2f}")

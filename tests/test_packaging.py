@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ranks import SUPPORT, environment
-from runs import QUICKSTART, metrics_of, tiny_overrides
+from tiny_runs import QUICKSTART, metrics_of, tiny_overrides
 
 ROOT = Path(__file__).parents[1]
 

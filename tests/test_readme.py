@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from prl_lightning.cli import main
 from prl_lightning.sampling import HFSampler
-from runs import fit, metrics_of, tiny_overrides, write_prompts
+from tiny_runs import fit, metrics_of, tiny_overrides, write_prompts
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -96,7 +96,7 @@ def test_a_command_is_understood(
             f"--model.policy={tied_model}",
             "--data.prepare=null",
             f"--data.train={rows}",
-            f"--data.eval={{{', '.join(f'{name}: {rows}' for name in data['eval'])}}}",
+            f"--evaluation.sets={{{', '.join(f'{name}: {rows}' for name in data['eval'])}}}",
             "--data.max_prompt_tokens=32",
             "--rollout.max_new_tokens=8",
             f"--trainer.default_root_dir={tmp_path / 'run'}",

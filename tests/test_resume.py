@@ -21,13 +21,14 @@ from interruptions import Command, SaveAt, Settings, callback, differing, finish
 from noisy import noisy_digits
 from prl_lightning.callbacks import CompletionLog, EvaluationLog, RolloutCallback, RunSummary
 from prl_lightning.data import PromptDataModule
+from prl_lightning.evaluation import Evaluation
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.rewards import RewardLimits
 from prl_lightning.runs.files import read_metrics
 from prl_lightning.sampling import HFSampler
 from prl_lightning.trainer import PRLTrainer
-from runs import write_prompts
+from tiny_runs import write_prompts
 
 # In one process: every moment at which a checkpoint can be saved
 
@@ -48,16 +49,18 @@ def train(
         Objective(beta=0.1),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=6),
-        pass_at=(2,),
     )
     data = PromptDataModule(
         model,
         train=str(write_prompts(folder / "train.jsonl")),
-        eval={"held": str(write_prompts(folder / "held.jsonl", count=3, seed=1))},
+        evaluation=Evaluation(
+            {"held": str(write_prompts(folder / "held.jsonl", count=3, seed=1))},
+            samples=2,
+            pass_at=(2,),
+        ),
         prompts_per_epoch=4,
         group_size=4,
         updates_per_epoch=2,
-        eval_group_size=2,
         max_prompt_tokens=16,
     )
     rollout = RolloutCallback(

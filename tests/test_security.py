@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader, save
 from prl_lightning.checks.secrets import masked
 from prl_lightning.models.export import export_checkpoint
 from prl_lightning.runs.unpickling import refuse_code
-from runs import fit, tiny_overrides
+from tiny_runs import fit, tiny_overrides
 
 EVIL_CODE = """
 from pathlib import Path

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ranks import SUPPORT, environment
-from runs import QUICKSTART, metrics_of, tiny_overrides
+from tiny_runs import QUICKSTART, metrics_of, tiny_overrides
 
 EPOCHS = 300
 SETTLED = 100  # caches are full and every path has been taken

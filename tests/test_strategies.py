@@ -15,7 +15,7 @@ from prl_lightning.models.causal_lm import load_causal_lm
 from prl_lightning.models.export import export_checkpoint
 from prl_lightning.runs.tables import read_table
 from ranks import Record, gap, read, recorded_run, run_all, start_two
-from runs import QUICKSTART, fit
+from tiny_runs import QUICKSTART, fit
 
 # What differs from the quickstart in each comparison; the split into micro-batches changes as well.
 OBJECTIVES = {

@@ -71,7 +71,7 @@ def memory() -> dict[str, Any]:
             model, batch = model_of(work), to_gpu(mode, real)
             with Memory() as used:
                 with bf16_mixed():
-                    loss = model(batch, 1.0)[0].sum()
+                    loss = model(batch)[0].sum()
                 kept, forward_peak = used.now, used.peak
                 loss.backward()
         gradients = sum(size_of([x.grad]) for x in model.parameters() if x.grad is not None)

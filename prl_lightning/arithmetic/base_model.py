@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from prl_lightning.arithmetic.problems import Problem
-from prl_lightning.runs.terminal import is_interactive
+from prl_lightning.runs.progress import is_interactive
 
 IGNORED = -100
 

@@ -1,4 +1,4 @@
-"""What happens around the steps: sampling, saving on a signal, what is written down."""
+"""Lightning callbacks: sampling, checkpoints, files."""
 
 from prl_lightning.callbacks.completion_log import CompletionLog
 from prl_lightning.callbacks.evaluation_log import EvaluationLog

@@ -1,4 +1,4 @@
-"""SaveOnSignal: a run that is asked to go saves first, and can be continued."""
+"""SaveOnSignal: save a checkpoint before exiting on SIGTERM or SLURM's requeue signal."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prl_lightning.trainer_access import checkpoint_path
 
-# A scheduler signals every process, and a launcher passes on to its own what it has got itself.
+# A scheduler signals every process, and launchers forward the signal to their children.
 SAME_REQUEST_SECONDS = 2.0
 
 
 class SaveOnSignal(Callback):
     """Save and exit at the end of an update on SIGTERM, and on SLURM's signal before a requeue.
 
-    Lightning's own handlers save or communicate in the middle of whatever is going on. These only
-    note the signal; the ranks look for it together. A second SIGTERM ends the process at once.
+    Lightning's own handlers save or communicate in the middle of a step. These handlers only record
+    the signal, and all ranks check for it together. A second SIGTERM kills the process at once.
     """
 
     def __init__(self) -> None:
@@ -34,32 +34,32 @@ class SaveOnSignal(Callback):
         self._checked_step = 0
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals over; Lightning gives them back when it ends."""
+        """Install the handlers; Lightning restores the previous ones at the end."""
         if threading.current_thread() is not threading.main_thread():
             return
-        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGTERM, self._record)
         slurm = _slurm(trainer)
         if slurm is not None and slurm.requeue_signal is not None:
-            signal.signal(slurm.requeue_signal, self._note)
+            signal.signal(slurm.requeue_signal, self._record)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same where there is no sanity check."""
+        """Install the handlers if there was no sanity check."""
         self.on_sanity_check_start(trainer, pl_module)
         self._checked_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look after each update."""
+        """Check for a signal after each update."""
         if trainer.global_step != self._checked_step:
             self._checked_step = trainer.global_step
             self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look again after the evaluation, before the next epoch is sampled."""
+        """Check again after the evaluation, before the next epoch is sampled."""
         self._stop_if_asked(trainer)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _record(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if signum == signal.SIGTERM:
             if self._sigterm_at is None:
@@ -76,7 +76,7 @@ class SaveOnSignal(Callback):
         path = checkpoint_path(trainer)
         trainer.save_checkpoint(path)
         rank_zero_info(
-            f"Asked to stop: saved {path} after {trainer.global_step} updates. "
+            f"Stopped by a signal: saved {path} after {trainer.global_step} updates. "
             "Continue with the same command and --ckpt_path last."
         )
         slurm = _slurm(trainer)
@@ -88,7 +88,7 @@ class SaveOnSignal(Callback):
 
 
 def _slurm(trainer: Trainer) -> SLURMEnvironment | None:
-    # A strategy of one device does not know it.
+    # A strategy for one device has no cluster environment.
     environment = trainer._accelerator_connector.cluster_environment
     return environment if isinstance(environment, SLURMEnvironment) else None
 

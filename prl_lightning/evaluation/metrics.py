@@ -1,8 +1,8 @@
 """Metrics of evaluation and training, as torchmetrics classes over the functional ones.
 
-States are float64: what an evaluation metric computes does not depend on how its samples are cut
-into batches, micro-batches or ranks. A metric that saw nothing computes NaN, after torchmetrics'
-warning that `update` was never called.
+States are float64, so that a metric does not depend on how its samples are cut into batches,
+micro-batches or ranks. A metric without samples computes NaN, after torchmetrics' warning that
+`update` was never called.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from prl_lightning.functional import bootstrap_interval, majority_correct, pass_
 
 
 class _OverProblems(Metric):
-    """Mean of one number a problem, with a bootstrap interval over problems."""
+    """Mean of one number per problem, with a bootstrap interval over problems."""
 
     is_differentiable = False
     full_state_update = False
@@ -24,56 +24,44 @@ class _OverProblems(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.set_dtype(torch.float64)  # also of what a rank without a problem hands to the others
+        self.set_dtype(torch.float64)  # also for the empty state of a rank without a problem
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
     def compute(self) -> Tensor:
-        """The mean over all problems seen, a float64 scalar; NaN if there were none."""
+        """Return the mean over all problems, a float64 scalar; NaN without problems."""
         return self._of_problems().mean(0)
 
     def interval(self, level: float = 0.95) -> Tensor:
-        """Lower and upper end for other problems of the kind; see `bootstrap_interval`.
+        """Return a confidence interval of the mean over problems; see `bootstrap_interval`.
 
         Args:
             level: share of the resampled means that lie inside.
 
         Returns:
-            (2,) float64, the same on every rank (a collective under DDP), on every device, and
-            however the problems were cut into batches.
+            (2,) float64, lower and upper end: the same on every rank (a collective under DDP), on
+            every device, and for every cut of the problems into batches.
         """
-        # On the CPU, because each device has random numbers of its own for a seed.
+        # On the CPU, because a seed gives other random numbers on each kind of device.
         values = self.per_problem().cpu()
         order = (values.sum(1) if values.ndim > 1 else values).argsort()
         return bootstrap_interval(values[order], level).to(self.device)
 
     def per_problem(self) -> Tensor:
-        """What was added on all ranks, one row a problem; a collective under DDP."""
+        """Return what was added on all ranks, one row per problem; a collective under DDP."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
             return self._of_problems()
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw one value, or several over time; see `torchmetrics.Metric.plot`.
-
-        Args:
-            val: A computed value or a list of them; `None` computes it now.
-            ax: Axes of matplotlib to draw on; `None` makes new ones.
-
-        Returns:
-            The figure and its axes.
-        """
-        return self._plot(val, ax)
 
     def _add(self, values: Tensor) -> None:
         self.values.append(values.to(self.device, torch.float64))
 
     def _of_problems(self) -> Tensor:
-        """All that was added; torchmetrics keeps a list, or one tensor where ranks were joined."""
+        """Return all values; torchmetrics keeps a list, or one tensor after a sync of ranks."""
         parts = [self.values] if isinstance(self.values, Tensor) else self.values
         return torch.cat([*parts, torch.empty(0, dtype=torch.float64, device=self.device)])
 
 
 class MeanOverProblems(_OverProblems):
-    """Mean of one number a problem, such as the length of its completions.
+    """Mean of one number per problem, such as the length of its completions.
 
     Args:
         **kwargs: torchmetrics' arguments of every metric.
@@ -95,22 +83,20 @@ class MeanOverProblems(_OverProblems):
 
 
 class _Share(_OverProblems):
-    """A mean of what lies between 0 and 1, and had better be 1."""
+    """A mean of values between 0 and 1, where 1 is best."""
 
     higher_is_better = True
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
 
 
 class _OfCounts(_Share):
-    """A function of how many of a problem's samples are correct; a subclass says which."""
+    """A function of the number of correct samples of a problem, defined by a subclass."""
 
     def update(self, num_correct: Tensor, num_samples: int | Tensor) -> None:
         """Add P problems.
 
         Args:
-            num_correct: (P,) integers, how many of a problem's samples are correct.
-            num_samples: How many there are, the same for all or (P,) integers.
+            num_correct: (P,) integers, number of correct samples of each problem.
+            num_samples: Number of samples, one for all problems or (P,) integers.
 
         Raises:
             ValueError: If a count is above its number of samples, or there are too few samples.
@@ -136,7 +122,7 @@ class PassAtK(_OfCounts):
     is unbiased (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
 
     Args:
-        k: How many samples.
+        k: Number of samples.
         **kwargs: torchmetrics' arguments of every metric.
 
     Raises:
@@ -182,33 +168,12 @@ class PassCurve(_OfCounts):
         super().__init__(**kwargs)
         self.max_k = max_k
 
-    def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
-        """Draw pass@k against k.
-
-        Args:
-            val: What `compute` has returned; `None` computes it now, with its interval.
-            ax: Axes of matplotlib to draw on; `None` makes new ones.
-
-        Returns:
-            The figure and its axes.
-        """
-        from matplotlib.figure import Figure
-
-        axes = Figure(layout="constrained").subplots() if ax is None else ax
-        k = range(1, self.max_k + 1)
-        if val is None:
-            axes.fill_between(k, *self.interval().cpu(), alpha=0.2)
-        axes.plot(k, (self.compute() if val is None else val).cpu(), marker="o", markersize=3)
-        axes.set_xscale("log", base=2)
-        axes.set(xlabel="k", ylabel="pass@k", ylim=(0, 1.02))
-        return axes.figure, axes
-
     def _of_problems(self) -> Tensor:
         return super()._of_problems().view(-1, self.max_k)
 
     def _values(self, num_correct: Tensor, num_samples: Tensor) -> Tensor:
         k = torch.arange(1, self.max_k + 1, device=self.device)
-        # In one row after the other: an empty tensor of one dimension can be joined with them.
+        # Flat, because torchmetrics joins it with an empty one-dimensional state.
         return pass_at_k(num_samples[:, None], num_correct[:, None], k).flatten()
 
 
@@ -234,7 +199,7 @@ class MeanAtN(_OfCounts):
 
 
 class MajorityAtN(_Share):
-    """maj@n: the share of problems that a vote of their n samples gets right; ties go by lot.
+    """maj@n: the share of problems whose majority answer is correct; ties are averaged.
 
     Args:
         **kwargs: torchmetrics' arguments of every metric.
@@ -251,7 +216,7 @@ class MajorityAtN(_Share):
         """Add P problems.
 
         Args:
-            answers: (P, n), which samples of a problem have the same answer; below zero, none.
+            answers: (P, n), equal for equal answers; negative for no answer.
             correct: (P, n) bool.
 
         Raises:
@@ -261,10 +226,10 @@ class MajorityAtN(_Share):
 
 
 class MeanStd(Metric):
-    """Mean and population standard deviation of a quantity, as one would log over all tokens.
+    """Mean and population standard deviation of a quantity over all tokens.
 
-    The standard deviation comes from the sum of squares, in float64: exact enough while the mean is
-    not above some 10^6 standard deviations.
+    The standard deviation is computed from the sum of squares in float64, which is exact enough
+    while the mean is below 10^6 standard deviations.
 
     Args:
         **kwargs: torchmetrics' arguments of every metric.
@@ -306,7 +271,7 @@ class MeanStd(Metric):
                     f"values and mask must have one shape, got {tuple(values.shape)} and "
                     f"{tuple(mask.shape)}"
                 )
-            # Zeros, and not left out: for their number a GPU would have to be waited for.
+            # Zeros instead of a selection, whose size the host would have to wait for on a GPU.
             values = torch.where(mask.bool(), values, torch.zeros_like(values))
         values = values.detach().double()
         self.count += values.numel() if mask is None else mask.bool().sum()
@@ -314,7 +279,7 @@ class MeanStd(Metric):
         self.total_squares += values.square().sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """`mean` and `std` of all values seen, float64 scalars; NaN if there were none."""
+        """Return `mean` and `std` of all values, float64 scalars; NaN without values."""
         mean = self.total / self.count
         variance = self.total_squares / self.count - mean.square()
         # Rounding can leave it just below zero; clamp keeps a NaN.

@@ -1,8 +1,7 @@
-"""What an evaluation set's samples say, with how sure it is."""
+"""The metrics of the evaluation sets, with confidence intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +14,7 @@ from prl_lightning.evaluation.metrics import (
     PassAtK,
     PassCurve,
 )
+from prl_lightning.evaluation.settings import Evaluation
 from prl_lightning.types import RolloutBatch
 
 
@@ -31,10 +31,10 @@ class SetResults:
     """One evaluation of one set.
 
     Attributes:
-        problems: how many.
-        samples: of each.
-        metrics: mean@n, pass@k, maj@n, no_answer and length by name; maj@n and no_answer where a
-            reward function tells answers apart.
+        problems: number of problems.
+        samples: completions per problem.
+        metrics: mean@n, pass@k, maj@n, no_answer and length by name; maj@n and no_answer only if a
+            reward function compares answers.
         pass_curve: ``k`` from 1 to n, and ``pass``, ``low`` and ``high`` at each.
     """
 
@@ -48,45 +48,43 @@ class SetMetrics(nn.Module):
     """The metrics of one evaluation set; all ranks update and compute them together.
 
     Args:
-        samples: n, of each problem.
-        pass_at: the k of pass@k.
-        solved_at: a completion counts as correct from this reward on.
+        evaluation: the settings.
     """
 
-    def __init__(self, samples: int, pass_at: Iterable[int], solved_at: float) -> None:
+    def __init__(self, evaluation: Evaluation) -> None:
         super().__init__()
-        self.samples = samples
-        self.solved_at = solved_at
+        self.samples = samples = evaluation.samples
+        self.solved_at = evaluation.solved_at
         self.counts = nn.ModuleDict({f"mean@{samples}": MeanAtN()})
-        self.counts.update({f"pass@{k}": PassAtK(k) for k in pass_at})
+        self.counts.update({f"pass@{k}": PassAtK(k) for k in evaluation.pass_at})
         self.curve = PassCurve(samples)
         self.majority = MajorityAtN()
         self.no_answer = MeanOverProblems()
         self.length = MeanOverProblems()
-        self.tells_answers = False
+        self.compares_answers = False
 
     def update(self, batch: RolloutBatch) -> None:
-        """Add the group of one problem; of a padding problem, which is none, nothing."""
+        """Add the group of one problem; a padding problem adds nothing."""
         rows = slice(0, 0 if batch.is_padding else 1)
         correct = (batch.rewards >= self.solved_at)[None][rows]
         for metric in (*self.counts.values(), self.curve):
             cast(MeanAtN, metric).update(correct.sum(1), self.samples)
-        self.length.update(batch.completion_mask.sum(1)[None][rows].double().mean(1))
-        # The rewards decide it, so that every rank does alike.
-        self.tells_answers = batch.answers is not None
+        self.length.update(batch.completion_lengths[None][rows].double().mean(1))
+        # Decided by the reward functions, so equal on all ranks.
+        self.compares_answers = batch.answers is not None
         if batch.answers is not None:
             answers = batch.answers[None][rows]
             self.majority.update(answers, correct)
             self.no_answer.update((answers < 0).double().mean(1))
 
     def results(self) -> SetResults:
-        """Everything over all ranks, and begin anew; a collective under DDP."""
+        """Compute everything over all ranks and reset; a collective under DDP."""
         metrics: dict[str, Any] = {**self.counts}
-        if self.tells_answers:
+        if self.compares_answers:
             metrics |= {f"maj@{self.samples}": self.majority, "no_answer": self.no_answer}
         metrics["length"] = self.length
         low, high = self.curve.interval().tolist()
-        found = SetResults(
+        results = SetResults(
             problems=len(self.length.per_problem()),
             samples=self.samples,
             metrics={
@@ -102,4 +100,4 @@ class SetMetrics(nn.Module):
         )
         for metric in (*metrics.values(), self.curve):
             metric.reset()
-        return found
+        return results

@@ -104,14 +104,14 @@ class LogprobModel(nn.Module):
         names = set(self.causal_lm._no_split_modules or ())
         return [module for module in self.modules() if type(module).__name__ in names]
 
-    def forward(self, batch: RolloutBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
         """Score the completions of a batch.
 
         Nothing here waits for a GPU: every size is that of a tensor of ``batch.packing``.
 
         Args:
-            batch: uses ``packing``, and ``input_ids`` where rows cannot be packed.
-            temperature: the logits are divided by it.
+            batch: ``packing`` is read, or ``input_ids`` if the architecture cannot be packed;
+                the logits are divided by ``temperature``.
 
         Returns:
             Log-probabilities of the completion tokens and entropies of the distributions they
@@ -120,7 +120,7 @@ class LogprobModel(nn.Module):
         packing = batch.packing
         hidden = self._packed(packing) if self.is_packed else self._padded(batch)
         head = self.causal_lm.get_output_embeddings().weight
-        logprobs, entropy = token_logprobs(hidden, head, packing.targets, temperature)
+        logprobs, entropy = token_logprobs(hidden, head, packing.targets, batch.temperature)
         zeros = logprobs.new_zeros(batch.completion_mask.numel())
         shape = batch.completion_mask.shape
         return (

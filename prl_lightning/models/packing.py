@@ -1,7 +1,7 @@
-"""The rows of a batch as one long row: no padding is computed, and a group's prompt only once.
+"""The rows of a batch as one long row: padding is not computed, and a group's prompt only once.
 
-Everything but attention treats each token by itself, so the tokens of all rows may stand in one
-line. For attention the line is laid out in rows again, those of similar length together.
+Everything but attention treats each token by itself, so the tokens of all rows can stand in one
+line. For attention the line is laid out in rows again, grouped by similar length.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-# A row shorter than this share of its block's longest begins another block: a call costs some too.
+# A row shorter than this share of its block's longest row starts another block. Fewer blocks mean
+# fewer attention calls, more blocks mean less padding.
 SIMILAR = 0.75
 
 
@@ -20,28 +21,34 @@ class Packing:
     """A batch in one row of N tokens: a prompt, the completions of its group, the next prompt.
 
     Neighbouring rows with equal prompts are a group. A completion's last token predicts nothing
-    and is left out. Made on the CPU before the batch is moved: on a GPU each size that depends on a
-    value would be waited for.
+    and is left out. Built on the CPU before the batch is moved: on a GPU each size that depends on
+    a value would make the host wait.
 
-    Not a dataclass, whose tensors FSDP would look for on the way to attention.
+    Not a dataclass, because FSDP would search a dataclass for tensors on the way to attention.
 
     Args:
         prompts: token ids of each row's prompt.
         completions: token ids of each row's completion, padded to (B, T) elsewhere.
+        is_sampled: bool, which tokens of each completion the policy sampled.
 
     Attributes:
         input_ids: (1, N).
-        position_ids: (1, N), the place of each token in its own row.
-        predictors: (C,), where in the long row the token before each of the C completion tokens of
-            the batch is, row after row.
-        targets: (C,), the completion tokens themselves.
-        cells: (C,), where each of them is in a flattened (B, T).
-        blocks: (R, L) for each block of R rows of similar length: where its tokens are in the long
-            row. Behind a shorter row stands any token: no other sees it.
-        places: (N,), where the tokens of the long row are in the blocks' rows, one after another.
+        position_ids: (1, N), the position of each token in its own row.
+        predictors: (C,), index in the long row of the token before each of the C sampled tokens,
+            row after row.
+        targets: (C,), the sampled tokens.
+        cells: (C,), index of each sampled token in a flattened (B, T).
+        blocks: one (R, L) per block of R rows of similar length: index of its tokens in the long
+            row. Behind a shorter row stands an arbitrary token: no other token attends to it.
+        places: (N,), index of the long row's tokens in the rows of the blocks, one after another.
     """
 
-    def __init__(self, prompts: Sequence[Tensor], completions: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Tensor],
+        completions: Sequence[Tensor],
+        is_sampled: Sequence[Tensor],
+    ) -> None:
         ids, positions, predictors, rows = [], [], [], []
         end, prompt = 0, None
         for own_prompt, completion in zip(prompts, completions, strict=True):
@@ -53,21 +60,19 @@ class Packing:
                 of_prompt = torch.arange(end, end + len(prompt))
                 end += len(prompt)
             own = torch.arange(end, end + max(0, len(completion) - 1))
-            if len(completion):
-                predictors += [of_prompt[-1:], own]
+            predictors.append(torch.cat([of_prompt[-1:], own])[: len(completion)])
             if is_first or len(own):
                 rows.append(torch.cat([of_prompt, own]))
             if len(own):
                 ids.append(completion[:-1])
                 positions.append(torch.arange(len(own_prompt), len(own_prompt) + len(own)))
                 end += len(own)
-        width = max(map(len, completions))
-        cells = [torch.arange(len(c)) + row * width for row, c in enumerate(completions)]
         self.input_ids = torch.cat(ids)[None]
         self.position_ids = torch.cat(positions)[None]
-        self.predictors = torch.cat(predictors)
-        self.targets = torch.cat(list(completions))
-        self.cells = torch.cat(cells)
+        sampled = torch.cat(list(is_sampled))
+        self.predictors = torch.cat(predictors)[sampled]
+        self.targets = torch.cat(list(completions))[sampled]
+        self.cells = pad_sequence(list(is_sampled), batch_first=True).flatten().nonzero()[:, 0]
         self.blocks: list[Tensor] = []
         self.places, start = torch.empty(end, dtype=torch.long), 0
         for block in _of_similar_length(rows):
@@ -77,11 +82,7 @@ class Packing:
                 start += len(block[0])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Packing:
-        """The same with a function applied to each tensor, such as a move to a device.
-
-        Args:
-            function: called with each tensor.
-        """
+        """Return a copy with ``function`` applied to each tensor, such as a move to a device."""
         mapped = Packing.__new__(Packing)
         for name, value in vars(self).items():
             is_list = isinstance(value, list)
@@ -90,7 +91,7 @@ class Packing:
 
 
 def _of_similar_length(rows: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Blocks of rows, the longest first."""
+    """Yield blocks of rows, the longest rows first."""
     block: list[Tensor] = []
     for row in sorted(rows, key=len, reverse=True):
         if block and len(row) < SIMILAR * len(block[0]):

@@ -1,4 +1,4 @@
-"""What an update needs to know of the rollouts before it starts."""
+"""Outcome advantages of rollouts, and the log-probabilities that the update needs beforehand."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from prl_lightning.data import RolloutBuffer
+from prl_lightning.data.rollouts import collate, split_by_tokens
 from prl_lightning.functional import get_divergence
 from prl_lightning.module import PRLModule
 from prl_lightning.types import Rollout
 
 
-def prepare_update(
+def set_advantages(
     module: PRLModule,
-    buffer: RolloutBuffer,
+    rollouts: Sequence[Rollout],
     group_size: int,
+    updates: int,
+    micro_batches: int,
     sum_over_ranks: Callable[[Tensor], Tensor],
-    is_trained: bool = True,
 ) -> None:
-    """Give every rollout of a filled buffer its outcome advantage, and what that takes.
+    """Compare each completion with its group: set ``outcome_advantage`` of every rollout.
 
-    With one update a rollout, and the KL outside the reward, rewards are all it takes: the policy
-    of the update is the one that sampled, so no log-probabilities are computed here.
+    With one update per rollout and no KL inside the reward, rewards are all that is needed: the
+    updated policy is the one that sampled, and nothing is scored here.
 
     Args:
         module: policy, reference and objective.
-        buffer: holds whole groups, contiguous in ``buffer.rollouts``.
-        group_size: completions a prompt.
+        rollouts: rewarded, groups contiguous.
+        group_size: completions per prompt.
+        updates: made of these rollouts; from the second on, the policy that sampled is gone.
+        micro_batches: per update; decides how many completions are scored at once.
         sum_over_ranks: adds up a tensor of all ranks.
-        is_trained: updates follow; a second one needs the policy of the first.
     """
-    objective, rollouts = module.objective, buffer.rollouts
-    if objective.needs_log_ratios or (is_trained and buffer.num_updates > 1):
-        _score(module, buffer)
+    objective = module.objective
+    if objective.needs_log_ratios or updates > 1:
+        _score(module, split_by_tokens(rollouts, updates * micro_batches))
     rewards = torch.tensor([rollout.reward for rollout in rollouts])
     if objective.needs_log_ratios:
         log_ratios, mask = _log_ratios(rollouts)
@@ -48,32 +50,32 @@ def prepare_update(
     else:
         advantages = objective.outcome_advantages(rewards, group_size)
     for rollout, advantage in zip(rollouts, advantages, strict=True):
-        length = len(rollout.completion.token_ids)
+        length = rollout.completion.length
         rollout.outcome_advantage = advantage[:length] if advantage.ndim else advantage
 
 
-def _score(module: PRLModule, buffer: RolloutBuffer) -> None:
-    """Note the log-probabilities of the policy that sampled and, if there is one, the reference.
+def _score(module: PRLModule, micro_batches: Sequence[list[Rollout]]) -> None:
+    """Set the log-probabilities of the policy that sampled and, if there is one, the reference.
 
-    An older policy cannot be asked any more; what its engine reported is there already.
+    Rollouts of an older policy keep those that its engine reported: it cannot be asked any more.
     """
-    for index, rollouts in enumerate(buffer.micro_batch_rollouts):
-        batch = buffer[index].to(module.device)
+    for rollouts in micro_batches:
+        batch = collate(rollouts, 1, 1).to(module.device)
         known = batch.old_logprobs
         old_logprobs = (module.score(batch, "policy") if known is None else known).cpu()
         ref_logprobs = module.score(batch, "reference").cpu() if module.keeps_reference else None
         for row, rollout in enumerate(rollouts):
-            length = len(rollout.completion.token_ids)
+            length = rollout.completion.length
             rollout.old_logprobs = old_logprobs[row, :length]
             rollout.ref_logprobs = None if ref_logprobs is None else ref_logprobs[row, :length]
 
 
 def _log_ratios(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
-    """Log-ratios at sampling time and their mask, (B, T)."""
+    """Return the log-ratios at sampling time and the mask of sampled tokens, (B, T)."""
     rows = [
         rollout.old_logprobs - rollout.ref_logprobs
         for rollout in rollouts
         if rollout.old_logprobs is not None and rollout.ref_logprobs is not None
     ]
-    mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    mask = [torch.tensor(rollout.completion.is_sampled) for rollout in rollouts]
     return pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)

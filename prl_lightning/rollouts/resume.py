@@ -1,4 +1,9 @@
-"""What a checkpoint needs beside Lightning's own, for a run to go on as if never stopped."""
+"""Resume a run bit by bit, also in the middle of an epoch.
+
+Lightning restores weights, optimizer and loop counters, and RolloutLoader the rollouts of an
+unfinished epoch. Added here: the random states of each rank, the values that the epoch has logged,
+and counters that name a point where training can continue.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +15,62 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from prl_lightning.distributed import gather
+
 SAVED = "prl_lightning"
 
 
+class ResumeState:
+    """The part of a checkpoint that differs between ranks.
+
+    Attributes:
+        logged: values that the current epoch has logged.
+    """
+
+    def __init__(self) -> None:
+        self.logged: dict[str, float] = {}
+        self._loaded: list[dict[str, Any]] = []
+        self._before_validation: dict[str, Any] | None = None
+
+    def save(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
+        """Add the state of all ranks to a checkpoint; a collective."""
+        rewind_progress(checkpoint, trainer.accumulate_grad_batches)
+        own = {"random": self._before_validation or random_state(), "logged": self.logged}
+        checkpoint[SAVED] = gather(own, trainer.global_rank, trainer.world_size)
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Keep a checkpoint's state until ``restore``: setting up a run draws random numbers."""
+        self._loaded = checkpoint.get(SAVED, [])
+
+    def restore(self, trainer: Trainer) -> bool:
+        """Restore this rank's state, and return whether there was one."""
+        loaded, self._loaded = self._loaded, []
+        if len(loaded) != trainer.world_size:
+            if loaded:
+                rank_zero_info(
+                    f"The checkpoint is of {len(loaded)} ranks and the run has "
+                    f"{trainer.world_size}: it continues with the same prompts and samples, but "
+                    "with other random states."
+                )
+            return False
+        own = loaded[trainer.global_rank]
+        set_random_state(own["random"])
+        self.logged = own["logged"]
+        return True
+
+    def begin_validation(self) -> None:
+        """Set the random state aside: training must not depend on when it is evaluated."""
+        self._before_validation = random_state()
+
+    def end_validation(self) -> None:
+        """Restore the random state from before the validation."""
+        if self._before_validation is not None:
+            set_random_state(self._before_validation)
+            self._before_validation = None
+
+
 def random_state() -> dict[str, Any]:
-    """Random states of this process as values that a checkpoint may hold."""
+    """Return the random states of this process as values that a checkpoint can hold."""
     version, words, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
     return {
@@ -26,11 +82,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Undo whatever has been drawn since.
-
-    Args:
-        state: as ``random_state`` has returned it.
-    """
+    """Set the random states that ``random_state`` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -40,29 +92,10 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
 
 
-def take_own(ranks: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
-    """Set this rank's random state and return what it has saved; {} where there is none.
-
-    Args:
-        ranks: what each rank has saved, none for a new run.
-        trainer: knows the rank.
-    """
-    if len(ranks) == trainer.world_size:
-        own = ranks[trainer.global_rank]
-        set_random_state(own["random"])
-        return own
-    if ranks:
-        rank_zero_info(
-            f"The checkpoint is of {len(ranks)} ranks and the run has {trainer.world_size}: it "
-            "goes on with the same prompts and samples, but other random states."
-        )
-    return {}
-
-
 def is_between_epochs(loop: Any) -> bool:
-    """Whether Lightning goes on in an epoch whose start it takes for done.
+    """Whether Lightning continues in a new epoch without calling ``on_train_epoch_start``.
 
-    It does after a checkpoint of the last batch of an epoch.
+    It does so after a checkpoint of the last batch of an epoch.
 
     Args:
         loop: the fit loop, in ``on_train_start``.
@@ -73,15 +106,15 @@ def is_between_epochs(loop: Any) -> bool:
 
 
 def rewind_progress(checkpoint: dict[str, Any], micro_batches: int) -> None:
-    """Have the counts say where a run can go on: at the beginning of an update or of an epoch.
+    """Set the loop counters back to the start of an update or an epoch, where a run can continue.
 
-    The gradient of a half-made update is not kept, so it begins again. Of an epoch that is over or
-    still being sampled nothing is left to do or done; without this, Lightning counts the former
-    twice and skips the latter where ``max_steps`` is set.
+    The gradient of a partial update is not saved, so the update is repeated. An epoch that is
+    finished or still being sampled is repeated or left as a whole; without this, Lightning counts
+    the former twice and skips the latter if ``max_steps`` is set.
 
     Args:
         checkpoint: Lightning's, changed in place.
-        micro_batches: an update.
+        micro_batches: per update.
     """
     loop = checkpoint["loops"]["fit_loop"]
     epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
@@ -93,7 +126,7 @@ def rewind_progress(checkpoint: dict[str, Any], micro_batches: int) -> None:
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
     elif begun and not batches["is_last_batch"]:
-        # Lightning counts the update before once more where it goes on from the end of a batch.
+        # Lightning counts the previous update again if it continues from the end of a batch.
         if batches["total"]["completed"] < batches["total"]["processed"]:
             loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
         for counts in (batches["total"], batches["current"]):

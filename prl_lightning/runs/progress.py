@@ -1,4 +1,4 @@
-"""Bars for what takes long beside the Trainer's own, in the manner of that one."""
+"""Progress bars for sampling and rewarding, in the style of the Trainer's own bar."""
 
 from __future__ import annotations
 
@@ -6,24 +6,42 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from tqdm.auto import tqdm
 
 from prl_lightning.sampling import Progress
-from prl_lightning.runs.terminal import is_interactive
 
-# What is quicker shows no bar.
+# A shorter task shows no bar.
 SECONDS_BEFORE_A_BAR = 3.0
 
-# Called with how many more are done, and a note such as their speed.
+# Called with the number of newly finished items and a note such as the speed.
 Advance = Callable[[int, str], None]
 
 
-def hide_bar_from_files(trainer: Trainer) -> None:
-    """Turn the Trainer's bar off where nobody looks at it: it would fill a file, or a pipe.
+def is_interactive(stream: TextIO) -> bool:
+    """Whether output is seen at once: in a terminal (TTY) or a notebook, not in a file or pipe."""
+    return stream.isatty() or "ipykernel" in sys.modules
+
+
+def hide_library_bars() -> None:
+    """Disable the bars of ``datasets`` and ``transformers`` if stderr is not interactive.
+
+    This holds for the whole process: neither library has a narrower switch.
+    """
+    if is_interactive(sys.stderr):
+        return
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
+def hide_trainer_bar(trainer: Trainer) -> None:
+    """Disable the Trainer's bar if stdout is not interactive: it would fill a log file.
 
     Args:
         trainer: before it starts its bar.
@@ -35,17 +53,17 @@ def hide_bar_from_files(trainer: Trainer) -> None:
 
 @contextmanager
 def progress_bar(trainer: Trainer, what: str, total: int) -> Iterator[Advance]:
-    """One bar, gone at the end: a line of the Trainer's RichProgressBar, or else of tqdm's.
+    """Show a bar that disappears at the end: a line of the RichProgressBar, or a tqdm bar.
 
-    A bar of tqdm's under a display of rich's would print a line for each of its updates.
+    A tqdm bar below a rich display would print a new line for each update.
 
     Args:
-        trainer: whose first rank alone shows it, if it shows any bar.
-        what: goes on.
-        total: how many there are to do.
+        trainer: only its first rank shows the bar, and only if it has a progress bar itself.
+        what: label of the bar.
+        total: number of items.
 
     Yields:
-        To be called with what is done, from any thread.
+        A function to call with the number of finished items, from any thread.
     """
     bar = trainer.progress_bar_callback
     if bar is None or not trainer.is_global_zero:
@@ -72,8 +90,8 @@ def _show_nothing(count: int, note: str) -> None:
 
 @contextmanager
 def _line_of(bar: RichProgressBar, progress: Any, what: str, total: int) -> Iterator[Advance]:
-    # Of one kind one, shown again each time: removed, it would change the places of others, by
-    # which the bar finds its own.
+    # One task per label, shown again each time. Removing it would shift the indices by which
+    # Lightning finds its own tasks.
     known = [task.id for task in progress.tasks if task.fields.get("what") == what]
     task = known[0] if known else progress.add_task(what, total=total, visible=False, what=what)
     progress.reset(task, total=total, visible=False, description=what)
@@ -94,22 +112,22 @@ def _line_of(bar: RichProgressBar, progress: Any, what: str, total: int) -> Iter
 
 @contextmanager
 def sampling_bar(trainer: Trainer, prompts: int) -> Iterator[Progress]:
-    """A bar of prompts done, with tokens a second.
+    """Show a bar of finished prompts with tokens per second.
 
     Args:
         trainer: see ``progress_bar``.
-        prompts: to sample.
+        prompts: number of prompts.
 
     Yields:
-        For ``Sampler.generate``.
+        The ``on_progress`` of ``Sampler.generate``.
     """
-    start, drawn = time.monotonic(), 0
+    start, sampled = time.monotonic(), 0
     with progress_bar(trainer, "Sampling", prompts) as advance:
 
         def on_progress(done: int, tokens: int) -> None:
-            nonlocal drawn
-            drawn += tokens
-            speed = drawn / max(time.monotonic() - start, 1e-9)
+            nonlocal sampled
+            sampled += tokens
+            speed = sampled / max(time.monotonic() - start, 1e-9)
             advance(done, f"{speed:,.0f} tokens/s")
 
         yield on_progress

@@ -1,36 +1,29 @@
-"""SampleCache: an evaluation's completions, kept so that no work is done twice."""
+"""SampleCache: the completions of an evaluation in files, so that none is sampled twice."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from prl_lightning.module import PRLModule
-from prl_lightning.rollouts.engine_link import EngineLink, Samples
-from prl_lightning.runs.progress import sampling_bar
 from prl_lightning.runs.tables import read_table, write_table
-from prl_lightning.sampling import Sampler, SamplingConfig
-from prl_lightning.trainer_access import sum_over_ranks
+from prl_lightning.sampling.base import Sampler, SamplingConfig
 from prl_lightning.types import Completion, Prompt
 
-ENTRIES = 4096  # of every tensor: an update changes nearly all, so these tell weights apart
-PART = 2048  # completions in a file: what an interruption can cost at most
+ENTRIES = 4096  # hashed per tensor: an update changes nearly all, so these identify the weights
+PART = 2048  # completions per file: the most that an interruption can cost
 
 
 def fingerprint(
     weights: Iterator[tuple[str, Tensor]], sampler: Sampler, config: SamplingConfig
 ) -> str:
-    """What completions depend on beside their prompt: weights, engine and its settings.
+    """Hash everything but the prompt that completions depend on: weights, engine and settings.
 
     Args:
         weights: of the policy; a collective under FSDP.
@@ -47,11 +40,11 @@ def fingerprint(
 
 
 class SampleCache:
-    """Completions of one model with one setting, in Parquet files that ranks add to.
+    """Completions of one fingerprint, in Parquet files that all ranks add to.
 
     Args:
         folder: of this fingerprint.
-        rank: of this process, for the names of the files that it writes.
+        rank: of this process, part of the names of the files that it writes.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -61,21 +54,20 @@ class SampleCache:
         for file in sorted(folder.glob("part-*.parquet")):
             groups: dict[str, list[Completion]] = {}
             for row in read_table(file):
-                completion = Completion(row["token_ids"], row["logprobs"], row["finished"])
-                groups.setdefault(row["prompt"], []).append(completion)
-            # Two evaluations at once may both have drawn a prompt's: they are not added up.
+                groups.setdefault(row.pop("prompt"), []).append(Completion(**row))
+            # Two evaluations at once may both have sampled a prompt: the groups are not joined.
             self._groups.update(groups)
 
     def __contains__(self, prompt: Prompt) -> bool:
-        """Whether the prompt has its completions."""
+        """Return whether the prompt's completions are cached."""
         return _key(prompt) in self._groups
 
     def __getitem__(self, prompt: Prompt) -> list[Completion]:
-        """The completions of a prompt."""
+        """Return the completions of a prompt."""
         return self._groups[_key(prompt)]
 
     def add(self, prompts: Sequence[Prompt], groups: Sequence[list[Completion]]) -> None:
-        """Keep the completions of some prompts, in a file of their own.
+        """Write the completions of some prompts to a new file.
 
         Args:
             prompts: at least one.
@@ -94,45 +86,6 @@ class SampleCache:
 
 
 def _key(prompt: Prompt) -> str:
-    """Equal where an engine would draw the same: of equal tokens and seed."""
+    """Hash what decides a prompt's completions: its tokens and its seed."""
     text = json.dumps([prompt.token_ids, prompt.seed])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def draw_kept(
-    engine: EngineLink,
-    trainer: Trainer,
-    module: PRLModule,
-    prompts: Sequence[Prompt],
-    config: SamplingConfig,
-    max_model_tokens: int,
-) -> Samples:
-    """Draw what no earlier evaluation of the same weights has drawn, and keep it part by part.
-
-    An interrupted evaluation goes on where it was, and one with other rewards samples nothing. They
-    lie in ``samples`` under ``trainer.default_root_dir``.
-
-    Args:
-        engine: gets the weights if any rank needs it.
-        trainer: knows folder and ranks.
-        module: has the weights.
-        prompts: of this rank.
-        config: of the sampling.
-        max_model_tokens: the longest prompt and completion.
-    """
-    start = time.monotonic()
-    name = fingerprint(module.weights(), engine.sampler, config)
-    store = SampleCache(Path(trainer.default_root_dir) / "samples" / name, trainer.global_rank)
-    missing = [prompt for prompt in prompts if prompt not in store]
-    if len(missing) < len(prompts):
-        found = (len(prompts) - len(missing)) * config.n
-        rank_zero_info(f"{found} completions are in {store.folder} and not drawn again.")
-    if sum_over_ranks(trainer, torch.tensor([len(missing)])).item():
-        engine.update(trainer, module, max_model_tokens)
-    size = max(1, PART // config.n)
-    with sampling_bar(trainer, len(missing)) as on_progress:
-        for first in range(0, len(missing), size):
-            some = missing[first : first + size]
-            store.add(some, engine.draw(some, config, on_progress).groups)
-    groups = [store[prompt] for prompt in prompts]
-    return Samples(groups, trainer.global_step, time.monotonic() - start)

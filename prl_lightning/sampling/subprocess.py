@@ -77,8 +77,8 @@ class SubprocessSampler(Sampler):
             rank = local_rank()
             if rank >= len(self.gpus):
                 raise ValueError(
-                    f"SubprocessSampler.gpus={list(self.gpus)} has none for local rank {rank}. Name "
-                    "one GPU for each of the trainer's processes on a machine."
+                    f"SubprocessSampler.gpus={list(self.gpus)} has none for local rank {rank}. "
+                    "Name one GPU for each of the trainer's processes on a machine."
                 )
             environment["CUDA_VISIBLE_DEVICES"] = _of_machine(self.gpus[rank])
         self._told, teller = multiprocessing.Pipe(duplex=False)
@@ -146,8 +146,8 @@ def _of_machine(gpu: int) -> str:
         return str(gpu)
     if gpu >= len(visible.split(",")):
         raise ValueError(
-            f"SubprocessSampler.gpus has {gpu}, but CUDA_VISIBLE_DEVICES={visible}. They are counted "
-            "from 0 among these."
+            f"SubprocessSampler.gpus has {gpu}, but CUDA_VISIBLE_DEVICES={visible}. They are "
+            "counted from 0 among these."
         )
     return visible.split(",")[gpu]
 

@@ -26,7 +26,7 @@ from prl_lightning.sampling import (
 )
 from prl_lightning.sampling.sample_cache import SampleCache, fingerprint
 from prl_lightning.types import Completion, Prompt
-from runs import QUICKSTART, fit, metrics_of, tiny_overrides
+from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
 CONFIG = SamplingConfig(n=2, temperature=1.0, max_new_tokens=4, stop_token_ids=(1,))
 
@@ -124,7 +124,7 @@ def test_an_evaluation_says_what_it_evaluated(
     checkpoint = next((tmp_path / "run").rglob("last.ckpt"))
     link = tmp_path / "link.ckpt"
     link.symlink_to(checkpoint)
-    validate(tied_model, tmp_path, f"--ckpt_path={link}", "--rollout.eval_top_p=0.9")
+    validate(tied_model, tmp_path, f"--ckpt_path={link}", "--evaluation.top_p=0.9")
     validate(tied_model, tmp_path)
     read = [
         json.loads((tmp_path / f"run/version_{v}/evaluations.jsonl").read_text().splitlines()[-1])
@@ -213,7 +213,7 @@ def test_other_weights_and_other_settings_are_drawn_anew(
     tied_model: str, untied_model: str, tmp_path: Path, counted: type[CountingSampler]
 ) -> None:
     validate(tied_model, tmp_path)
-    validate(tied_model, tmp_path, "--rollout.eval_temperature=0.9")
+    validate(tied_model, tmp_path, "--evaluation.temperature=0.9")
     validate(untied_model, tmp_path)
     assert counted.drawn == [5, 5, 5]
 

@@ -12,7 +12,7 @@ import pytest
 
 from interruptions import Command, Settings, callback, differing
 from prl_lightning.cli import main
-from runs import QUICKSTART
+from tiny_runs import QUICKSTART
 
 
 def fit(command: Command, *args: str) -> None:

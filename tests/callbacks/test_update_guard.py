@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ranks import read, recorded_run, run_all
-from runs import fit, metrics_of, tiny_overrides
+from tiny_runs import fit, metrics_of, tiny_overrides
 
 
 def poisoned(updates: list[int], value: str = ".nan", in_loss: bool = False) -> list[str]:

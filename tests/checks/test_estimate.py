@@ -18,8 +18,8 @@ from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.sampling import HFSampler, SubprocessSampler
 from prl_lightning.trainer import PRLTrainer
-from runs import QUICKSTART, fit, tiny_overrides, write_prompts
 from sample_rewards import even_digits
+from tiny_runs import QUICKSTART, fit, tiny_overrides, write_prompts
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def bare_model(tied_model: str, tmp_path: Path) -> str:
 def test_contradictions_are_named_all_at_once(bare_model: str, tmp_path: Path) -> None:
     overrides = [
         *tiny_overrides(bare_model, tmp_path),
-        "--model.pass_at=[2, 64]",
+        "--evaluation.pass_at=[2, 64]",
         "--trainer.accumulate_grad_batches=3",
         "--rollout.max_new_tokens=100000",
         "--data.train=nowhere.jsonl",
@@ -48,7 +48,7 @@ def test_contradictions_are_named_all_at_once(bare_model: str, tmp_path: Path) -
     first, *found = str(raised.value).split("\n- ")
     assert len(found) == 6
     for words in (
-        r"model.pass_at has \[64\], but data.eval_group_size=4",
+        r"evaluation.pass_at has \[64\], but evaluation.samples=4",
         r"\(16\) is not a multiple of trainer.accumulate_grad_batches \(3\)",
         "max_new_tokens=100000 = 100016 tokens, but the model takes",
         "no file 'nowhere.jsonl'",
@@ -75,7 +75,7 @@ def test_check_takes_what_fit_takes_and_what_it_has_written(
         ("--data.group_size=1", r"data\.group_size=1, but .*outcome='grpo' compares"),
         ("--data.train=heldout.jsonl:test", r"heldout\.jsonl:test names a split, but a file has"),
         ("--data.train=null", r"data\.train is missing"),
-        ("--model.pass_at=[0, 2]", r"pass_at=\[0, 2\]: each k must be at least 1"),
+        ("--evaluation.pass_at=[0, 2]", r"pass_at=\[0, 2\]: each k must be at least 1"),
         ("--model.optimizer.init_args.lr=-1", r"model\.optimizer cannot be made: .*-1"),
         ("--rollout.limits={workers: 0, seconds: 3}", r"seconds=3\.0.*and workers=0"),
         ("--rollout.limits.failure_value=0.5", r"failure_value=0\.5.*solved_at=0\.5"),

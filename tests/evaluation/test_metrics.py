@@ -4,7 +4,6 @@ from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 
-import matplotlib
 import pytest
 import torch
 import torch.distributed as dist
@@ -213,8 +212,7 @@ def test_mean_std_refuses_a_mask_of_another_shape() -> None:
         MeanStd().update(torch.zeros(2, 3), torch.ones(2))
 
 
-def test_metrics_say_how_to_read_and_draw_them() -> None:
-    matplotlib.use("Agg")
+def test_metrics_form_a_collection() -> None:
     collection = MetricCollection({"mean@4": MeanAtN(), "pass@2": PassAtK(k=2)})
     collection.update(torch.tensor([1, 4]), num_samples=4)
     assert {name: round(value.item(), 12) for name, value in collection.compute().items()} == {
@@ -224,13 +222,9 @@ def test_metrics_say_how_to_read_and_draw_them() -> None:
     metric = collection["pass@2"]
     assert metric.higher_is_better
     assert not metric.is_differentiable
-    _, axes = metric.plot([torch.tensor(0.25).double(), metric.compute()])
-    assert axes.lines[0].get_ydata().tolist() == pytest.approx([0.25, 0.75])
-    assert axes.get_ylim()[0] <= 0.0 < 1.0 <= axes.get_ylim()[1]
 
 
-def test_the_curve_is_pass_at_each_k_and_draws_against_k() -> None:
-    matplotlib.use("Agg")
+def test_the_curve_is_pass_at_each_k() -> None:
     counts = torch.tensor([0, 2, 5, 8])
     curve = PassCurve(max_k=8)
     curve.update(counts, 8)
@@ -239,10 +233,6 @@ def test_the_curve_is_pass_at_each_k_and_draws_against_k() -> None:
         alone.update(counts, 8)
         assert curve.compute()[k - 1].item() == pytest.approx(alone.compute().item(), rel=1e-14)
         assert curve.interval()[:, k - 1].tolist() == pytest.approx(alone.interval().tolist())
-    _, axes = curve.plot()
-    assert axes.lines[0].get_xdata().tolist() == list(range(1, 9))
-    assert axes.lines[0].get_ydata().tolist() == pytest.approx(curve.compute().tolist())
-    assert axes.collections  # the interval
 
 
 def test_an_interval_does_not_depend_on_the_order_of_the_problems() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from conftest import MakeRollout
 from prl_lightning.data import collate
+from prl_lightning.evaluation import Evaluation
 from prl_lightning.evaluation.results import SetMetrics
 from prl_lightning.types import RolloutBatch
 
@@ -21,7 +22,7 @@ def group(
 
 
 def test_two_problems_by_hand(make_rollout: MakeRollout) -> None:
-    metrics = SetMetrics(samples=3, pass_at=(2,), solved_at=0.5)
+    metrics = SetMetrics(Evaluation(samples=3, pass_at=(2,)))
     metrics.update(group(make_rollout, [1.0, 0.6, 0.0], [0, 0, -1], [1, 2, 3]))
     metrics.update(group(make_rollout, [0.4, 0.0, 0.0], [0, 1, -1], [4, 4, 10]))
     padding = group(make_rollout, [1.0, 1.0, 1.0], [0, 0, 0], [9, 9, 9])
@@ -43,25 +44,25 @@ def test_two_problems_by_hand(make_rollout: MakeRollout) -> None:
 
 
 def test_a_reward_of_exactly_that_much_is_solved(make_rollout: MakeRollout) -> None:
-    metrics = SetMetrics(samples=2, pass_at=(), solved_at=0.5)
+    metrics = SetMetrics(Evaluation(samples=2, pass_at=()))
     metrics.update(group(make_rollout, [0.5, 0.499], [None, None], [1, 1]))
     assert metrics.results().metrics["mean@2"].mean == 0.5
 
 
 def test_results_begin_anew(make_rollout: MakeRollout) -> None:
-    metrics = SetMetrics(samples=1, pass_at=(), solved_at=0.5)
+    metrics = SetMetrics(Evaluation(samples=1, pass_at=()))
     for reward in (1.0, 0.0):
         metrics.update(group(make_rollout, [reward], [0], [2]))
         assert metrics.results().metrics["mean@1"].mean == reward
 
 
 def test_without_answers_there_is_no_vote(make_rollout: MakeRollout) -> None:
-    metrics = SetMetrics(samples=2, pass_at=(1,), solved_at=0.5)
+    metrics = SetMetrics(Evaluation(samples=2, pass_at=(1,)))
     metrics.update(group(make_rollout, [1.0, 0.0], [None, None], [2, 2]))
     assert set(metrics.results().metrics) == {"mean@2", "pass@1", "length"}
 
 
 def test_metrics_move_with_the_module() -> None:
     """Their states are where the samples are, whatever the module's own precision is."""
-    metrics = SetMetrics(samples=1, pass_at=(1,), solved_at=0.5).to(torch.bfloat16)
+    metrics = SetMetrics(Evaluation(samples=1, pass_at=(1,))).to(torch.bfloat16)
     assert metrics.length.per_problem().dtype == torch.float64

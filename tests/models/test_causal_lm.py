@@ -40,7 +40,8 @@ def test_forward_equals_the_models_own_logits(
     ours = LogprobModel(load_causal_lm(folder))
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     batch = batch_of(make_rollout, ROWS)
-    logprobs, entropy = ours(batch, temperature)
+    batch.temperature = temperature
+    logprobs, entropy = ours(batch)
     weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(0))
     (weights * logprobs).sum().backward()
     total = torch.zeros(())
@@ -106,16 +107,16 @@ def test_a_cast_to_half_precision_leaves_the_positions_alone(
     completion = [3 + i % 13 for i in range(60)]
     batch = batch_of(make_rollout, [(long, completion)])
     policy = LogprobModel(load_causal_lm(untied_model))
-    exact = policy(batch, 1.0)[0]
+    exact = policy(batch)[0]
     frequencies = policy.causal_lm.model.rotary_emb.inv_freq.clone()
-    ours = policy.to(torch.bfloat16)(batch, 1.0)[0]
+    ours = policy.to(torch.bfloat16)(batch)[0]
     assert {weight.dtype for weight in policy.parameters()} == {torch.bfloat16}
     assert torch.equal(policy.causal_lm.model.rotary_emb.inv_freq, frequencies)
     theirs = AutoModelForCausalLM.from_pretrained(untied_model, dtype=torch.bfloat16)
     expected, _ = by_the_models_own_logits(theirs, long, completion)
     torch.testing.assert_close(ours[0], expected.float(), atol=0.1, rtol=0)
     policy.causal_lm.model.rotary_emb.inv_freq = frequencies.bfloat16()
-    rounded = policy(batch, 1.0)[0]
+    rounded = policy(batch)[0]
     errors = [(logprobs - exact).abs().mean() for logprobs in (rounded, ours)]
     print(f"off by {errors[0]:.3f} with rounded frequencies, by {errors[1]:.3f} without")
     assert errors[0] > 2 * errors[1]
@@ -289,7 +290,7 @@ def test_checkpointed_blocks_run_again_in_the_backward_pass_and_change_nothing(
         count = [0]
         for layer in attention:
             layer.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        logprobs, _ = policy(batch, 1.0)
+        logprobs, _ = policy(batch)
         forward = count[0]
         logprobs.sum().backward()
         calls[checkpointing] = (forward, count[0] - forward)
@@ -310,7 +311,7 @@ def test_compiled_blocks_give_the_same_for_all_shapes_from_one_compilation(
     for rows, length in ((2, 3), (3, 5), (5, 9), (4, 17)):
         prompts = [([5, 14, 7], [4 + (row + i) % 9 for i in range(length)]) for row in range(rows)]
         batch = batch_of(make_rollout, prompts)
-        ours, theirs = compiled(batch, 1.0)[0], plain(batch, 1.0)[0]
+        ours, theirs = compiled(batch)[0], plain(batch)[0]
         torch.testing.assert_close(ours, theirs)
         ours.sum().backward()
         theirs.sum().backward()

@@ -50,7 +50,7 @@ def batch(make_rollout: Callable[[list[int], list[int]], Rollout]) -> RolloutBat
 
 
 def trained(model: LogprobModel, batch: RolloutBatch) -> dict[str, Tensor]:
-    model(batch, 1.0)[0].sum().backward()
+    model(batch)[0].sum().backward()
     return {name: weight.grad for name, weight in model.causal_lm.named_parameters()}
 
 

@@ -16,7 +16,7 @@ from prl_lightning.models.causal_lm import LogprobModel, load_causal_lm
 from prl_lightning.models.export import export_checkpoint
 from prl_lightning.sampling import SamplingConfig, VLLMSampler
 from prl_lightning.types import Prompt, Rollout
-from runs import fit, tiny_overrides
+from tiny_runs import fit, tiny_overrides
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -81,7 +81,7 @@ def test_vllm_loads_the_folder_and_gives_the_same_logprobs(
     ]
     batch = collate(rollouts, 1, 1)
     with torch.no_grad():
-        logprobs, _ = LogprobModel(AutoModelForCausalLM.from_pretrained(folder))(batch, 1.0)
+        logprobs, _ = LogprobModel(AutoModelForCausalLM.from_pretrained(folder))(batch)
     assert (logprobs - batch.rollout_logprobs).abs().max() < 1e-4
 
 

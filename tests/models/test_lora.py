@@ -14,7 +14,7 @@ from prl_lightning.data import collate
 from prl_lightning.models.causal_lm import LogprobModel, load_causal_lm, load_policy, named_weights
 from prl_lightning.models.lora import adapters_off
 from prl_lightning.types import Completion, Prompt, Rollout, RolloutBatch
-from runs import fit, metrics_of, tiny_overrides
+from tiny_runs import fit, metrics_of, tiny_overrides
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
@@ -42,7 +42,7 @@ def adapted(folder: str, **settings: Any) -> LogprobModel:
 
 @torch.no_grad()
 def logprobs(model: LogprobModel, batch: RolloutBatch) -> Tensor:
-    scores: Tensor = model(batch, 1.0)[0]
+    scores: Tensor = model(batch)[0]
     return scores
 
 

@@ -88,7 +88,7 @@ def test_packed_rows_score_as_each_row_alone(batch: RolloutBatch, config: Pretra
     alone, ours = model_of(config), LogprobModel(model_of(config))
     assert ours.is_packed
     expected, mask = each_alone(alone), batch.completion_mask
-    logprobs = ours(batch, 1.0)[0][mask]
+    logprobs = ours(batch)[0][mask]
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
     weights = torch.randn(len(expected), generator=torch.Generator().manual_seed(1))
     (weights * logprobs).sum().backward()
@@ -106,7 +106,7 @@ def test_every_head_has_its_keys_where_a_kernel_knows_no_groups(
 ) -> None:
     """As on a GPU in float32: no product of all rows is made, and the values are the same."""
     model = LogprobModel(model_of(AutoConfig.for_model(kind, **SIZES)))
-    expected = model(batch, 1.0)[0]
+    expected = model(batch)[0]
     grouped: list[bool] = []
     attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -115,11 +115,11 @@ def test_every_head_has_its_keys_where_a_kernel_knows_no_groups(
         return attention(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
-    model(batch, 1.0)
+    model(batch)
     assert all(grouped)
     grouped.clear()
     monkeypatch.setattr(Tensor, "is_cuda", True)
-    torch.testing.assert_close(model(batch, 1.0)[0], expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(model(batch)[0], expected, atol=1e-6, rtol=1e-6)
     assert grouped
     assert not any(grouped)
 
@@ -127,9 +127,9 @@ def test_every_head_has_its_keys_where_a_kernel_knows_no_groups(
 def test_a_window_hides_what_is_farther_away(batch: RolloutBatch) -> None:
     """The test above would pass if both sides forgot the window."""
     config = MistralConfig(**SIZES, sliding_window=4)
-    windowed = LogprobModel(model_of(config))(batch, 1.0)[0]
+    windowed = LogprobModel(model_of(config))(batch)[0]
     config.sliding_window = None
-    whole = LogprobModel(model_of(config))(batch, 1.0)[0]
+    whole = LogprobModel(model_of(config))(batch)[0]
     differs = (windowed - whole).abs() > 1e-4
     # A token at place p of its row is predicted by the one before it, which then sees only four.
     assert differs[2].tolist() == [False, False, True, True, True, True, True]
@@ -143,7 +143,7 @@ def test_neither_padding_nor_a_prompt_again_nor_last_tokens_are_computed(
     computed: list[int] = []
     for block in model.blocks():
         block.mlp.register_forward_hook(lambda _, args, out: computed.append(args[0].shape[1]))
-    model(batch, 1.0)
+    model(batch)
     prompts, completions = 3 + 2 + 4, 3 + 1 + 7 + 2 + 4 + 1
     assert computed == [prompts + completions - len(ROWS)] * 2
 
@@ -161,5 +161,5 @@ def test_architectures_with_other_mixers_are_scored_in_padded_rows(
     config = AutoConfig.for_model(kind, **SIZES | settings)
     alone, ours = model_of(config), LogprobModel(model_of(config))
     assert not ours.is_packed
-    logprobs = ours(batch, 1.0)[0][batch.completion_mask]
+    logprobs = ours(batch)[0][batch.completion_mask]
     torch.testing.assert_close(logprobs, each_alone(alone), atol=1e-4, rtol=1e-4)

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from prl_lightning.evaluation import Evaluation
 from prl_lightning.models.sharding import sharding_of
 from prl_lightning.module import PRLModule
 from prl_lightning.strategies import FSDP2Strategy
@@ -43,7 +44,7 @@ class ElsewhereFSDP2(FSDP2Strategy):
 def attached(strategy: Any, precision: str, mesh: Mesh | None = None) -> PRLModule:
     """A module whose Trainer has this strategy, on a device that is not the CPU."""
     module = PRLModule("no model")
-    data = SimpleNamespace(eval_rollouts={"some": None}, eval_group_size=8, eval_sources={})
+    data = SimpleNamespace(eval_rollouts={"some": None}, evaluation=Evaluation())
     module._trainer = SimpleNamespace(strategy=strategy, precision=precision, datamodule=data)
     module._device_mesh = mesh
     return module

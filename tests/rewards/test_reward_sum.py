@@ -173,7 +173,7 @@ def test_missing_column_is_named_before_anything_is_sampled() -> None:
     with pytest.raises(ValueError, match=message):
         RewardSum([length, graded]).check_columns(["problem", "answer"])
     with pytest.raises(ValueError, match=r"but data\.eval\.held has \['answer'\]"):
-        RewardSum([graded]).check_columns(["answer"], "data.eval.held")
+        RewardSum([graded]).check_columns(["answer"], "evaluation.sets.held")
     RewardSum([length, graded]).check_columns(["level"])
     with pytest.raises(ValueError, match="'graded' needs the column 'level'"):
         score(graded, answer=["1", "2"])

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from prl_lightning.callbacks import RolloutCallback
 from prl_lightning.data import PromptDataModule
+from prl_lightning.evaluation import Evaluation
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.sampling import HFSampler, Progress, SamplingConfig
 from prl_lightning.types import Completion, Prompt, RolloutBatch
-from runs import write_prompts
 from sample_rewards import even_digits
+from tiny_runs import write_prompts
 
 EPOCHS = 4
 PATIENCE = 60.0  # seconds; a run that does not overlap would wait for ever
@@ -92,15 +93,13 @@ def run(
         model,
         Objective(beta=0.1),
         optimizer=lambda params: torch.optim.SGD(params, lr=0.5),
-        pass_at=(2,),
     )
     data = PromptDataModule(
         model,
         prompts,
-        eval={"heldout": prompts} if evaluates else None,
+        evaluation=Evaluation({"heldout": prompts} if evaluates else {}, samples=2, pass_at=(2,)),
         prompts_per_epoch=4,
         group_size=4,
-        eval_group_size=2,
         max_prompt_tokens=16,
     )
     rollout = RolloutCallback([even_digits], sampler, max_new_tokens=8, overlap=True)
@@ -144,7 +143,7 @@ def test_completions_are_of_the_policy_one_update_before(
         for weights in watch.weights[epoch - 1 : epoch + 1]:
             module.policy.load_state_dict(weights)
             with torch.no_grad():
-                gaps.append((module.policy(batch, 1.0)[0] - old).abs()[mask].max().item())
+                gaps.append((module.policy(batch)[0] - old).abs()[mask].max().item())
         assert gaps[0] < 1e-4
         assert gaps[1] > 1e-3  # the ratio has something to correct
         assert watch.values[epoch]["train/ratio_max"] > 1.0
@@ -174,7 +173,5 @@ def test_an_error_while_drawing_ahead_ends_the_run(tied_model: str, tmp_path: Pa
 
 
 def test_a_sampler_of_this_process_cannot_overlap() -> None:
-    with pytest.raises(
-        ValueError, match=r"overlap=true, but HFSampler.*Wrap it.*SubprocessSampler"
-    ):
+    with pytest.raises(ValueError, match=r"rollout.overlap=true.*SubprocessSampler"):
         RolloutCallback([even_digits], HFSampler(), overlap=True)

@@ -15,7 +15,7 @@ from prl_lightning.rewards import RewardLimits, RewardSum
 from prl_lightning.rollouts.rewarding import Rewarder
 from prl_lightning.types import Completion, Prompt, Rollout
 from ranks import run_all
-from runs import fit, metrics_of, tiny_overrides
+from tiny_runs import fit, metrics_of, tiny_overrides
 
 HALF_OF_THEM = "--rollout.rewards=[sample_rewards.even_digits, sample_rewards.raises_on_odd]"
 
@@ -29,7 +29,7 @@ def test_failures_are_counted_and_their_prompts_kept(
     tied_model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     overrides = tiny_overrides(tied_model, tmp_path)
-    with pytest.warns(UserWarning, match="completions could not be judged; their reward is 0.125"):
+    with pytest.warns(UserWarning, match=r"limits\.failure_value=0\.125"):
         fit(
             *overrides,
             HALF_OF_THEM,
@@ -50,7 +50,7 @@ def test_failures_are_counted_and_their_prompts_kept(
 
 
 def test_too_many_failures_stop_the_run(tied_model: str, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"judged, more than limits\.max_failures=0"):
+    with pytest.raises(RuntimeError, match=r"limits\.max_failures=0"):
         fit(*tiny_overrides(tied_model, tmp_path), HALF_OF_THEM, "--rollout.limits.max_failures=0")
     assert failures(tmp_path / "run")
 
@@ -93,13 +93,11 @@ def test_what_could_not_be_judged_votes_alone_and_what_cannot_be_compared_is_wri
         Rollout(Prompt([1], "?"), Completion([2], [0.0], finished=True), text) for text in texts
     ]
     rewards = RewardSum([Votes()], limits=RewardLimits(workers=1, seconds=60.0))
-    rewarder = Rewarder(rewards)
-    with pytest.warns(
-        UserWarning, match="1 of 8 completions could not be judged.*first 16 of each"
-    ):
-        rewarder.reward(trainer, rollouts)
-    with pytest.warns(UserWarning, match="answers of 1 of 2 groups could not be compared"):
-        rewarder.number_answers(trainer, rollouts, 4)
+    rewarder = Rewarder(rewards, trainer)
+    with pytest.warns(UserWarning, match="1 of 8 completions"):
+        rewarder.reward(rollouts)
+    with pytest.warns(UserWarning, match="1 of 2 groups"):
+        rewarder.number_answers(rollouts, 4)
     rewards.stop()
     a = ord("a")
     assert [rollout.answer for rollout in rollouts] == [a, a + 1, a, -1, 0, -1, 1, 2]

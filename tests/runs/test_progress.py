@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from prl_lightning.runs import progress
 from prl_lightning.runs.progress import progress_bar, sampling_bar
 from prl_lightning.cli import _command_line
-from runs import QUICKSTART, tiny_overrides
+from tiny_runs import QUICKSTART, tiny_overrides
 
 BARS = {"rich": RichProgressBar, "tqdm": TQDMProgressBar}
 

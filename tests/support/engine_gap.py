@@ -21,11 +21,11 @@ def trainer_gap(
 ) -> Tensor:
     """Absolute differences between the engine's log-probabilities and the trainer's."""
     rollouts = [
-        Rollout(prompt, completion, text="")
+        Rollout(prompt, completion, text="", temperature=temperature)
         for prompt, group in zip(prompts, groups, strict=True)
         for completion in group
     ]
     device = next(policy.parameters()).device
     batch = collate(rollouts, update_tokens=1, update_sequences=1).to(device)
-    logprobs, _ = policy(batch, temperature)
+    logprobs, _ = policy(batch)
     return (logprobs - batch.rollout_logprobs).abs()[batch.completion_mask]

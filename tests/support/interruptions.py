@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import prl_lightning.trainer
 from ranks import environment
-from runs import QUICKSTART, tiny_overrides
+from tiny_runs import QUICKSTART, tiny_overrides
 
 Settings = dict[str, Any]
 SUPPORT = Path(__file__).parent

@@ -30,7 +30,7 @@ import torch
 
 from conftest import save_tiny_model
 from ranks import SUPPORT, environment
-from runs import QUICKSTART, tiny_overrides
+from tiny_runs import QUICKSTART, tiny_overrides
 
 STALLED_SECONDS = 180.0
 ENDING_SECONDS = 60.0  # in which nothing of a run that has ended is left

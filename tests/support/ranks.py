@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runs import QUICKSTART, tiny_overrides
+from tiny_runs import QUICKSTART, tiny_overrides
 
 SUPPORT = Path(__file__).parent
+# What started processes import: the helpers here, and this clone's package.
+PATHS = os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1])])
 Record = dict[str, Any]
 
 
@@ -42,7 +44,7 @@ def read(folder: Path) -> Record:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)} | variables
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS} | variables
 
 
 def run_all(

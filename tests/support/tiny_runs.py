@@ -27,13 +27,13 @@ def tiny_overrides(model: str, folder: Path, sampler: str = "HFSampler") -> list
     heldout = write_prompts(folder / "heldout.jsonl", count=5, seed=1)
     return [
         f"--model.policy={model}",
-        "--model.pass_at=[2]",
+        "--evaluation.pass_at=[2]",
         "--data.prepare=null",
         f"--data.train={train}",
-        f"--data.eval={{tiny: {heldout}}}",
+        f"--evaluation.sets={{tiny: {heldout}}}",
         "--data.prompts_per_epoch=4",
         "--data.group_size=4",
-        "--data.eval_group_size=4",
+        "--evaluation.samples=4",
         "--data.max_prompt_tokens=16",
         "--rollout.rewards=[sample_rewards.even_digits]",
         f"--rollout.sampler={sampler}",
