@@ -19,7 +19,7 @@ from torch import nn
 from work import Work, make
 
 from prl_lightning.data import collate
-from prl_lightning.models import LogprobModel, load_policy
+from prl_lightning.models.causal_lm import LogprobModel, load_policy
 from prl_lightning.types import Completion, Prompt, Rollout, RolloutBatch
 from report import publish
 

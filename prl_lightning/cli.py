@@ -25,14 +25,14 @@ from prl_lightning.callbacks import (
     SaveOnSignal,
     UpdateGuard,
 )
-from prl_lightning.callbacks.contradictions import (
+from prl_lightning.callbacks.rollout import rollout_callback
+from prl_lightning.checks.contradictions import (
     Refused,
     refuse,
     warn_of_one_step,
 )
-from prl_lightning.callbacks.rollout import rollout_callback
-from prl_lightning.check import complaints, describe
-from prl_lightning.configuration import (
+from prl_lightning.checks.estimate import complaints, describe
+from prl_lightning.checks.secrets import (
     Construction,
     Missing,
     Parser,
@@ -41,7 +41,7 @@ from prl_lightning.configuration import (
     misread,
 )
 from prl_lightning.data import PromptDataModule
-from prl_lightning.export import export_checkpoint, refuse_existing
+from prl_lightning.models.export import export_checkpoint, refuse_existing
 from prl_lightning.module import PRLModule
 from prl_lightning.report import write_report
 from prl_lightning.trainer import PRLTrainer, last_checkpoint

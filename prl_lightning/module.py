@@ -17,22 +17,27 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from prl_lightning.adapters import adapters_off
 from prl_lightning.data import PromptDataModule
-from prl_lightning.evaluation import SetMetrics, SetResults
+from prl_lightning.evaluation.metrics import MeanStd
+from prl_lightning.evaluation.results import SetMetrics, SetResults
 from prl_lightning.functional import get_divergence, kl_estimate, process_rewards
 from prl_lightning.functional.masks import keep_tokens
-from prl_lightning.metrics import MeanStd
-from prl_lightning.models import load_policy, load_reference, load_tokenizer, named_weights
-from prl_lightning.objective import Objective
-from prl_lightning.sharding import (
+from prl_lightning.models.causal_lm import (
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    named_weights,
+)
+from prl_lightning.models.lora import adapters_off
+from prl_lightning.models.sharding import (
+    exclude_frozen,
     full,
-    leave_frozen_out,
     load_on_ranks,
     sharding_of,
     total_norm,
 )
-from prl_lightning.step_splitter import StepSplitter
+from prl_lightning.models.step_splitter import StepSplitter
+from prl_lightning.objective import Objective
 from prl_lightning.types import RolloutBatch
 
 
@@ -95,7 +100,7 @@ class PRLModule(LightningModule):
         self.eval_results: dict[str, SetResults] = {}
         self.loaded_at: dict[str, int] = {}  # step and epoch of the checkpoint that was loaded
         self._gradient_norm: Tensor | None = None
-        leave_frozen_out(self)
+        exclude_frozen(self)
 
     # Loading
 

@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
+from prl_lightning.runs.unpickling import refuse_code
 from prl_lightning.strategies import FSDP2Strategy  # noqa: F401  (known by its name from here on)
-from prl_lightning.unpickling import refuse_code
 
 
 class PRLTrainer(Trainer):

@@ -17,7 +17,7 @@ from typing import Any, dataclass_transform
 import torch
 from torch import Tensor
 
-from prl_lightning.packing import Packing
+from prl_lightning.models.packing import Packing
 
 Message = dict[str, str]
 

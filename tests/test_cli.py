@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prl_lightning.callbacks.contradictions import Refused
+from prl_lightning.checks.contradictions import Refused
 from prl_lightning.cli import main, run_command
 from runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
@@ -33,7 +33,7 @@ def test_fit_with_the_vllm_engine(
 
 def test_fit_that_samples_ahead_in_another_process(tied_model: str, tmp_path: Path) -> None:
     fit(
-        *tiny_overrides(tied_model, tmp_path, "ProcessSampler"),
+        *tiny_overrides(tied_model, tmp_path, "SubprocessSampler"),
         "--rollout.sampler.sampler=HFSampler",
         "--rollout.overlap=true",
         "--trainer.max_epochs=3",

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from prl_lightning.cli import main
-from prl_lightning.tables import read_table
+from prl_lightning.runs.tables import read_table
 from runs import fit, tiny_overrides
 
 ROOT = Path(__file__).parents[1]

@@ -58,7 +58,7 @@ def imported_modules(file: Path) -> set[str]:
     ("line", "found"),
     [
         ("from prl_lightning import cli", "prl_lightning.cli"),
-        ("from . import guard", "prl_lightning.callbacks.guard"),
+        ("from . import guard", "prl_lightning.callbacks.update_guard"),
         ("from .. import cli", "prl_lightning.cli"),
         ("from ..cli import main", "prl_lightning.cli"),
         ("import prl_lightning.cli as c", "prl_lightning.cli"),

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from prl_lightning.models.sharding import total_norm
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
-from prl_lightning.sharding import total_norm
 from ranks import gap, read, recorded_run
 from runs import fit
 

@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from prl_lightning.cli import main
-from prl_lightning.samplers import HFSampler
+from prl_lightning.sampling import HFSampler
 from runs import fit, metrics_of, tiny_overrides, write_prompts
 
 ROOT = Path(__file__).parents[1]

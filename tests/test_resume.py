@@ -24,8 +24,8 @@ from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.rewards import RewardLimits
-from prl_lightning.run_files import read_metrics
-from prl_lightning.samplers import HFSampler
+from prl_lightning.runs.files import read_metrics
+from prl_lightning.sampling import HFSampler
 from prl_lightning.trainer import PRLTrainer
 from runs import write_prompts
 

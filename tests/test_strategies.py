@@ -11,9 +11,9 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-from prl_lightning.export import export_checkpoint
-from prl_lightning.models import load_causal_lm
-from prl_lightning.tables import read_table
+from prl_lightning.models.causal_lm import load_causal_lm
+from prl_lightning.models.export import export_checkpoint
+from prl_lightning.runs.tables import read_table
 from ranks import Record, gap, read, recorded_run, run_all, start_two
 from runs import QUICKSTART, fit
 

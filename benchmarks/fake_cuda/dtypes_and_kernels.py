@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fake_gpu import bf16_mixed, fake_gpu, fake_model, group, say, to_gpu
 from observer import Observer
-from prl_lightning.packed_attention import disable_cudnn_attention
+from prl_lightning.models.packed_attention import disable_cudnn_attention
 
 SIZES = {
     "vocab_size": 1024,

@@ -10,7 +10,7 @@ import torch
 from fake_gpu import bf16_mixed, fake_gpu, fake_model, group, say, to_gpu
 from memory_mode import Memory, in_gib, shares, size_of
 from prl_lightning.functional import token_logprobs
-from prl_lightning.models import LogprobModel
+from prl_lightning.models.causal_lm import LogprobModel
 
 
 @dataclass(frozen=True)

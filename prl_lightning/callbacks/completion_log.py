@@ -11,7 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from prl_lightning.callbacks.parts import (
+from prl_lightning.data import collate
+from prl_lightning.data.loader import gather
+from prl_lightning.runs.files import COMPLETIONS
+from prl_lightning.runs.tables import write_table
+from prl_lightning.trainer_access import (
     is_last_epoch,
     prl_module,
     prompt_data,
@@ -19,10 +23,6 @@ from prl_lightning.callbacks.parts import (
     train_rollouts,
     weights_are_of,
 )
-from prl_lightning.data import collate
-from prl_lightning.data.loader import gather
-from prl_lightning.run_files import COMPLETIONS
-from prl_lightning.tables import write_table
 from prl_lightning.types import Message, Rollout
 
 # What a logger's table shows of a row; the file has the tokens too.

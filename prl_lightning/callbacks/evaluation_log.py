@@ -12,14 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from prl_lightning.callbacks.completion_log import markdown_table, prompt_text
-from prl_lightning.callbacks.parts import prl_module, prompt_data, run_folder, weights_are_of
 from prl_lightning.callbacks.rollout import rollout_callback
 from prl_lightning.data.loader import gather
-from prl_lightning.evaluation import Estimate, SetResults
+from prl_lightning.evaluation.results import Estimate, SetResults
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import MathReward
-from prl_lightning.run_files import EVALUATIONS
-from prl_lightning.tables import write_table
+from prl_lightning.runs.files import EVALUATIONS
+from prl_lightning.runs.tables import write_table
+from prl_lightning.trainer_access import prl_module, prompt_data, run_folder, weights_are_of
 from prl_lightning.types import Prompt
 
 

@@ -12,38 +12,38 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from prl_lightning.callbacks.continuation import (
-    SAVED,
-    is_between_epochs,
-    random_state,
-    set_random_state,
-    settle_progress,
-    take_own,
-)
-from prl_lightning.callbacks.contradictions import (
+from prl_lightning.checks.contradictions import (
     contradictions,
     refuse,
     warn_of_one_step,
 )
-from prl_lightning.callbacks.engine import Drawn, EngineLink
-from prl_lightning.callbacks.parts import (
+from prl_lightning.data import PromptDataModule
+from prl_lightning.data.loader import gather
+from prl_lightning.models.causal_lm import max_model_tokens, stop_token_ids
+from prl_lightning.module import PRLModule
+from prl_lightning.rewards import RewardFunction, RewardLimits, RewardSum
+from prl_lightning.rollouts.advantages import prepare_update
+from prl_lightning.rollouts.engine_link import EngineLink, Samples
+from prl_lightning.rollouts.resume import (
+    SAVED,
+    is_between_epochs,
+    random_state,
+    rewind_progress,
+    set_random_state,
+    take_own,
+)
+from prl_lightning.rollouts.rewarding import Rewarder
+from prl_lightning.rollouts.statistics import describe, over_ranks
+from prl_lightning.runs.progress import hide_bar_from_files, sampling_bar
+from prl_lightning.sampling import Sampler, SamplingConfig, VLLMSampler
+from prl_lightning.sampling.sample_cache import draw_kept
+from prl_lightning.trainer_access import (
     is_last_epoch,
     prl_module,
     prompt_data,
     sum_over_ranks,
     train_rollouts,
 )
-from prl_lightning.callbacks.progress import hide_bar_from_files, sampling_bar
-from prl_lightning.callbacks.rewarding import Rewarder
-from prl_lightning.callbacks.sample_store import draw_kept
-from prl_lightning.callbacks.scoring import prepare_update
-from prl_lightning.callbacks.statistics import describe, over_ranks
-from prl_lightning.data import PromptDataModule
-from prl_lightning.data.loader import gather
-from prl_lightning.models import max_model_tokens, stop_token_ids
-from prl_lightning.module import PRLModule
-from prl_lightning.rewards import RewardFunction, RewardLimits, RewardSum
-from prl_lightning.samplers import Sampler, SamplingConfig, VLLMSampler
 from prl_lightning.types import Prompt, Rollout
 
 DEFAULT_LIMITS = RewardLimits()
@@ -102,7 +102,7 @@ class RolloutCallback(Callback):
             raise ValueError(
                 f"rollout.overlap=true, but {type(sampler).__name__} samples in the trainer's "
                 "process. Wrap it: rollout.sampler: {class_path: "
-                "prl_lightning.samplers.ProcessSampler, init_args: {sampler: ...}}."
+                "prl_lightning.sampling.SubprocessSampler, init_args: {sampler: ...}}."
             )
         self.engine = EngineLink(sampler, max_engine_gap)
         self.overlap = overlap
@@ -195,7 +195,7 @@ class RolloutCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add what each rank has for itself: random states, and what the epoch has logged."""
-        settle_progress(checkpoint, trainer.accumulate_grad_batches)
+        rewind_progress(checkpoint, trainer.accumulate_grad_batches)
         own = {"random": self._put_aside or random_state(), "logged": self._logged}
         checkpoint[SAVED] = gather(own, trainer.global_rank, trainer.world_size)
 
@@ -226,7 +226,7 @@ class RolloutCallback(Callback):
         data.advance()
         if self.overlap and not is_last_epoch(trainer):
             self.engine.update(trainer, module, self._max_tokens)
-            self.engine.draw_ahead(data.next_prompts(), config)
+            self.engine.prefetch(data.next_prompts(), config)
         self._training_since = time.monotonic()
 
     def on_train_batch_end(
@@ -287,7 +287,7 @@ class RolloutCallback(Callback):
         """Sampled and rewarded, groups contiguous and in the order of the prompts."""
         self._values = {}
         with self._timed("sampling"):
-            drawn = self.engine.take_ahead(prompts, config)
+            drawn = self.engine.take_prefetched(prompts, config)
             if trainer.state.fn != TrainerFn.FITTING:
                 drawn = draw_kept(self.engine, trainer, module, prompts, config, self._max_tokens)
             elif drawn is None:
@@ -307,7 +307,7 @@ class RolloutCallback(Callback):
             self._values |= self.rewarder.reward(trainer, rollouts)
         return rollouts
 
-    def _note_age(self, trainer: Trainer, rollouts: list[Rollout], drawn: Drawn) -> None:
+    def _note_age(self, trainer: Trainer, rollouts: list[Rollout], drawn: Samples) -> None:
         """An older policy's completions keep its log-probabilities, for the importance ratio."""
         if not self.overlap:
             return

@@ -17,8 +17,8 @@ from prl_lightning.data.loader import RolloutLoader
 from prl_lightning.data.rollouts import RolloutBuffer
 from prl_lightning.data.sizes import EpochSizes
 from prl_lightning.data.sources import PromptSet, Source
-from prl_lightning.models import load_tokenizer
-from prl_lightning.terminal import hide_bars_from_files
+from prl_lightning.models.causal_lm import load_tokenizer
+from prl_lightning.runs.terminal import hide_bars_from_files
 from prl_lightning.types import Prompt
 
 # Which stream of prompts a seed is of.

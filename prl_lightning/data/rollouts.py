@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from prl_lightning.packing import Packing
+from prl_lightning.models.packing import Packing
 from prl_lightning.types import Rollout, RolloutBatch
 
 

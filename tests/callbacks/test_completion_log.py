@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from prl_lightning.callbacks import CompletionLog
 from prl_lightning.callbacks.completion_log import SHOWN, log_table
 from prl_lightning.cli import main
-from prl_lightning.tables import read_table
+from prl_lightning.runs.tables import read_table
 from runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
 HOSTILE = "a|b `c`\n</script><script>alert(1)</script>"

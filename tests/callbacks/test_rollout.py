@@ -14,10 +14,10 @@ from torch import Tensor
 from prl_lightning.callbacks import RolloutCallback
 from prl_lightning.data import PromptDataModule
 from prl_lightning.functional import outcome_advantages
-from prl_lightning.models import max_model_tokens
+from prl_lightning.models.causal_lm import max_model_tokens
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
-from prl_lightning.samplers import HFSampler
+from prl_lightning.sampling import HFSampler
 from prl_lightning.types import RolloutBatch
 from runs import write_prompts
 from sample_rewards import even_digits

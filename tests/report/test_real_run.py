@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from prl_lightning.cli import main
-from prl_lightning.tables import read_table
+from prl_lightning.runs.tables import read_table
 from runs import QUICKSTART, metrics_of, tiny_overrides, write_prompts
 
 
