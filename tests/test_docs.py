@@ -83,6 +83,16 @@ def test_named_paths_exist(page: Path) -> None:
     assert [name for name in tests if not list((ROOT / "tests").rglob(name))] == []
 
 
+def test_the_table_of_folders_is_the_packages() -> None:
+    table = (ROOT / "docs" / "reading_the_code.md").read_text().partition("\n## Folders")[2]
+    cells = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
+    listed = {name.rstrip("/") for name in re.findall(r"`([^`]+)`", " ".join(cells))}
+    package = ROOT / "prl_lightning"
+    folders = {str(file.parent.relative_to(package)) for file in package.rglob("*.py")} - {"."}
+    assert folders <= listed
+    assert [name for name in listed if not (package / name).exists()] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_named_objects_exist(page: Path) -> None:
     """Import paths of the package, ``Class.method`` of its classes, and test functions."""

@@ -24,7 +24,7 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", "\n".join([README, *DOCS]), re.DOTALL
 CHECKED = {"fit", "validate", "check"}
 ELSEWHERE = {
     "configs": "tests/test_packaging.py",
-    "export": "tests/test_export.py",
+    "export": "tests/models/test_export.py",
     "predict": "tests/callbacks/test_completion_log.py",
     "report": "tests/report/",
 }
