@@ -40,17 +40,18 @@ def evaluate(folder: Path, *args: str) -> dict[str, Any]:
 
 
 def test_files_have_the_sets_of_the_hub() -> None:
-    local = yaml.safe_load((MATH.parent / "math-local.yaml").read_text())["data"]["eval"]
-    assert list(local) == list(yaml.safe_load(MATH.read_text())["data"]["eval"])
+    local = yaml.safe_load((MATH.parent / "math-local.yaml").read_text())["evaluation"]["sets"]
+    assert list(local) == list(yaml.safe_load(MATH.read_text())["evaluation"]["sets"])
 
 
 @pytest.mark.skipif(not COPIES.is_dir(), reason="needs copies of the sets beside the repository")
 def test_every_problem_of_the_papers_sets_is_asked(tied_model: str, tmp_path: Path) -> None:
+    sets = {name: str(COPIES / f"{name}.jsonl") for name in PROBLEMS}
     found = evaluate(
         tmp_path,
         *SMALL,
         f"--model.policy={tied_model}",
-        f"--evaluation.sets={json.dumps({name: str(COPIES / f'{name}.jsonl') for name in PROBLEMS})}",
+        f"--evaluation.sets={json.dumps(sets)}",
         "--data.max_prompt_tokens=2040",
         "--rollout.max_new_tokens=2",
     )

@@ -199,7 +199,7 @@ def test_an_interrupted_evaluation_goes_on(
     whole.mkdir()
     validate(tied_model, whole)
     counted.drawn.clear()
-    monkeypatch.setattr("prl_lightning.sampling.sample_cache.PART", 8)  # two prompts of four
+    monkeypatch.setattr("prl_lightning.rollouts.engine_link.PART", 8)  # two prompts of four
     monkeypatch.setattr(counted, "fails_after", 1)
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         validate(tied_model, tmp_path)

@@ -116,7 +116,7 @@ preemption.SAME_REQUEST_SECONDS = 0.5
 callback = preemption.SaveOnSignal()
 signal.signal(signal.SIGTERM, callback._note)
 for signum in [{", ".join(before)}]:
-    callback._note(signum, None)
+    callback._record(signum, None)
 for wait in (0.0, 0.0, 1.0):
     time.sleep(wait)
     os.kill(os.getpid(), signal.SIGTERM)

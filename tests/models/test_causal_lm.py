@@ -66,9 +66,9 @@ def test_forward_equals_the_models_own_logits(
 @torch.no_grad()
 def test_padding_and_neighbours_change_nothing(tied_model: str, make_rollout: MakeRollout) -> None:
     model = LogprobModel(load_causal_lm(tied_model))
-    together, _ = model(batch_of(make_rollout, [*ROWS, ([4] * 60, [4] * 60)]), 1.0)
+    together, _ = model(batch_of(make_rollout, [*ROWS, ([4] * 60, [4] * 60)]))
     for row, (prompt, completion) in enumerate(ROWS):
-        alone, _ = model(batch_of(make_rollout, [(prompt, completion)]), 1.0)
+        alone, _ = model(batch_of(make_rollout, [(prompt, completion)]))
         torch.testing.assert_close(together[row, : len(completion)], alone[0], atol=1e-5, rtol=0)
 
 

@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from prl_lightning.evaluation import Evaluation
 from prl_lightning.models.sharding import sharding_of
 from prl_lightning.module import PRLModule
-from prl_lightning.strategies import FSDP2Strategy
+from prl_lightning.trainer import FSDP2Strategy
 from ranks import SUPPORT, environment
 
 
