@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prl_lightning.checks.contradictions import Refused
+from prl_lightning.checks.contradictions import ConfigurationError
 from prl_lightning.cli import main, run_command
 from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
@@ -108,7 +108,7 @@ def test_last_is_an_error_where_there_is_none_to_evaluate(
     command: str, tied_model: str, tmp_path: Path
 ) -> None:
     overrides = tiny_overrides(tied_model, tmp_path)
-    with pytest.raises(Refused, match=r"--ckpt_path last.*default_root_dir=.*run"):
+    with pytest.raises(ConfigurationError, match=r"--ckpt_path last.*default_root_dir=.*run"):
         main([command, "--config", str(QUICKSTART), *overrides, "--ckpt_path=last"])
 
 
@@ -279,7 +279,7 @@ def test_what_is_not_understood_is_said_all_at_once(tied_model: str, tmp_path: P
         "--model.optimizer={a: 1}",
     ]
     overrides = tiny_overrides(tied_model, tmp_path)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ConfigurationError) as refused:
         main(["fit", "--config", str(QUICKSTART), *overrides, *words])
     _, *found = str(refused.value).split("\n- ")
     for said in (
@@ -298,7 +298,7 @@ def test_what_is_not_understood_is_said_all_at_once(tied_model: str, tmp_path: P
 
 
 def test_what_is_missing_is_not_said_of_what_is_there() -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ConfigurationError) as refused:
         main(["fit", "--model.policy=x"])
     assert str(refused.value).endswith(
         "\n- the following arguments are required: fit.rollout.rewards"

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from prl_lightning.cli import main
 from prl_lightning.sampling import HFSampler
-from runs import fit, metrics_of, tiny_overrides, write_prompts
+from tiny_runs import fit, metrics_of, tiny_overrides, write_prompts
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from prl_lightning.callbacks import RolloutCallback
-from prl_lightning.checks.contradictions import Refused
+from prl_lightning.checks.contradictions import ConfigurationError
 from prl_lightning.cli import main
 from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
@@ -85,14 +85,14 @@ def test_check_takes_what_fit_takes_and_what_it_has_written(
 def test_a_contradiction_is_named(
     change: str, message: str, tied_model: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(ConfigurationError, match=message):
         main(["check", "--config", str(QUICKSTART), *tiny_overrides(tied_model, tmp_path), change])
 
 
 def test_a_reference_that_nothing_reads_is_a_mistake(tied_model: str, tmp_path: Path) -> None:
     overrides = [*tiny_overrides(tied_model, tmp_path), "--model.reference=owner/other"]
     no_kl = ["--model.objective.kl=none"]
-    with pytest.raises(Refused, match=r"reference='owner/other' is not used"):
+    with pytest.raises(ConfigurationError, match=r"reference='owner/other' is not used"):
         main(["check", "--config", str(QUICKSTART), *overrides, *no_kl])
 
 
@@ -104,7 +104,7 @@ def test_an_adapter_without_peft_is_a_mistake(
         "importlib.util.find_spec", lambda name: None if name == "peft" else find(name)
     )
     overrides = [*tiny_overrides(tied_model, tmp_path), "--model.lora={r: 2}"]
-    with pytest.raises(Refused, match=r"model\.lora needs peft.*prl-lightning\[lora\]"):
+    with pytest.raises(ConfigurationError, match=r"model\.lora needs peft.*prl-lightning\[lora\]"):
         main(["check", "--config", str(QUICKSTART), *overrides])
 
 
@@ -125,7 +125,7 @@ def test_a_run_needs_its_devices_and_a_check_does_not(
         "--trainer.accelerator=cpu",
     ]
     main(["check", "--config", str(QUICKSTART), *overrides])
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(ConfigurationError, match=message):
         fit(*overrides)
 
 
@@ -136,7 +136,7 @@ def test_an_engine_needs_a_gpu_for_each_process(tied_model: str, tmp_path: Path)
         "init_args: {sampler: prl_lightning.sampling.HFSampler, gpus: [0]}}",
         *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"),
     ]
-    with pytest.raises(Refused, match=r"gpus=\[0\], but the trainer has 2 processes"):
+    with pytest.raises(ConfigurationError, match=r"gpus=\[0\], but the trainer has 2 processes"):
         main(["check", "--config", str(QUICKSTART), *overrides])
 
 
@@ -154,7 +154,7 @@ def test_a_run_from_python_is_refused_the_same(tied_model: str, tmp_path: Path) 
     sampler = SubprocessSampler(HFSampler())
     rollout = RolloutCallback([even_digits], sampler, max_new_tokens=8, overlap=True)
     trainer = PRLTrainer(accelerator="cpu", logger=False, callbacks=[rollout], max_epochs=1)
-    with pytest.raises(Refused, match=r"(?s)data\.group_size=1.*importance_cap=2\.0"):
+    with pytest.raises(ConfigurationError, match=r"(?s)data\.group_size=1.*importance_cap=2\.0"):
         trainer.fit(module, datamodule=data)
 
 

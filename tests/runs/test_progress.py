@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from prl_lightning.runs import progress
 from prl_lightning.runs.progress import progress_bar, sampling_bar
 from prl_lightning.cli import _command_line
+from ranks import SUPPORT
 from tiny_runs import QUICKSTART, tiny_overrides
 
 BARS = {"rich": RichProgressBar, "tqdm": TQDMProgressBar}
@@ -71,7 +72,7 @@ def test_nothing_is_drawn_into_a_pipe(tied_model: str, tmp_path: Path) -> None:
         words = command(tied_model, tmp_path / bar, bar)
         run = [sys.executable, "-m", "prl_lightning", *words]
         # As bytes: of a text the carriage returns would be translated.
-        done = subprocess.run(run, capture_output=True, cwd=Path(__file__).parents[2])
+        done = subprocess.run(run, capture_output=True, cwd=SUPPORT)
         assert done.returncode == 0, done.stderr
         written = [done.stdout.decode(), done.stderr.decode()]
         assert "Done: 2 updates." in written[0]

@@ -139,7 +139,7 @@ def test_it_does_not_outlive_a_trainer_that_is_killed(tmp_path: Path) -> None:
     script.write_text(
         "import time\n"
         "from prl_lightning.sampling import SubprocessSampler\n"
-        "from samplers.test_process import Telling, tokens\n"
+        "from sampling.test_subprocess import Telling, tokens\n"
         "if __name__ == '__main__':\n"
         "    sampler = SubprocessSampler(Telling())\n"
         "    sampler.start('model', 8)\n"

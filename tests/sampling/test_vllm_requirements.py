@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from prl_lightning.checks.contradictions import Refused
+from prl_lightning.checks.contradictions import ConfigurationError
 from prl_lightning.cli import main
 from prl_lightning.sampling import HFSampler, Sampler, SubprocessSampler, VLLMSampler
 from prl_lightning.sampling.vllm_requirements import OF_SEVERAL_PROCESSES, SUPPORTED
@@ -74,7 +74,7 @@ def test_an_engine_of_several_processes_is_refused_by_the_arguments_name(name: s
 
 def test_the_command_refuses_it_before_anything_is_loaded() -> None:
     sampler = "{class_path: VLLMSampler, init_args: {engine_args: {tensor_parallel_size: 2}}}"
-    with pytest.raises(Refused, match="engine_args.tensor_parallel_size=2"):
+    with pytest.raises(ConfigurationError, match="engine_args.tensor_parallel_size=2"):
         main(["check", f"--config={QUICKSTART}", f"--rollout.sampler={sampler}"])
 
 
