@@ -33,7 +33,6 @@ def bare_model(tied_model: str, tmp_path: Path) -> str:
 def test_contradictions_are_named_all_at_once(bare_model: str, tmp_path: Path) -> None:
     overrides = [
         *tiny_overrides(bare_model, tmp_path),
-        "--evaluation.pass_at=[2, 64]",
         "--trainer.accumulate_grad_batches=3",
         "--rollout.max_new_tokens=100000",
         "--data.train=nowhere.jsonl",
@@ -43,12 +42,11 @@ def test_contradictions_are_named_all_at_once(bare_model: str, tmp_path: Path) -
         "--rollout.sampler=SubprocessSampler",
         "--rollout.sampler.sampler=HFSampler",
     ]
-    with pytest.raises(ValueError, match="cannot be done") as raised:
+    with pytest.raises(ValueError, match="The configuration") as raised:
         fit(*overrides)
     first, *found = str(raised.value).split("\n- ")
-    assert len(found) == 6
+    assert len(found) == 5
     for words in (
-        r"evaluation.pass_at has \[64\], but evaluation.samples=4",
         r"\(16\) is not a multiple of trainer.accumulate_grad_batches \(3\)",
         "max_new_tokens=100000 = 100016 tokens, but the model takes",
         "no file 'nowhere.jsonl'",
@@ -75,9 +73,9 @@ def test_check_takes_what_fit_takes_and_what_it_has_written(
         ("--data.group_size=1", r"data\.group_size=1, but .*outcome='grpo' compares"),
         ("--data.train=heldout.jsonl:test", r"heldout\.jsonl:test names a split, but a file has"),
         ("--data.train=null", r"data\.train is missing"),
-        ("--evaluation.pass_at=[0, 2]", r"pass_at=\[0, 2\]: each k must be at least 1"),
-        ("--model.optimizer.init_args.lr=-1", r"model\.optimizer cannot be made: .*-1"),
-        ("--rollout.limits={workers: 0, seconds: 3}", r"seconds=3\.0.*and workers=0"),
+        ("--evaluation.pass_at=[0, 2]", r"evaluation\.pass_at=\(0, 2\)"),
+        ("--model.optimizer.init_args.lr=-1", r"model\.optimizer.*-1"),
+        ("--rollout.limits={workers: 0, seconds: 3}", r"rollout\.limits has seconds=3\.0.*workers=0"),
         ("--rollout.limits.failure_value=0.5", r"failure_value=0\.5.*solved_at=0\.5"),
         ("--trainer.plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO", "AsyncCheckpointIO"),
     ],
