@@ -76,6 +76,16 @@ class PRLCLI(LightningCLI):
     model: PRLModule
     datamodule: PromptDataModule
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        words = kwargs.get("args")
+        self._first_word = next(iter(sys.argv[1:] if words is None else words), "")
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the subcommand that is run, or all: each takes half a second to set up."""
+        every = LightningCLI.subcommands()
+        return {k: v for k, v in every.items() if k == self._first_word} or every
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections, and link what two of them share."""
         parser.add_class_arguments(Evaluation, "evaluation")
