@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
-from interruptions import Command, SaveAt, Settings, callback, differing, finish
+from interruptions import Command, SaveAt, Settings, callback, differing
 from noisy import noisy_digits
 from prl_lightning.callbacks import CompletionLog, EvaluationLog, RolloutCallback, RunSummary
 from prl_lightning.data import PromptDataModule
@@ -220,7 +220,7 @@ def killed_and_resumed(command: Command, kill: Settings | float) -> str:
         time.sleep(kill)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        code, output = finish(process)
+        code, output = process.finish()
         if code == 0:  # it was quicker than the run by which the moment was chosen
             return output
     else:
@@ -256,7 +256,7 @@ def test_a_killed_run_ends_with_the_parameters_of_one_left_alone(
     undisturbed = alone.start()
     killed = Command(tied_model, tmp_path / "killed", ranks, strategy)
     output = killed_and_resumed(killed, kill)
-    assert finish(undisturbed)[0] == 0
+    assert undisturbed.finish()[0] == 0
     assert "last.ckpt" in output
     assert alone.last()["global_step"] == 6
     assert differing(killed.last(), alone.last()) == []

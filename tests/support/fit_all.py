@@ -1,13 +1,16 @@
-"""Several command lines in one process: `torchrun fit_all.py runs.json` pays its start once."""
+"""Several command lines one after the other in the processes of one run."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+from collections.abc import Sequence
+
+from torch import distributed
 
 from prl_lightning.cli import main
 
-if __name__ == "__main__":
-    for args in json.loads(Path(sys.argv[1]).read_text()):
-        main(args)
+
+def fit_all(commands: Sequence[Sequence[str]]) -> None:
+    for command in commands:
+        main(command)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

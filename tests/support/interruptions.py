@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import prl_lightning.trainer
-from ranks import environment
+from prl_lightning.cli import main
+from ranks import start_on_ranks
 from tiny_runs import QUICKSTART, tiny_overrides
+from warm import Warm
 
 Settings = dict[str, Any]
-SUPPORT = Path(__file__).parent
 
 
 def kill_all() -> None:
@@ -118,6 +117,7 @@ class Command:
     def __init__(self, model: str, folder: Path, ranks: int = 1, strategy: str = "ddp") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.ranks = ranks
         self.options = [
             *tiny_overrides(model, folder),
             "--rollout.rewards=[noisy.noisy_digits]",
@@ -129,24 +129,15 @@ class Command:
             *([f"--trainer.strategy={strategy}"] if ranks > 1 else []),
         ]
 
-    def start(
-        self, *args: str, callbacks: tuple[Settings, ...] = (), **env: str
-    ) -> subprocess.Popen[str]:
+    def start(self, *args: str, callbacks: tuple[Settings, ...] = ()) -> Warm:
         config = self.folder / "callbacks.yaml"
         config.write_text(yaml.safe_dump({"trainer": {"callbacks": [*callbacks, CHECKPOINT]}}))
-        python = [sys.executable, "-m", "prl_lightning", "fit", "--config", str(QUICKSTART)]
-        return subprocess.Popen(
-            [*python, "--config", str(config), *self.options, *args],
-            env=environment(**env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        words = ["fit", f"--config={QUICKSTART}", f"--config={config}", *self.options, *args]
+        return start_on_ranks(self.ranks, main, words)
 
-    def run(self, *args: str, callbacks: tuple[Settings, ...] = (), **env: str) -> tuple[int, str]:
+    def run(self, *args: str, callbacks: tuple[Settings, ...] = ()) -> tuple[int, str]:
         """Exit code and output."""
-        return finish(self.start(*args, callbacks=callbacks, **env))
+        return self.start(*args, callbacks=callbacks).finish()
 
     def last(self) -> Settings:
         """The newest checkpoint of all runs."""
@@ -159,15 +150,6 @@ class Command:
         state = torch.load(whole, weights_only=True)
         moments = {"optimizer_states": [state.pop("optimizer_0")]}
         return torch.load(newest / "meta.pt", weights_only=True) | state | moments
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    try:
-        output, _ = process.communicate(timeout=300)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, output
 
 
 def callback(name: str, **init_args: Any) -> Settings:

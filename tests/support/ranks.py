@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from torch import Tensor
 
+from fit_all import fit_all
 from tiny_runs import QUICKSTART, tiny_overrides
+from warm import Warm, ranks_of
 
 SUPPORT = Path(__file__).parent
 # What started processes import: the helpers here, and this clone's package.
@@ -52,16 +55,17 @@ def run_all(
 ) -> dict[str, Record]:
     """Command lines of ``fit`` in the same processes, by the name of their folder."""
     first = ["fit"] if config is None else ["fit", f"--config={config}"]
-    (root / "runs.json").write_text(json.dumps([[*first, *args] for args in runs.values()]))
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    subprocess.run(
-        [sys.executable, "-m", *torchrun, "fit_all.py", str(root / "runs.json")],
-        cwd=SUPPORT,
-        env=environment(),
-        timeout=900,
-        check=True,
-    )
+    commands = [[*first, *args] for args in runs.values()]
+    code, output = start_on_ranks(ranks, fit_all, commands).finish(timeout=900)
+    if code:
+        raise subprocess.CalledProcessError(code, "fit_all", output)
     return {name: read(root / name) for name in runs}
+
+
+def start_on_ranks(number: int, function: Callable[..., Any], *args: Any) -> Warm:
+    """Call a function on each rank of a process group."""
+    ranks = ranks_of(number, find_free_network_port()) if number > 1 else [{}]
+    return Warm(function, args, [environment() | variables for variables in ranks], SUPPORT)
 
 
 def gap(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
