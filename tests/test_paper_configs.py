@@ -80,13 +80,14 @@ def write_rows(folder: Path, source: str, count: int) -> str:
 
 def overrides(name: str, folder: Path) -> list[str]:
     """Smaller, on a CPU; objective, columns, templates, strategy and precision as they are."""
-    data = yaml.safe_load((CONFIGS / f"{name[:2]}.yaml").read_text())["data"]
-    sets = {key: write_rows(folder, source, 1) for key, source in data["eval"].items()}
+    config = yaml.safe_load((CONFIGS / f"{name[:2]}.yaml").read_text())
+    named = config["evaluation"]["sets"]
+    sets = {key: write_rows(folder, source, 1) for key, source in named.items()}
     return [
         f"--config={CONFIGS / f'{name[:2]}.yaml'}",
         f"--config={CONFIGS / f'{name}.yaml'}",
         f"--model.policy={save_model(KINDS[name], folder / 'model')}",
-        f"--data.train={write_rows(folder, data['train'], 8)}",
+        f"--data.train={write_rows(folder, config['data']['train'], 8)}",
         f"--evaluation.sets={json.dumps(sets)}",
         "--data.prompts_per_epoch=8",
         "--rollout.max_new_tokens=12",
