@@ -12,9 +12,9 @@ import pytest
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
+from prl_lightning.cli import _command_line
 from prl_lightning.runs import progress
 from prl_lightning.runs.progress import progress_bar, sampling_bar
-from prl_lightning.cli import _command_line
 from ranks import SUPPORT
 from tiny_runs import QUICKSTART, tiny_overrides
 
