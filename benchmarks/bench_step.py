@@ -24,8 +24,8 @@ from prl_lightning.callbacks import RolloutCallback
 from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
-from prl_lightning.samplers import HFSampler, Progress, Sampler, SamplingConfig, VLLMSampler
-from prl_lightning.samplers.vllm import _completion
+from prl_lightning.sampling import HFSampler, Progress, Sampler, SamplingConfig, VLLMSampler
+from prl_lightning.sampling.vllm import _completion
 from prl_lightning.types import Completion, Prompt
 
 WARM_UP = 1

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from prl_lightning.run_files import read_metrics
+from prl_lightning.runs.files import read_metrics
 from report import publish
 
 ROOT = Path(__file__).parents[1]

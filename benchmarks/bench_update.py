@@ -1,4 +1,4 @@
-"""What packed rows and oneDNN's linear layers each save of scoring and training.
+"""The time that packed rows save in scoring and training.
 
     python benchmarks/bench_update.py --out benchmarks/results/update.json
 
@@ -15,11 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from work import Work, make
 
 from prl_lightning.data import collate
-from prl_lightning.models import LogprobModel, load_policy
+from prl_lightning.models.causal_lm import LogprobModel, load_policy
 from prl_lightning.types import Completion, Prompt, Rollout, RolloutBatch
 from report import publish
 
@@ -29,12 +28,7 @@ WORKS = {
     "prompt 16, completions lognormal": replace(BASE, lengths="lognormal"),
     "prompt 128, completions 128": replace(BASE, prompt_tokens=128),
 }
-VARIANTS = {
-    "padded": (False, False),
-    "padded, oneDNN": (False, True),
-    "packed": (True, False),
-    "packed, oneDNN": (True, True),
-}
+VARIANTS = {"padded": False, "packed": True}
 
 
 def batch_of(work: Work) -> RolloutBatch:
@@ -51,32 +45,26 @@ def batch_of(work: Work) -> RolloutBatch:
     return collate(rollouts, 1, 1)
 
 
-def variant(model: str, packed: bool, onednn: bool) -> LogprobModel:
+def variant(model: str, packed: bool) -> LogprobModel:
     policy = load_policy(model)
     if not packed:
         policy.causal_lm.set_attn_implementation("sdpa")
         policy.is_packed = False
-    if not onednn:
-        for layer in policy.modules():
-            if type(layer) is nn.Linear:
-                del layer.forward  # back to the class's own
     return policy
 
 
 def seconds(policy: LogprobModel, batch: RolloutBatch) -> float:
     start = time.perf_counter()
     with torch.no_grad():
-        policy(batch, 1.0)
-    policy(batch, 1.0)[0].sum().backward()
+        policy(batch)
+    policy(batch)[0].sum().backward()
     return time.perf_counter() - start
 
 
 def measure(work: Work, rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         make(work, Path(folder), 1)
-        policies = {
-            name: variant(f"{folder}/model", *settings) for name, settings in VARIANTS.items()
-        }
+        policies = {name: variant(f"{folder}/model", packed) for name, packed in VARIANTS.items()}
     batch = batch_of(work)
     times: dict[str, list[float]] = {name: [] for name in policies}
     for _ in range(1 + rounds):

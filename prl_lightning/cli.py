@@ -1,4 +1,4 @@
-"""The ``prl`` command: LightningCLI with the rollout callback as a section of its own."""
+"""The ``prl`` command: LightningCLI with the sections of a PRL run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jsonargparse import auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -25,140 +25,146 @@ from prl_lightning.callbacks import (
     SaveOnSignal,
     UpdateGuard,
 )
-from prl_lightning.callbacks.contradictions import (
-    Refused,
-    refuse,
+from prl_lightning.callbacks.rollout import rollout_callback
+from prl_lightning.checks.contradictions import (
+    ConfigurationError,
+    contradictions,
+    file_errors,
+    raise_errors,
     warn_of_one_step,
 )
-from prl_lightning.callbacks.rollout import rollout_callback
-from prl_lightning.check import complaints, describe
-from prl_lightning.configuration import (
-    Construction,
-    Missing,
-    Parser,
-    SaveConfig,
-    has_holes,
-    misread,
-)
+from prl_lightning.checks.estimate import describe
+from prl_lightning.checks.secrets import SaveConfig
 from prl_lightning.data import PromptDataModule
-from prl_lightning.export import export_checkpoint, refuse_existing
+from prl_lightning.evaluation import Evaluation
+from prl_lightning.models.export import export_checkpoint, refuse_existing
 from prl_lightning.module import PRLModule
 from prl_lightning.report import write_report
+from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.trainer import PRLTrainer, last_checkpoint
+from prl_lightning.trainer_access import csv_logger
 
-# Warnings that say nothing of the user's run, and why.
-BESIDE_THE_POINT = (
-    # The engine has a process group of its own; what is logged here is reduced over ranks.
+# Warnings that are not about the user's run, with the reason.
+IRRELEVANT_WARNINGS = (
+    # vLLM has its own process group; the values logged here are already reduced over ranks.
     r"It is recommended to use `self\.log\(.*sync_dist=True\)`",
-    # On purpose: dropout in the trainer and none in the engine would be two policies.
+    # On purpose: dropout in the trainer but not in the engine would make two policies.
     r"Found \d+ module\(s\) in eval mode at the start of training",
-    # `prl check` builds what `prl fit` would, from its own arguments.
+    # `prl check` passes its own arguments to the parser.
     r"LightningCLI's args parameter is intended to run from within Python",
-    # Between Lightning and torch.
+    # An internal matter of Lightning and torch.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 
 
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose errors are one message instead of the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the message.
+
+        Raises:
+            ConfigurationError: always.
+        """
+        raise ConfigurationError(message) from ex
+
+
 class PRLCLI(LightningCLI):
-    """``model``, ``data``, ``rollout``, ``completions`` and ``trainer``: each one class."""
+    """Sections ``model``, ``data``, ``evaluation``, ``rollout``, ``completions``, ``guard``."""
+
+    trainer: Trainer
+    model: PRLModule
+    datamodule: PromptDataModule
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        words = kwargs.get("args")
+        self._first_word = next(iter(sys.argv[1:] if words is None else words), "")
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the subcommand that is run, or all: each takes half a second to set up."""
+        every = LightningCLI.subcommands()
+        return {k: v for k, v in every.items() if k == self._first_word} or every
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the sampling section; the prompts are tokenized as the policy is."""
+        """Add the sections, and link what two of them share."""
+        parser.add_class_arguments(Evaluation, "evaluation")
         parser.add_lightning_class_args(RolloutCallback, "rollout")
         parser.add_lightning_class_args(CompletionLog, "completions")
         parser.add_lightning_class_args(UpdateGuard, "guard")
         parser.link_arguments("model.policy", "data.tokenizer")
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Read files and words, or say all that is not understood.
-
-        Raises:
-            Refused: unknown keys, or values of another type.
-        """
-        read = partial(super().parse_arguments, parser)
-        refuse(misread(read, list(sys.argv[1:] if args is None else args)))
+        parser.link_arguments("evaluation", "data.evaluation", apply_on="instantiate")
 
     def instantiate_classes(self) -> None:
-        """Make what the configuration asks for, or say all that is wrong with it.
+        """Create the configured objects.
 
         Raises:
-            Refused: an object cannot be made, or settings do not go together.
+            ConfigurationError: an object cannot be created.
         """
-        self.making = Construction()
-        # As Lightning does itself; the parser's `instantiators` are not in every jsonargparse.
-        self.parser.add_instantiator(self.making, object, prepend=True)
-        super().instantiate_classes()
-        self.making.is_over = True
-        errors = self.making.errors
-        if errors and not has_holes([self.trainer, self.model, self.datamodule]):
-            errors += self.found()
-        refuse(errors)
+        try:
+            super().instantiate_classes()
+        except (ValueError, OSError, ImportError, MisconfigurationException) as error:
+            raise ConfigurationError(str(error)) from error
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Put a ``metrics.csv`` into every run folder, beside whatever other logger there is.
-
-        A hole where it, or a callback of it, cannot be made.
-        Where the configuration has no logger, TensorBoard is the other one.
-        """
-        sections = ("trainer", *self._parser(self.subcommand).callback_keys)
-        if has_holes([self._get(self.config_init, section) for section in sections]):
-            return Missing()
-        trainer: Any = self.making(super().instantiate_trainer, **kwargs)
-        if isinstance(trainer, Missing):
-            return trainer
-        has_csv = any(isinstance(logger, CSVLogger) for logger in trainer.loggers)
-        if has_csv or getattr(trainer, "fast_dev_run", False):
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add a ``metrics.csv`` to every run, and TensorBoard if no logger is configured."""
+        trainer: Trainer = super().instantiate_trainer(**kwargs)
+        if csv_logger(trainer) or getattr(trainer, "fast_dev_run", False):
             return trainer
         root = Path(trainer.default_root_dir)
-        # Every row at once: what is kept in memory is lost with a killed process.
+        # Flushed at every row: a killed process loses what is buffered.
         csv = CSVLogger(root.parent, name=root.name, flush_logs_every_n_steps=1)
         board = TensorBoardLogger(root.parent, name=root.name, version=csv.version)
         trainer.loggers = [csv, *(trainer.loggers or [board])]
         return trainer
 
-    def parts(self) -> tuple[Trainer, PRLModule, PromptDataModule, RolloutCallback]:
-        """What a run consists of."""
-        return self.trainer, self.model, self.datamodule, rollout_callback(self.trainer)
+    @property
+    def rollout(self) -> RolloutSettings:
+        """The settings of the rollout section."""
+        return rollout_callback(self.trainer).settings
 
-    def found(self) -> list[str]:
-        """What does not go together; a check is not of this machine."""
-        found = complaints(*self.parts(), trains=self.subcommand in (None, "fit"))
-        if self.subcommand is None:
-            return found
-        return [*found, *rollout_callback(self.trainer).engine.sampler.missing_requirements()]
+    def errors(self) -> list[str]:
+        """Find everything that cannot work, before data is prepared or a model is loaded."""
+        trains = self.subcommand in (None, "fit")
+        errors = contradictions(self.trainer, self.model, self.datamodule, self.rollout, trains)
+        errors += file_errors(self.model, self.datamodule, self.rollout, trains)
+        if self.subcommand is not None:  # `prl check` may run on another machine
+            errors += self.rollout.sampler.missing_requirements()
+        rollout_callback(self.trainer).is_checked = True
+        return errors
 
     def before_fit(self) -> None:
-        """Look ``--ckpt_path last`` up; a first run has none, so one command serves all.
+        """Resolve ``--ckpt_path last``; without a checkpoint it starts a new run.
 
         Raises:
-            Refused: settings that do not go together.
+            ConfigurationError: settings contradict each other.
         """
-        refuse(self.found())
-        if not self._found_last():
+        raise_errors(self.errors())
+        if not self._resolve_last():
             rank_zero_info(f"No checkpoint under {self.trainer.default_root_dir}: a new run.")
 
     def before_validate(self) -> None:
-        """Look ``--ckpt_path last`` up.
+        """Resolve ``--ckpt_path last``.
 
         Raises:
-            Refused: there is none, or settings that do not go together.
+            ConfigurationError: there is no checkpoint, or settings contradict each other.
         """
-        found = self.found()
-        if not self._found_last():
-            found.append(
+        errors = self.errors()
+        if not self._resolve_last():
+            errors.append(
                 f"--ckpt_path last: no complete checkpoint under trainer.default_root_dir="
                 f"{self.trainer.default_root_dir}. Name a file, or the folder of the run."
             )
-        refuse(found)
+        raise_errors(errors)
         if "verbose" in self.config_init[self.subcommand]:
-            # EvaluationLog prints a table with intervals; Lightning's says the same without.
+            # EvaluationLog prints the same table with intervals.
             self.config_init[self.subcommand]["verbose"] = False
 
     before_test = before_validate
     before_predict = before_validate
 
-    def _found_last(self) -> bool:
-        """Put the path of the newest checkpoint where "last" is asked for; False without one."""
+    def _resolve_last(self) -> bool:
+        """Replace "last" by the path of the newest checkpoint; False if there is none."""
         options = self.config_init[self.subcommand]
         if options["ckpt_path"] != "last":
             return True
@@ -168,30 +174,30 @@ class PRLCLI(LightningCLI):
 
 
 class CheckCLI(PRLCLI):
-    """Takes what ``prl fit`` takes, and what a run has written down, and runs nothing."""
+    """Accepts the arguments of ``prl fit`` and the config of a run, and runs nothing."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Accept what belongs to the run alone."""
+        """Accept the arguments of a run."""
         super().add_arguments_to_parser(parser)
         for name in ("ckpt_path", "weights_only"):
-            parser.add_argument(f"--{name}", default=None, help="of prl fit; not looked at here")
+            parser.add_argument(f"--{name}", default=None, help="ignored; see prl fit")
 
 
 def copy_configs(folder: Path = Path("configs")) -> None:
-    """Copy the package's configurations, to run and to change.
+    """Copy the package's configurations into a folder.
 
     Args:
-        folder: is made.
+        folder: to create.
 
     Raises:
-        FileExistsError: it is there already.
+        FileExistsError: it exists.
     """
     refuse_existing(folder, "folder")
     shutil.copytree(Path(__file__).with_name("configs"), folder)
     print(f"prl fit --config {folder}/quickstart.yaml")
 
 
-# Commands that need no trainer.
+# Commands without a Trainer.
 TOOLS: dict[str, Callable[..., Any]] = {
     "configs": copy_configs,
     "export": export_checkpoint,
@@ -205,13 +211,13 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: command line, by default the process's.
     """
-    for message in BESIDE_THE_POINT:
+    for message in IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message)
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # rewards of one's own lie beside one's configuration
+        sys.path.append(str(Path.cwd()))  # a user's reward functions
     words = list(sys.argv[1:] if args is None else args)
     if words and words[0] in TOOLS:
-        # As positional: `prl report RUN`, but `prl export --ckpt_path X --out Y`.
+        # `prl report RUN` is positional, `prl export --ckpt_path X --out Y` is not.
         auto_cli(
             TOOLS[words[0]],
             args=words[1:],
@@ -220,22 +226,22 @@ def main(args: Sequence[str] | None = None) -> None:
         )
         return
     if words[:1] == ["check"]:
-        # As on the machine that it is for: devices are counted, not looked for.
+        # The run's machine may have GPUs: devices are counted, not looked for.
         here = [] if torch.cuda.is_available() else ["--trainer.accelerator=cpu"]
         cli = _command_line([*words[1:], *here], CheckCLI, run=False)
-        refuse(cli.found())
-        warn_of_one_step(cli.model, cli.parts()[-1])
-        print(describe(*cli.parts()))
+        raise_errors(cli.errors())
+        warn_of_one_step(cli.model, cli.rollout)
+        print(describe(cli.trainer, cli.model, cli.datamodule, cli.rollout))
         return
     _command_line(None if args is None else words)
 
 
 def run_command() -> None:
-    """``prl``: what is asked for wrongly is a message, and not a traceback."""
-    wrong = (ValueError, OSError) if set(sys.argv[1:2]) & set(TOOLS) else Refused
+    """Run ``prl``; a user's error is a message, not a traceback."""
+    expected = (ValueError, OSError) if set(sys.argv[1:2]) & set(TOOLS) else ConfigurationError
     try:
         main()
-    except wrong as error:
+    except expected as error:
         raise SystemExit(f"prl: {error}") from None
 
 
@@ -248,13 +254,13 @@ def _command_line(args: list[str] | None, kind: type[PRLCLI] = PRLCLI, run: bool
         parser_kwargs={
             "description": "Process Reward Learning: teach a language model to reason, by "
             "Lightning's Trainer.",
-            "epilog": "prl check --help: does a configuration fit together, and what does it ask "
-            "for; prl report --help: a run as one HTML file; prl export --help: a checkpoint as a "
-            "Hugging Face folder; prl configs --help: the package's configurations, to change",
+            "epilog": "prl check --help: check a configuration and estimate its memory; prl report "
+            "--help: a run as one HTML file; prl export --help: a checkpoint as a Hugging Face "
+            "folder; prl configs --help: copy the package's configurations",
         },
         auto_configure_optimizers=False,
         parser_class=Parser,
-        load_from_checkpoint_support=False,  # `Construction` makes the objects
+        load_from_checkpoint_support=False,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         trainer_class=PRLTrainer,

@@ -17,44 +17,44 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from prl_lightning.adapters import adapters_off
-from prl_lightning.data import PromptDataModule
-from prl_lightning.evaluation import SetMetrics, SetResults
-from prl_lightning.functional import get_divergence, kl_estimate, process_rewards
+from prl_lightning.evaluation.metrics import MeanStd
+from prl_lightning.evaluation.results import SetMetrics, SetResults
+from prl_lightning.functional import kl_estimate, process_rewards
 from prl_lightning.functional.masks import keep_tokens
-from prl_lightning.metrics import MeanStd
-from prl_lightning.models import load_policy, load_reference, load_tokenizer, named_weights
-from prl_lightning.objective import Objective
-from prl_lightning.sharding import (
+from prl_lightning.models.causal_lm import (
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    named_weights,
+)
+from prl_lightning.models.lora import adapters_off
+from prl_lightning.models.sharding import (
+    exclude_frozen,
     full,
-    leave_frozen_out,
     load_on_ranks,
     sharding_of,
     total_norm,
 )
-from prl_lightning.step_splitter import StepSplitter
+from prl_lightning.models.step_splitter import StepSplitter
+from prl_lightning.objective import Objective
 from prl_lightning.types import RolloutBatch
 
 
 class PRLModule(LightningModule):
-    """Train a policy by Process Reward Learning, or by what the papers compare it with.
+    """Train a policy by Process Reward Learning or one of the papers' baselines.
 
     Args:
         policy: Hugging Face id or folder of the causal LM to train.
         objective: the method; see Objective.
-        reference: Hugging Face id or folder of the reference; by default the policy as it starts.
-        track_reference: keep a reference even if the objective needs none, to log the drift.
+        reference: Hugging Face id or folder of the reference; by default the initial policy.
+        track_reference: keep a reference even if the objective needs none, to log the KL to it.
         lora: train a LoRA adapter with these arguments of ``peft.LoraConfig``, such as
             ``{r: 16, target_modules: all-linear}``. The reference is then the policy with the
-            adapter off, unless another one is named.
-        gradient_checkpointing: compute activations twice instead of keeping them.
-        compile: compile the blocks of policy and reference, by torch.compile.
-        temperature: of sampling and of every log-probability in the loss.
+            adapter off, unless ``reference`` is set.
+        gradient_checkpointing: recompute activations in the backward pass instead of storing them.
+        compile: compile the blocks of policy and reference with torch.compile.
         optimizer: called with the parameters.
-        lr_scheduler: called with the optimizer; steps once an update.
-        pass_at: the k of pass@k, at most ``data.eval_group_size``; pass@1 is mean@n.
-        solved_at: an evaluation completion counts as correct from this reward on, the weighted sum
-            of all reward functions.
+        lr_scheduler: called with the optimizer; steps once per update.
     """
 
     def __init__(
@@ -66,15 +66,10 @@ class PRLModule(LightningModule):
         lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
-        temperature: float = 1.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6),
         lr_scheduler: LRSchedulerCallable | None = None,
-        pass_at: tuple[int, ...] = (8,),
-        solved_at: float = 0.5,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"model.temperature={temperature}: must be above 0.")
         self.policy_name = policy
         self.reference_name = reference or policy
         self.objective = objective
@@ -82,25 +77,22 @@ class PRLModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_blocks = compile
         self.keeps_reference = objective.needs_reference or track_reference
-        self.temperature = temperature
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.pass_at = pass_at
-        self.solved_at = solved_at
         self.policy: torch.nn.Module | None = None
         self.reference: torch.nn.Module | None = None
         self.process_term = MeanStd()
-        self.eval_metrics = torch.nn.ModuleList()  # a set may have any name, a module may not
+        self.eval_metrics = torch.nn.ModuleList()  # any set name is allowed
         self._eval_names: list[str] = []
         self.eval_results: dict[str, SetResults] = {}
-        self.loaded_at: dict[str, int] = {}  # step and epoch of the checkpoint that was loaded
+        self.loaded_at: dict[str, int] = {}  # step and epoch of the loaded checkpoint
         self._gradient_norm: Tensor | None = None
-        leave_frozen_out(self)
+        exclude_frozen(self)
 
     # Loading
 
     def configure_model(self) -> None:
-        """Load policy and reference; a strategy that shards does it from here."""
+        """Load policy and reference, sharded if the strategy shards."""
         if self.policy is not None:
             return
         self.splitter = StepSplitter(self.objective.steps, load_tokenizer(self.policy_name))
@@ -119,22 +111,22 @@ class PRLModule(LightningModule):
             self.reference = load_on_ranks(reference, sharding, keep_root=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name what the weights belong to, for ``prl export``."""
+        """Record which model the weights belong to, for ``prl export``."""
         checkpoint["policy_origin"] = {"name": self.policy_name, "lora": self.lora}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note its step, and say where it is of another policy before its weights do not fit."""
+        """Record its step, and warn if it is a checkpoint of another policy."""
         self.loaded_at = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}
         origin = checkpoint.get("policy_origin")
         if origin and origin != {"name": self.policy_name, "lora": self.lora}:
             rank_zero_warn(
-                f"The checkpoint is of policy {origin['name']} with lora={origin['lora']}, and "
-                f"model.policy={self.policy_name}, model.lora={self.lora}. If they are not the "
-                "same, give this run a trainer.default_root_dir of its own."
+                f"model.policy={self.policy_name}, model.lora={self.lora}, but the checkpoint has "
+                f"policy={origin['name']}, lora={origin['lora']}. If these are different models, "
+                "give this run another trainer.default_root_dir."
             )
 
     def configure_optimizers(self) -> Any:
-        """The optimizer of the policy, and a schedule stepped once an update."""
+        """Create the optimizer of the policy and its schedule, which steps once per update."""
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         if self.lr_scheduler is None:
             return optimizer
@@ -144,44 +136,42 @@ class PRLModule(LightningModule):
     # Training
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
-        """The loss of one micro-batch."""
+        """Compute the loss of one micro-batch."""
         ref_logprobs = batch.ref_logprobs
         if ref_logprobs is None and self.keeps_reference:
             ref_logprobs = self.score(batch, "reference")
-        policy_logprobs, entropy = self.loaded_policy(batch, self.temperature)
+        policy_logprobs, entropy = self.loaded_policy(batch)
         step_ends = self.splitter(batch.completion_ids, batch.completion_mask)
         loss, stats = self.objective.loss(policy_logprobs, ref_logprobs, batch, step_ends)
-
         # Lightning averages over micro-batches and ranks; the loss is already a share of the sum.
         loss = loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        self._log_train({"ratio_max": stats.pop("ratio_max")}, weight=1, reduce_fx="max")
-        tokens = batch.num_tokens
-        by_token = {"entropy": entropy, "advantage": stats.pop("advantage")}
-        if "process_term" in stats:
-            self.process_term.update(stats.pop("process_term"), batch.completion_mask)
+        self._log_step(batch, stats | {"entropy": entropy, "loss": loss.detach()})
         if ref_logprobs is not None:
-            on_policy = policy_logprobs.detach()
-            by_token["kl_ref_k3"] = kl_estimate(on_policy, ref_logprobs, "k3")
-            drift = _token_mean(kl_estimate(on_policy, ref_logprobs, "k1"), batch, tokens)
-            self._log_train({"kl_ref": drift}, weight=tokens, prog_bar=True)
-        means = {name: _token_mean(value, batch, tokens) for name, value in by_token.items()}
-        self._log_train(stats | means, weight=tokens)
-        self._log_train({"loss": loss.detach()}, weight=1)
+            self._log_drift(batch, policy_logprobs.detach(), ref_logprobs)
         return loss
 
+    def _log_step(self, batch: RolloutBatch, stats: dict[str, Tensor]) -> None:
+        """Log a micro-batch's stats: scalars as they are, (B, T) tensors as a mean over tokens."""
+        self._log_train({"loss": stats.pop("loss")}, weight=1)
+        self._log_train({"ratio_max": stats.pop("ratio_max")}, weight=1, reduce_fx="max")
+        if "process_term" in stats:
+            self.process_term.update(stats.pop("process_term"), batch.completion_mask)
+        means = {name: _token_mean(v, batch) if v.ndim else v for name, v in stats.items()}
+        self._log_train(means, weight=batch.num_tokens)
+
+    def _log_drift(self, batch: RolloutBatch, policy: Tensor, reference: Tensor) -> None:
+        """Log estimates of the KL to the reference, per token."""
+        k1, k3 = (_token_mean(kl_estimate(policy, reference, k), batch) for k in ("k1", "k3"))
+        self._log_train({"kl_ref": k1}, weight=batch.num_tokens, prog_bar=True)
+        self._log_train({"kl_ref_k3": k3}, weight=batch.num_tokens)
+
     @torch.no_grad()
-    def score(
-        self,
-        batch: RolloutBatch,
-        model: Literal["policy", "reference"],
-        temperature: float | None = None,
-    ) -> Tensor:
-        """Log-probabilities (B, T) of a batch, without gradient.
+    def score(self, batch: RolloutBatch, model: Literal["policy", "reference"]) -> Tensor:
+        """Compute log-probabilities (B, T) of a batch without gradient.
 
         Args:
             batch: on this module's device.
-            model: whose log-probabilities.
-            temperature: the module's own by default.
+            model: the policy or the reference.
         """
         scorer = self.loaded_policy
         weights: AbstractContextManager[None] = nullcontext()
@@ -190,22 +180,22 @@ class PRLModule(LightningModule):
         elif model == "reference":
             weights = adapters_off(scorer)
         with self.trainer.precision_plugin.forward_context(), weights:
-            logprobs: Tensor = scorer(batch, temperature or self.temperature)[0]
+            logprobs: Tensor = scorer(batch)[0]
         return logprobs
 
     def weights(
         self, dtype: torch.dtype | None = None, as_in_file: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights under their Hugging Face names, for an engine; a collective.
+        """Yield the policy's weights under their Hugging Face names; a collective.
 
         Args:
             dtype: see ``named_weights``.
-            as_in_file: see there.
+            as_in_file: see ``named_weights``.
         """
         return named_weights(self.loaded_policy, dtype, as_in_file)
 
     def gradient_norm(self) -> Tensor:
-        """Norm of this update's gradient as backward left it, computed once; a collective."""
+        """Return the norm of this update's unclipped gradient, computed once; a collective."""
         if self._gradient_norm is None:
             self._gradient_norm = total_norm(self.loaded_policy)
         return self._gradient_norm
@@ -216,10 +206,10 @@ class PRLModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the Trainer says, by the norm that is there already.
+        """Clip as the Trainer is configured, with the norm that is already computed.
 
-        Lightning would compute it again, cannot under FSDP1, and refuses fused optimizers under
-        bf16-mixed, where there is nothing to unscale.
+        Lightning's clipping computes the norm again, does not work under FSDP1, and refuses fused
+        optimizers under bf16-mixed although nothing has to be unscaled there.
         """
         norm, self._gradient_norm = self._gradient_norm, None
         is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
@@ -230,7 +220,7 @@ class PRLModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the norm of the gradient, before any clipping; a skipped update has none."""
+        """Log the gradient norm before clipping; a skipped update has no gradient."""
         if any(p.grad is not None for p in self.loaded_policy.parameters()):
             self._log_train({"grad_norm": full(self.gradient_norm())}, weight=1)
 
@@ -241,15 +231,15 @@ class PRLModule(LightningModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Step, and let the gradient go: the engine that samples next can use its memory."""
+        """Step and free the gradient, so that the engine can use its memory."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
         """Log the process term over all tokens of the iteration.
 
-        Not in ``on_train_epoch_end``: by then the progress bar of the first rank alone is reducing
-        what was logged, and a collective of ours would meet one of Lightning's.
+        Not in ``on_train_epoch_end``: there only rank 0's progress bar reduces logged values, and
+        our collective would be matched with one of Lightning's.
         """
         if self.trainer.is_last_batch and self.process_term.update_called:
             moments = self.process_term.compute()
@@ -258,13 +248,13 @@ class PRLModule(LightningModule):
 
     @property
     def loaded_policy(self) -> torch.nn.Module:
-        """The policy, sharded as the strategy has it; an error before it is loaded."""
+        """The policy, sharded if the strategy shards; an error before it is loaded."""
         if self.policy is None:
-            raise RuntimeError("the policy is loaded in configure_model, by the Trainer")
+            raise RuntimeError("the policy is not loaded: the Trainer loads it in configure_model")
         return self.policy
 
     def _log_train(self, values: dict[str, Tensor], weight: int, **options: Any) -> None:
-        """Log one value an epoch, which is one iteration."""
+        """Log one value per epoch, which is one iteration."""
         self.log_dict(
             {f"train/{name}": value for name, value in values.items()},
             on_step=False,
@@ -275,43 +265,20 @@ class PRLModule(LightningModule):
             **options,
         )
 
-    # Evaluation: the callback samples, a step only counts
+    # Evaluation: the callback samples, a step only updates the metrics
 
     def setup(self, stage: str) -> None:
-        """Make the metrics of every evaluation set, on the device of this rank.
-
-        Raises:
-            ValueError: see ``check_metrics``.
-        """
+        """Create the metrics of every evaluation set, on the device of this rank."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.check_metrics(data)
         self._eval_names = list(data.eval_rollouts)
         self.eval_metrics = torch.nn.ModuleList(
-            SetMetrics(data.eval_group_size, self.pass_at, self.solved_at) for _ in self._eval_names
+            SetMetrics(data.evaluation) for _ in self._eval_names
         )
-        # FSDP1 moves nothing but what it shards, and would log and feed batches on the CPU.
+        # FSDP1 moves only what it shards; batches and logged values would stay on the CPU.
         self.to(self.trainer.strategy.root_device)
 
-    def check_metrics(self, data: PromptDataModule) -> None:
-        """Look whether what is asked for can be computed.
-
-        Args:
-            data: knows the number of samples.
-
-        Raises:
-            ValueError: a k of ``pass_at`` is larger than the number of samples, or nobody has
-                registered the divergence.
-        """
-        get_divergence(self.objective.divergence)
-        too_large = [k for k in self.pass_at if k > data.eval_group_size]
-        if too_large and data.eval_sources:
-            raise ValueError(
-                f"model.pass_at has {too_large}, but data.eval_group_size={data.eval_group_size} "
-                "samples a prompt. Raise eval_group_size or leave those k out."
-            )
-
     def validation_step(self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count what one prompt's group has right."""
+        """Add one prompt's group to the metrics of its set."""
         cast(SetMetrics, self.eval_metrics[dataloader_idx]).update(batch)
 
     test_step = validation_step
@@ -330,7 +297,7 @@ class PRLModule(LightningModule):
             name: cast(SetMetrics, metrics).results()
             for name, metrics in zip(self._eval_names, self.eval_metrics, strict=True)
         }
-        # A sanity check of some batches is not an evaluation; of all, it is the base model's.
+        # A sanity check on all batches is the evaluation of the base model, on some it is none.
         is_partial = self.trainer.sanity_checking and self.trainer.num_sanity_val_steps != inf
         self.eval_results = {} if is_partial else results
         values = {
@@ -339,7 +306,7 @@ class PRLModule(LightningModule):
             for metric, estimate in results.metrics.items()
         }
         if self.trainer.sanity_checking:
-            # Lightning drops these values.
+            # Lightning does not log values of a sanity check.
             for logger in self.trainer.loggers if values else ():
                 logger.log_metrics(values, step=0)
         else:
@@ -351,27 +318,27 @@ class PRLModule(LightningModule):
     def predict_step(
         self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor] | None:
-        """What ``inspect`` says of one prompt's sampled group; None for a padding prompt."""
+        """Inspect one prompt's sampled group; None for a padding prompt."""
         inspected = self.inspect(batch)
         return None if batch.is_padding else inspected
 
     @torch.no_grad()
     def inspect(self, batch: RolloutBatch) -> dict[str, Tensor]:
-        """Every quantity of the method at each token, as the loss would have it.
+        """Compute every quantity of the method at each token, as the loss does.
 
         Args:
             batch: with its outcome advantages, on this module's device.
 
         Returns:
             ``policy_logprobs``, ``advantages`` and ``step_ends`` (bool, nowhere True in the token
-            form), with a reference ``ref_logprobs`` and ``process_rewards`` (v2 Eq. 5.4), each
+            form), and with a reference ``ref_logprobs`` and ``process_rewards`` (v2 Eq. 5.4), each
             (B, T).
         """
         policy_logprobs = self.score(batch, "policy")
         ref_logprobs = self.score(batch, "reference") if self.keeps_reference else None
         step_ends = self.splitter(batch.completion_ids, batch.completion_mask)
         _, stats = self.objective.loss(policy_logprobs, ref_logprobs, batch, step_ends)
-        found = {
+        inspected = {
             "policy_logprobs": policy_logprobs,
             "advantages": stats["advantage"],
             "step_ends": torch.zeros_like(batch.completion_mask)
@@ -379,19 +346,19 @@ class PRLModule(LightningModule):
             else step_ends,
         }
         if ref_logprobs is not None:
-            found["ref_logprobs"] = ref_logprobs
-            found["process_rewards"] = process_rewards(
+            inspected["ref_logprobs"] = ref_logprobs
+            inspected["process_rewards"] = process_rewards(
                 batch.rewards,
                 policy_logprobs - ref_logprobs,
                 batch.completion_mask,
                 self.objective.beta,
             )
-        return found
+        return inspected
 
 
-def _token_mean(values: Tensor, batch: RolloutBatch, tokens: int) -> Tensor:
-    """Mean of (B, T) values over a micro-batch's completion tokens, of which there are so many.
+def _token_mean(values: Tensor, batch: RolloutBatch) -> Tensor:
+    """Average (B, T) values over the sampled tokens of a micro-batch.
 
-    Weighted by their number, an epoch's mean is that of all its tokens.
+    Logged with the number of tokens as the weight, so that the mean of an epoch is over its tokens.
     """
-    return keep_tokens(values, batch.completion_mask, "values").sum() / tokens
+    return keep_tokens(values, batch.completion_mask, "values").sum() / batch.num_tokens

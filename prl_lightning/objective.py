@@ -20,7 +20,7 @@ from prl_lightning.functional import (
     process_baseline,
 )
 from prl_lightning.functional.process import per_token
-from prl_lightning.step_splitter import Steps
+from prl_lightning.models.step_splitter import Steps
 from prl_lightning.types import RolloutBatch
 
 KL_IN_REWARD = ("reward_trajectory", "reward_step")

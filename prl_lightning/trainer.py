@@ -1,31 +1,63 @@
-"""PRLTrainer: a checkpoint is there whole or not at all, and the last one can be found."""
+"""PRLTrainer: complete checkpoints only, safe loading, and the strategy ``fsdp2``."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.constants import default_pg_timeout
 
-from prl_lightning.strategies import FSDP2Strategy  # noqa: F401  (known by its name from here on)
-from prl_lightning.unpickling import refuse_code
+from prl_lightning.runs.unpickling import refuse_code
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """FSDP2 over all ranks of the Trainer, by the name ``fsdp2``.
+
+    Lightning's ModelParallelStrategy needs the number of ranks again, as ``data_parallel_size``,
+    and by default uses the ranks of a node for tensor parallelism.
+
+    Args:
+        save_distributed_checkpoint: every rank writes its shard into a folder; otherwise rank 0
+            writes one file.
+        process_group_backend: by default NCCL for GPUs and Gloo for CPUs.
+        timeout: of a collective.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
+
+    def setup_environment(self) -> None:
+        """Use every rank for data parallelism."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all ranks")
 
 
 class PRLTrainer(Trainer):
-    """Lightning's Trainer, whose checkpoints are written beside and renamed when complete.
+    """Lightning's Trainer, with checkpoints that are renamed into place when complete.
 
-    Nothing in a checkpoint is run, unless ``weights_only=False`` asks for it.
+    Loading a checkpoint runs no code from it, unless ``weights_only=False`` is set.
 
     Args:
-        num_sanity_val_steps: Lightning's; by default the starting policy is evaluated on all.
-        log_every_n_steps: Lightning's; by default an iteration of one update is logged as well.
-        use_distributed_sampler: Lightning's; off, for a rank reads the buffer that it has filled.
-        kwargs: everything else of Lightning's Trainer.
+        num_sanity_val_steps: by default, all: the initial policy is evaluated.
+        log_every_n_steps: by default 1, since an iteration may have a single update.
+        use_distributed_sampler: off, because each rank reads the buffer that it has filled.
+        kwargs: all other arguments of Lightning's Trainer.
     """
 
     def __init__(
@@ -49,9 +81,9 @@ class PRLTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """Where fit, validate, test and predict come together, the checkpoint's name found.
+        """Run fit, validate, test or predict, and load checkpoints with ``weights_only``.
 
-        Lightning takes None for False where a checkpoint is not on this machine.
+        Lightning takes None for False if the checkpoint is not on this machine.
         """
         if weights_only is None:
             weights_only = True
@@ -68,14 +100,14 @@ class PRLTrainer(Trainer):
         """Save a file, or with a sharding strategy a folder; all ranks call this.
 
         Args:
-            filepath: its name; what has that name is kept until the new one is complete.
-            weights_only: leave out what only a continued run needs.
+            filepath: an existing checkpoint is kept until the new one is complete.
+            weights_only: leave out everything that only a resumed run needs.
             storage_options: for the CheckpointIO plugin.
 
         Raises:
-            ValueError: a plugin writes in the background, so that nobody knows when it is complete.
+            ValueError: a plugin writes in the background, so its completion is unknown.
         """
-        if "://" in str(filepath):  # an object store shows what is complete and nothing else
+        if "://" in str(filepath):  # object stores show only complete files
             super().save_checkpoint(filepath, bool(weights_only), storage_options)
             return
         if isinstance(self.strategy.checkpoint_io, AsyncCheckpointIO):
@@ -101,12 +133,12 @@ class PRLTrainer(Trainer):
 
 
 def last_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest complete ``last*.ckpt`` of the runs that this one would lie beside.
+    """Find the newest complete ``last*.ckpt`` among the runs of this root folder.
 
-    Where there is none at all the newest of any name, as Lightning writes it by itself.
+    If there is none, find the newest checkpoint of any name.
 
     Args:
-        trainer: knows the folders of its root, its loggers and its checkpoint callbacks.
+        trainer: its root folder, loggers and checkpoint callbacks are searched.
     """
     root = Path(trainer.default_root_dir)
     roots = {root} | {
@@ -120,7 +152,7 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
         for callback in trainer.checkpoint_callbacks
         if isinstance(callback, ModelCheckpoint) and callback.dirpath
     }
-    for pattern in ("last*.ckpt", "[!.]*.ckpt"):  # half a checkpoint's name begins with a dot
+    for pattern in ("last*.ckpt", "[!.]*.ckpt"):  # incomplete ones start with a dot
         found = [path for folder in folders for path in folder.glob(pattern) if _is_complete(path)]
         if found:
             return max(found, key=_written_at)
@@ -128,7 +160,7 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """A file that ends as it should; a folder with what is written into it at the end."""
+    """Check for the end of a file, and for the files that are written last into a folder."""
     if checkpoint.is_dir():
         return (checkpoint / ".metadata").is_file() and (checkpoint / "meta.pt").is_file()
     return zipfile.is_zipfile(checkpoint)
@@ -139,7 +171,7 @@ def _written_at(checkpoint: Path) -> int:
 
 
 def _to_disk(path: Path) -> None:
-    """Have it on the disk before the old one goes: a machine that is taken away loses its cache."""
+    """Flush to disk before the old checkpoint is removed: a lost machine loses its page cache."""
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
             with file.open("rb") as opened:
@@ -147,9 +179,9 @@ def _to_disk(path: Path) -> None:
 
 
 def _put_in_place(part: Path, final: Path) -> None:
-    """Rename; a folder cannot replace another, so the old one steps aside under a name of its own.
+    """Rename. A folder cannot replace another, so the old one is renamed first.
 
-    The name is one that ``last_checkpoint`` finds as well.
+    ``last_checkpoint`` finds it under that name, too.
     """
     if part.is_file() and not final.is_dir():
         part.replace(final)

@@ -4,9 +4,10 @@ Shape letters: B completions, G group size, T completion tokens, S tokens of a w
 completion), V vocabulary, H hidden size.
 
 Four log-probabilities that are never mixed, all natural logarithms at the sampling temperature:
-``policy_logprobs`` (this update's policy, with gradient), ``old_logprobs`` (the policy that
-sampled, as the trainer has it; with ``rollout.overlap``, where the trainer is an update further, as
-the engine reported it), ``rollout_logprobs`` (what the engine reported) and ``ref_logprobs``.
+``policy_logprobs`` (the policy of this update, with gradient), ``old_logprobs`` (the policy that
+sampled, as the trainer computes it; with ``rollout.overlap``, where the trainer is one update
+ahead, as the engine reported it), ``rollout_logprobs`` (as the engine reported it) and
+``ref_logprobs`` (the reference).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, dataclass_transform
 import torch
 from torch import Tensor
 
-from prl_lightning.packing import Packing
+from prl_lightning.models.packing import Packing
 
 Message = dict[str, str]
 
@@ -28,13 +29,13 @@ class Prompt:
 
     Attributes:
         token_ids: the rendered prompt (system prompt, template and chat template applied).
-        source: the prompt as the data has it, text or chat messages; reward functions get this.
-        columns: every other column of its row; reward functions get these too.
-        seed: its completions are drawn with the random numbers of seed, seed + 1 and so on. It
-            depends on the prompt's place in the data alone, not on how many ranks share the
-            prompts. Whether equal seeds give equal tokens: see ``Sampler.generate``.
-        is_padding: a repeated prompt of an evaluation set that the ranks do not divide; it keeps
-            them in step and is not counted.
+        source: the prompt as it stands in the data, text or chat messages, for reward functions.
+        columns: every other column of its row, for reward functions.
+        seed: its completions use the random numbers of seed, seed + 1 and so on. It depends only on
+            the prompt's position in the data, not on the number of ranks. Whether equal seeds give
+            equal tokens: see ``Sampler.generate``.
+        is_padding: a repeated prompt that fills up an evaluation set whose size the number of ranks
+            does not divide; it is not counted.
     """
 
     token_ids: list[int]
@@ -46,38 +47,58 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled completion, as an engine returns it.
+    """One completion, as an engine returns it.
 
     Attributes:
-        token_ids: sampled tokens, the end-of-sequence token included.
-        logprobs: the engine's log-probability of each of them.
-        finished: it ended by itself; False where it was cut at the limit.
+        token_ids: its tokens, the end-of-sequence token included.
+        logprobs: the engine's log-probability of each token; ignored where it was not sampled.
+        finished: it ended by itself; False if it was cut at the limit.
+        is_sampled: which tokens the policy sampled. The others, such as the output of a tool, are
+            context: they are not trained on. By default all are sampled.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finished: bool
+    is_sampled: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Without a mask, mark every token as sampled."""
+        if not self.is_sampled:
+            object.__setattr__(self, "is_sampled", [True] * len(self.token_ids))
+
+    @property
+    def length(self) -> int:
+        """Number of tokens, sampled or not."""
+        return len(self.token_ids)
+
+    @property
+    def num_sampled(self) -> int:
+        """Number of sampled tokens."""
+        return sum(self.is_sampled)
 
 
 @dataclass
 class Rollout:
-    """One completion with all that is known of it before the update.
+    """One completion with everything the update needs.
 
     Attributes:
-        prompt: where it comes from.
-        completion: what was sampled.
+        prompt: that it answers.
+        completion: the tokens.
         text: the completion, decoded without special tokens.
+        temperature: it was sampled at, and every log-probability of it is computed at.
         reward: weighted sum of the reward functions.
-        outcome_advantage: scalar () or, for a reward with the KL inside it, one per token (T,).
-        old_logprobs: (T,) or None where one update a rollout makes them equal to the policy's.
-        ref_logprobs: (T,) or None where nothing needed them before the update.
-        answer: the number of its answer in its group, the same for equal answers and below zero
-            without one; None where no reward function can tell, and in training.
+        outcome_advantage: scalar (), or (T,) if the KL is part of the reward.
+        old_logprobs: (T,); None if the policy that is updated is the one that sampled.
+        ref_logprobs: (T,); None if nothing needed them before the update.
+        answer: number of its answer within the group: equal for equal answers, negative without an
+            answer. None in training, and if no reward function compares answers.
     """
 
     prompt: Prompt
     completion: Completion
     text: str
+    temperature: float = 1.0
     reward: float = 0.0
     outcome_advantage: Tensor = field(default_factory=lambda: torch.zeros(()))
     old_logprobs: Tensor | None = None
@@ -87,10 +108,10 @@ class Rollout:
 
 @dataclass_transform(kw_only_default=True)
 class _Fields:
-    """A dataclass to people and type checkers, but not to Lightning.
+    """A dataclass for people and type checkers, but not for Lightning.
 
-    Under a precision such as bf16-true it would round every float tensor of a dataclass, and with
-    them advantages and log-probabilities.
+    Under a precision such as bf16-true Lightning rounds every float tensor of a dataclass, which
+    would include advantages and log-probabilities.
     """
 
     def __init__(self, **fields: Any) -> None:
@@ -98,33 +119,37 @@ class _Fields:
 
 
 class RolloutBatch(_Fields):
-    """A micro-batch: what ``training_step`` and ``validation_step`` receive.
+    """A micro-batch: the input of ``training_step`` and ``validation_step``.
 
     Attributes:
         input_ids: (B, S) prompt directly followed by completion, padded on the right, so that a
             causal model needs no attention mask.
         prompt_lengths: (B,) tokens of each prompt.
         completion_ids: (B, T) the completion part of ``input_ids``.
+        completion_lengths: (B,) tokens of each completion, sampled or not.
         completion_mask: (B, T) bool, True on sampled tokens, the end-of-sequence token included.
         packing: the rows as one long row, see Packing.
+        temperature: at which the completions were sampled.
         rollout_logprobs: (B, T).
         rewards: (B,).
-        finished: (B,) bool, False where a completion was cut at the limit.
+        finished: (B,) bool, False if a completion was cut at the limit.
         outcome_advantages: (B,) or (B, T).
         old_logprobs: (B, T) or None, see Rollout.
         ref_logprobs: (B, T) or None, see Rollout.
-        update_tokens: completion tokens of the whole optimizer update, over all micro-batches and
-            ranks; the denominator that makes the loss independent of how the update was cut.
-        update_sequences: completions of the whole update, likewise.
+        update_tokens: sampled tokens of the whole optimizer update, over all micro-batches and
+            ranks; this denominator makes the loss independent of how the update was cut.
+        update_sequences: completions of the whole update.
         answers: (B,) integers or None, see Rollout.
-        is_padding: completions of a padding prompt, see Prompt.
+        is_padding: the completions belong to a padding prompt, see Prompt.
     """
 
     input_ids: Tensor
     prompt_lengths: Tensor
     completion_ids: Tensor
+    completion_lengths: Tensor
     completion_mask: Tensor
     packing: Packing
+    temperature: float
     rollout_logprobs: Tensor
     rewards: Tensor
     finished: Tensor
@@ -138,15 +163,15 @@ class RolloutBatch(_Fields):
 
     @property
     def num_tokens(self) -> int:
-        """Completion tokens of this micro-batch."""
+        """Sampled tokens of this micro-batch."""
         return len(self.packing.targets)
 
     def to(self, device: torch.device | str) -> RolloutBatch:
-        """Return the batch on ``device`` (the method that Lightning's transfer calls)."""
+        """Return a copy on ``device``; Lightning's batch transfer calls this."""
 
         def move(tensor: Tensor) -> Tensor:
             if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
-                # Out of other memory a copy waits for all that the GPU has to do.
+                # A copy from pageable memory would wait until the GPU is idle.
                 return tensor.pin_memory().to(device, non_blocking=True)
             return tensor.to(device)
 

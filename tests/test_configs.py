@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from prl_lightning.objective import Objective
-from runs import fit, metrics_of, tiny_overrides
+from tiny_runs import fit, metrics_of, tiny_overrides
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))

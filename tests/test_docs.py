@@ -1,14 +1,25 @@
-"""What the documentation names is what is there."""
+"""The documentation names metrics, files, tests and Python objects that exist."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 
-from runs import fit, metrics_of, tiny_overrides
+import pytest
+
+from tiny_runs import fit, metrics_of, tiny_overrides
 
 ROOT = Path(__file__).parents[1]
 METRICS = ROOT / "docs" / "metrics.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = "benchmarks|configs|constraints|docs|prl_lightning|tests"
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def documented() -> set[str]:
@@ -22,7 +33,7 @@ def documented() -> set[str]:
     return names
 
 
-def test_every_name_has_its_unit_its_meaning_and_what_to_do() -> None:
+def test_every_metric_has_a_unit_a_meaning_and_advice() -> None:
     rows = re.findall(r"^\| (`.*?) \|$", METRICS.read_text(), flags=re.MULTILINE)
     assert len(rows) > 30
     for row in rows:
@@ -48,14 +59,50 @@ def test_every_logged_name_is_documented(tied_model: str, tmp_path: Path) -> Non
     assert {name for name in documented() if not name.startswith("test/")} - rare <= logged
 
 
-def test_what_is_said_to_be_shown_by_a_test_is() -> None:
-    text = (ROOT / "docs" / "gpu.md").read_text()
-    functions = set(re.findall(r"`(test_\w+)`", text))
-    files = set(re.findall(r"`((?:tests|benchmarks|constraints)/[\w/.]+)`", text))
-    assert len(functions) > 10
-    assert len(files) > 5
+def test_the_readme_links_every_page() -> None:
+    linked = set(re.findall(r"\]\((docs/\w+\.md)\)", PAGES[0].read_text()))
+    assert linked == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text())
+    for target, anchor in links:
+        file = (page.parent / target) if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_named_paths_exist(page: Path) -> None:
+    """Whole paths from the repository's root; a test's file may stand without its folder."""
+    text = page.read_text()
+    paths = re.findall(rf"(?<![\w./-])((?:{FOLDERS})/[\w./*-]*[\w/])", text)
+    assert [path for path in paths if not list(ROOT.glob(path.rstrip("/")))] == []
+    tests = re.findall(r"`(test_\w+\.py)`", text)
+    assert [name for name in tests if not list((ROOT / "tests").rglob(name))] == []
+
+
+def test_the_table_of_folders_is_the_packages() -> None:
+    table = (ROOT / "docs" / "reading_the_code.md").read_text().partition("\n## Folders")[2]
+    cells = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
+    listed = {name.rstrip("/") for name in re.findall(r"`([^`]+)`", " ".join(cells))}
+    package = ROOT / "prl_lightning"
+    folders = {str(file.parent.relative_to(package)) for file in package.rglob("*.py")} - {"."}
+    assert folders <= listed
+    assert [name for name in listed if not (package / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_named_objects_exist(page: Path) -> None:
+    """Import paths of the package, ``Class.method`` of its classes, and test functions."""
+    text = page.read_text()
+    for name in re.findall(r"(?<![\w/])prl_lightning(?:\.\w+)+", text):
+        resolve_name(name)
+    package = "".join(file.read_text() for file in (ROOT / "prl_lightning").rglob("*.py"))
+    for kind, member in re.findall(r"`([A-Z]\w+)\.([a-z]\w*)`", text):
+        if f"class {kind}" in package:
+            assert re.search(rf"def {member}\(|^    {member}: ", package, re.MULTILINE), member
     tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    functions = re.findall(r"`(test_\w+)`", text)
     assert [name for name in functions if f"def {name}(" not in tests] == []
-    assert [
-        name for name in files if not (ROOT / name).exists() and not list(ROOT.glob(f"{name}*"))
-    ] == []

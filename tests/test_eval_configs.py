@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from prl_lightning.cli import main
-from prl_lightning.tables import read_table
-from runs import fit, tiny_overrides
+from prl_lightning.runs.tables import read_table
+from tiny_runs import fit, tiny_overrides
 
 ROOT = Path(__file__).parents[1]
 MATH = ROOT / "configs" / "eval" / "math.yaml"
@@ -24,8 +24,8 @@ PROBLEMS = {
     "amc23": 40,
 }
 SMALL = [
-    "--data.eval_group_size=2",
-    "--model.pass_at=[2]",
+    "--evaluation.samples=2",
+    "--evaluation.pass_at=[2]",
     "--rollout.sampler=HFSampler",
     "--trainer.precision=32-true",
     "--trainer.accelerator=cpu",
@@ -40,17 +40,18 @@ def evaluate(folder: Path, *args: str) -> dict[str, Any]:
 
 
 def test_files_have_the_sets_of_the_hub() -> None:
-    local = yaml.safe_load((MATH.parent / "math-local.yaml").read_text())["data"]["eval"]
-    assert list(local) == list(yaml.safe_load(MATH.read_text())["data"]["eval"])
+    local = yaml.safe_load((MATH.parent / "math-local.yaml").read_text())["evaluation"]["sets"]
+    assert list(local) == list(yaml.safe_load(MATH.read_text())["evaluation"]["sets"])
 
 
 @pytest.mark.skipif(not COPIES.is_dir(), reason="needs copies of the sets beside the repository")
 def test_every_problem_of_the_papers_sets_is_asked(tied_model: str, tmp_path: Path) -> None:
+    sets = {name: str(COPIES / f"{name}.jsonl") for name in PROBLEMS}
     found = evaluate(
         tmp_path,
         *SMALL,
         f"--model.policy={tied_model}",
-        f"--data.eval={json.dumps({name: str(COPIES / f'{name}.jsonl') for name in PROBLEMS})}",
+        f"--evaluation.sets={json.dumps(sets)}",
         "--data.max_prompt_tokens=2040",
         "--rollout.max_new_tokens=2",
     )
@@ -66,7 +67,7 @@ def test_a_checkpoint_and_its_exported_folder_give_the_same_figures(
     main(["export", f"--ckpt_path={checkpoint}", f"--out={tmp_path / 'exported'}"])
     ask = [
         *SMALL,
-        f"--data.eval={{tiny: {tmp_path / 'heldout.jsonl'}}}",
+        f"--evaluation.sets={{tiny: {tmp_path / 'heldout.jsonl'}}}",
         "--data.format.columns={}",
         "--data.max_prompt_tokens=512",
         "--rollout.max_new_tokens=8",

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from prl_lightning.rewards import RewardSum
-from prl_lightning.samplers import HFSampler
-from ranks import TESTS, environment
-from runs import QUICKSTART, fit, metrics_of, tiny_overrides
+from prl_lightning.sampling import HFSampler
+from ranks import SUPPORT, environment
+from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
 FAULTS = {
     "memory": "FaultySampler failed on 4 prompts x 4.*MemoryError: 16 GiB wanted",
@@ -100,7 +100,7 @@ def test_one_ranks_failure_ends_all_ranks(
     started = time.monotonic()
     run = subprocess.Popen(
         [*command, *run_of(tied_model, tmp_path / "run"), *two, *faulty(fault, rank)],
-        cwd=TESTS,
+        cwd=SUPPORT,
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
@@ -164,7 +164,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tied_model: str, tmp_path:
     args = ["fit", f"--config={QUICKSTART}", *run_of(tied_model, tmp_path), "--ckpt_path=last"]
     done = subprocess.run(
         [sys.executable, str(script), str(whole.stat().st_size // 2), *args],
-        cwd=TESTS,
+        cwd=SUPPORT,
         env=environment(),
         capture_output=True,
         text=True,

@@ -20,7 +20,7 @@ from prl_lightning.data import PromptDataModule
 from prl_lightning.rewards import RegexMatch
 from prl_lightning.rewards.match import number_answers, reference_texts, same_text
 from prl_lightning.rewards.math import boxed_answer
-from runs import QUICKSTART, tiny_overrides
+from tiny_runs import QUICKSTART, tiny_overrides
 
 LATEX = st.sampled_from(
     ["\\boxed{", "\\fbox{", "{", "}", "\\frac", "$", ",", " and ", "\\text{ or }", "\\", "1", "x=",
@@ -149,12 +149,12 @@ def test_a_row_of_any_length_is_a_prompt_or_left_out(
 
 
 SETTINGS = [
-    "model.temperature", "model.pass_at", "model.objective.beta", "model.objective.kl",
+    "rollout.temperature", "evaluation.pass_at", "model.objective.beta", "model.objective.kl",
     "model.objective.steps", "model.objective.clip_low", "model.objective.aggregation",
     "model.optimizer", "data.prompts_per_epoch", "data.group_size", "data.updates_per_epoch",
-    "data.eval_group_size", "data.max_prompt_tokens", "data.format", "data.eval",
+    "evaluation.samples", "data.max_prompt_tokens", "data.format", "data.eval",
     "rollout.max_new_tokens", "rollout.limits.seconds", "rollout.limits", "rollout.reward_weights",
-    "rollout.rewards", "rollout.overlap", "rollout.eval_top_p", "completions.groups",
+    "rollout.rewards", "rollout.overlap", "evaluation.top_p", "completions.groups",
     "guard.max_skipped", "trainer.max_epochs", "trainer.accumulate_grad_batches", "rollout.sampler",
     "no.such", "model.no_such", "trainer.callbacks",
 ]  # fmt: skip

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from prl_lightning.functional import token_logprobs
-from prl_lightning.models import LogprobModel
+from prl_lightning.models.causal_lm import LogprobModel
 from prl_lightning.objective import Objective
 from prl_lightning.types import RolloutBatch
 from random_models import batch_of, random_model
-from ranks import TESTS, environment, gap, recorded_run, run_all
-from runs import QUICKSTART, metrics_of, tiny_overrides
+from ranks import SUPPORT, environment, gap, recorded_run, run_all
+from tiny_runs import QUICKSTART, metrics_of, tiny_overrides
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ GIB = 2**30
 
 def step(model: LogprobModel, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probabilities and gradients of one micro-batch."""
-    logprobs, _ = model(batch, 0.7)
+    logprobs, _ = model(batch)
     loss, _ = Objective(beta=0.5).loss(logprobs, torch.zeros_like(logprobs), batch, None)
     loss.backward()
     gradients = {name: weight.grad.cpu() for name, weight in model.named_parameters()}
@@ -66,7 +66,7 @@ def test_training_does_not_wait_for_the_device() -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        logprobs, _ = model(batch, 1.0)
+        logprobs, _ = model(batch)
         loss, _ = Objective().loss(logprobs, torch.zeros_like(logprobs), batch, None)
         loss.backward()
     finally:
@@ -99,7 +99,9 @@ def test_the_output_head_never_has_all_logits() -> None:
 @pytest.mark.usefixtures("fresh_memory")
 def test_a_micro_batch_takes_the_memory_that_was_calculated() -> None:
     """By benchmarks/fake_cuda: Qwen2.5-0.5B, 8 completions of 1,024 tokens, checkpointing."""
-    results = json.loads((TESTS.parent / "benchmarks" / "results" / "fake_cuda.json").read_text())
+    results = json.loads(
+        (SUPPORT.parents[1] / "benchmarks" / "results" / "fake_cuda.json").read_text()
+    )
     expected = results["memory"]["Qwen2.5-0.5B, 8 x 1024, checkpointing, float32 weights"][
         "peak_gib"
     ]
@@ -113,7 +115,7 @@ def test_a_micro_batch_takes_the_memory_that_was_calculated() -> None:
     batch = batch_of([1024] * 8, prompt=200, group=8).to("cuda")
     before = torch.cuda.memory_allocated()
     with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
-        logprobs, _ = model(batch, 1.0)
+        logprobs, _ = model(batch)
     logprobs.sum().backward()
     peak = (torch.cuda.max_memory_allocated() - before) / GIB
     print(f"peak {peak:.2f} GiB, calculated {expected:.2f}")
@@ -201,6 +203,6 @@ def test_a_run_needs_no_more_than_its_dependencies(
     command = ["only_dependencies.py", extras, "fit", f"--config={QUICKSTART}", *run]
     subprocess.run(
         [sys.executable, *command, "--trainer.devices=1"],
-        cwd=TESTS, env=environment(), check=True,
+        cwd=SUPPORT, env=environment(), check=True,
     )  # fmt: skip
     assert metrics_of(tmp_path)["rollout/engine_gap"][0] < 1e-3

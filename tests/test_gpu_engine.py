@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from engine_gap import trainer_gap
-from prl_lightning.models import load_policy, named_weights
-from prl_lightning.samplers import SamplingConfig, VLLMSampler
+from prl_lightning.models.causal_lm import load_policy, named_weights
+from prl_lightning.sampling import SamplingConfig, VLLMSampler
 from prl_lightning.types import Prompt
 from ranks import environment
 
@@ -82,8 +82,8 @@ def test_a_batch_invariant_engine_gives_a_seed_its_tokens_beside_any_others(
     script = tmp_path / "alone_and_beside.py"
     script.write_text(
         "import sys\n"
-        "from prl_lightning.models import load_policy, named_weights\n"
-        "from prl_lightning.samplers import VLLMSampler\n"
+        "from prl_lightning.models.causal_lm import load_policy, named_weights\n"
+        "from prl_lightning.sampling import VLLMSampler\n"
         "from test_gpu_engine import PROMPTS, SAMPLING\n"
         "sampler = VLLMSampler('bfloat16', gpu_memory_utilization=0.3, batch_invariant=True)\n"
         "sampler.start(sys.argv[1], 64)\n"

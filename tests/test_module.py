@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from prl_lightning.models.sharding import total_norm
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
-from prl_lightning.sharding import total_norm
 from ranks import gap, read, recorded_run
-from runs import fit
+from tiny_runs import fit
 
 
 def loaded(model: str, objective: Objective, **options: bool) -> PRLModule:
@@ -122,8 +122,3 @@ def test_a_fused_optimizer_is_clipped_under_bf16_mixed(tied_model: str, tmp_path
     record = read(tmp_path)
     assert record["metrics"]["train/grad_norm"] > 1
     assert gap(record["after"], record["before"]) > 1e-3
-
-
-def test_temperature_must_be_positive(tied_model: str) -> None:
-    with pytest.raises(ValueError, match="model.temperature=0"):
-        PRLModule(tied_model, temperature=0.0)

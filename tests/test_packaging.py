@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ranks import TESTS, environment
-from runs import QUICKSTART, metrics_of, tiny_overrides
+from ranks import SUPPORT, environment
+from tiny_runs import QUICKSTART, metrics_of, tiny_overrides
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,5 +70,5 @@ def test_a_run_needs_no_more_than_its_dependencies(
     if sampler == "VLLMSampler":
         run.append("--rollout.sampler.cache_gib=0.1")
     command = ["only_dependencies.py", extras, "fit", f"--config={QUICKSTART}", *run]
-    subprocess.run([sys.executable, *command], cwd=TESTS, env=environment(), check=True)
+    subprocess.run([sys.executable, *command], cwd=SUPPORT, env=environment(), check=True)
     assert metrics_of(tmp_path)["rollout/engine_gap"][0] < 1e-4

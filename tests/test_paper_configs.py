@@ -80,14 +80,15 @@ def write_rows(folder: Path, source: str, count: int) -> str:
 
 def overrides(name: str, folder: Path) -> list[str]:
     """Smaller, on a CPU; objective, columns, templates, strategy and precision as they are."""
-    data = yaml.safe_load((CONFIGS / f"{name[:2]}.yaml").read_text())["data"]
-    sets = {key: write_rows(folder, source, 1) for key, source in data["eval"].items()}
+    config = yaml.safe_load((CONFIGS / f"{name[:2]}.yaml").read_text())
+    named = config["evaluation"]["sets"]
+    sets = {key: write_rows(folder, source, 1) for key, source in named.items()}
     return [
         f"--config={CONFIGS / f'{name[:2]}.yaml'}",
         f"--config={CONFIGS / f'{name}.yaml'}",
         f"--model.policy={save_model(KINDS[name], folder / 'model')}",
-        f"--data.train={write_rows(folder, data['train'], 8)}",
-        f"--data.eval={json.dumps(sets)}",
+        f"--data.train={write_rows(folder, config['data']['train'], 8)}",
+        f"--evaluation.sets={json.dumps(sets)}",
         "--data.prompts_per_epoch=8",
         "--rollout.max_new_tokens=12",
         "--rollout.rewards+=sample_rewards.even_digits",
@@ -140,18 +141,19 @@ SETTINGS = {  # of the papers' tables
 def test_settings_are_the_papers(version: str) -> None:
     config = yaml.safe_load((CONFIGS / f"{version}.yaml").read_text())
     model, data, rollout = config["model"], config["data"], config["rollout"]
+    evaluation = config["evaluation"]
     objective = model["objective"]
     assert (objective["outcome"], objective["kl"], objective["beta"]) == ("grpo", "process", 0.01)
     assert objective["unbiased_std"]  # the authors' code divides by n - 1
     assert model["optimizer"]["init_args"] == {"lr": 1e-6, "fused": True}
-    assert model["temperature"] == rollout["eval_temperature"] == 1.0
+    assert rollout["temperature"] == evaluation["temperature"] == 1.0
     assert data["group_size"] == 5
     assert data["format"]["template"] == "{prompt}" + ADDED
     found = {
         "steps": objective["steps"],
         "prompts": (data["prompts_per_epoch"], data["updates_per_epoch"]),
         "limits": (data["max_prompt_tokens"], rollout["max_new_tokens"]),
-        "samples": data["eval_group_size"],
+        "samples": evaluation["samples"],
     }
     assert found == SETTINGS[version]
     assert data["format"].get("system_prompt") == (SYSTEM if version == "v1" else None)

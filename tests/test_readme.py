@@ -1,4 +1,4 @@
-"""What README and the configurations tell a reader to type is understood as it stands there."""
+"""Commands and programs in README, docs and configurations work as they are printed there."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from prl_lightning.cli import main
-from prl_lightning.samplers import HFSampler
-from runs import fit, metrics_of, tiny_overrides, write_prompts
+from prl_lightning.sampling import HFSampler
+from tiny_runs import fit, metrics_of, tiny_overrides, write_prompts
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-# What `prl check` reads as the run itself would; the other words have tests of their own.
+DOCS = [file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", "\n".join([README, *DOCS]), re.DOTALL)
+# `prl check` reads these commands' arguments as the run would; the other commands have other tests.
 CHECKED = {"fit", "validate", "check"}
 ELSEWHERE = {
     "configs": "tests/test_packaging.py",
-    "export": "tests/test_export.py",
+    "export": "tests/models/test_export.py",
     "predict": "tests/callbacks/test_completion_log.py",
     "report": "tests/report/",
 }
@@ -34,8 +36,8 @@ ON_GPUS = (
 
 
 def commands() -> list[str]:
-    """Every whole line with a ``prl`` command, in README's blocks and configurations' comments."""
-    texts = [*re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)]
+    """Every whole line with a ``prl`` command, in code blocks and configurations' comments."""
+    texts = [text for _, text in BLOCKS]
     texts += [file.read_text() for file in sorted((ROOT / "configs").rglob("*.yaml"))]
     lines = re.findall(r"^(?:#|) *(prl [a-z].*)$", "\n".join(texts), re.MULTILINE)
     whole = (line.split("  #")[0].split(" # ")[0].strip() for line in lines)
@@ -43,9 +45,12 @@ def commands() -> list[str]:
 
 
 def python_block(words: str) -> str:
-    blocks: list[str] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (block,) = (block for block in blocks if words in block)
-    return block
+    (block,) = (text for kind, text in BLOCKS if kind == "python" and words in text)
+    return str(block)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
 
 
 def test_every_command_is_run_somewhere() -> None:
@@ -54,20 +59,22 @@ def test_every_command_is_run_somewhere() -> None:
     assert all((ROOT / place).exists() for place in ELSEWHERE.values())
 
 
-def data_of(words: list[str]) -> dict[str, Any]:
-    """The data section of a command's configurations, later ones over earlier ones."""
-    data: dict[str, Any] = {}
+def sections_of(words: list[str]) -> dict[str, dict[str, Any]]:
+    """A command's data and evaluation sections, later configurations over earlier ones."""
+    sections: dict[str, dict[str, Any]] = {"data": {}, "evaluation": {}}
     for flag, value in zip(words, words[1:], strict=False):
         if flag == "--config":
-            data |= yaml.safe_load((ROOT / value).read_text()).get("data", {})
-    return data
+            config = yaml.safe_load((ROOT / value).read_text())
+            for name, section in sections.items():
+                section |= config.get(name, {})
+    return sections
 
 
 def rows_in_columns(file: Path, columns: dict[str, str | list[str]]) -> Path:
-    """Two rows in the columns that a configuration expects."""
+    """Write two rows in the columns that a configuration expects."""
     write_prompts(file, count=2)
-    for name, own in columns.items():
-        first = own if isinstance(own, str) else own[0]
+    for name, theirs in columns.items():
+        first = theirs if isinstance(theirs, str) else theirs[0]
         file.write_text(file.read_text().replace(f'"{name}"', f'"{first}"'))
     return file
 
@@ -83,12 +90,14 @@ def rows_in_columns(file: Path, columns: dict[str, str | list[str]]) -> Path:
 def test_a_command_is_understood(
     command: str, tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a tiny model and a few rows in the place of the Hub's; all else is the document's."""
+    """A tiny model and a few rows replace the Hub's; everything else is the document's."""
     monkeypatch.chdir(ROOT)
-    # A run's own configuration is what it was made with.
+    # A run folder's configuration is the one that the run was started with.
     words = shlex.split(re.sub(r"runs/(\w+)/version_0/config", r"configs/\1", command))[2:]
-    data = data_of(words)
-    rows = rows_in_columns(tmp_path / "rows.jsonl", data.get("format", {}).get("columns", {}))
+    sections = sections_of(words)
+    columns = sections["data"].get("format", {}).get("columns", {})
+    rows = rows_in_columns(tmp_path / "rows.jsonl", columns)
+    sets = ", ".join(f"{name}: {rows}" for name in sections["evaluation"]["sets"])
     main(
         [
             "check",
@@ -96,7 +105,7 @@ def test_a_command_is_understood(
             f"--model.policy={tied_model}",
             "--data.prepare=null",
             f"--data.train={rows}",
-            f"--data.eval={{{', '.join(f'{name}: {rows}' for name in data['eval'])}}}",
+            f"--evaluation.sets={{{sets}}}",
             "--data.max_prompt_tokens=32",
             "--rollout.max_new_tokens=8",
             f"--trainer.default_root_dir={tmp_path / 'run'}",
@@ -104,16 +113,17 @@ def test_a_command_is_understood(
     )
 
 
-def test_the_python_road_trains(tied_model: str, tmp_path: Path) -> None:
+def test_the_python_program_trains(tied_model: str, tmp_path: Path) -> None:
     """README's program, with a tiny model, two epochs and no engine."""
     program = python_block("trainer.fit(")
     changes = {
         '"Qwen/Qwen2.5-0.5B-Instruct"': repr(tied_model),
+        '{"heldout": "heldout.jsonl"}': '{"heldout": train}',
+        "temperature=1.0)": "temperature=1.0, sampler=sampler, max_new_tokens=8)",
         "max_epochs=100": "max_epochs=2, accelerator='cpu', enable_progress_bar=False",
         "accumulate_grad_batches=64": "accumulate_grad_batches=2",
         'CSVLogger("runs", name="own")': "logger",
-        "RolloutCallback([MathReward()])": "RolloutCallback([MathReward()], sampler, None, 8)",
-        'train="train.jsonl")': "train=train, prompts_per_epoch=4, max_prompt_tokens=16)",
+        'train="train.jsonl",': "train=train, prompts_per_epoch=4, max_prompt_tokens=16,",
     }
     for old, new in changes.items():
         assert program.count(old) == 1, old
@@ -121,15 +131,17 @@ def test_the_python_road_trains(tied_model: str, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="run")
     train = str(write_prompts(tmp_path / "train.jsonl"))
     exec(program, {"logger": logger, "train": train, "sampler": HFSampler()})
-    assert len(metrics_of(tmp_path)["train/loss"]) == 2
+    metrics = metrics_of(tmp_path)
+    assert len(metrics["train/loss"]) == 2
+    assert "val/heldout/mean@16" in metrics
     assert (tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt").is_file()
 
 
-def test_rewards_and_divergence_of_ones_own_lie_beside_the_configuration(
+def test_a_custom_reward_and_divergence_are_found_in_the_working_folder(
     tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = python_block("def short_enough") + python_block("register_divergence(")
-    (tmp_path / "my_rewards.py").write_text(own)
+    program = python_block("def short_enough") + python_block("register_divergence(")
+    (tmp_path / "my_rewards.py").write_text(program)
     monkeypatch.syspath_prepend(tmp_path)
     fit(
         *tiny_overrides(tied_model, tmp_path),
@@ -140,7 +152,7 @@ def test_rewards_and_divergence_of_ones_own_lie_beside_the_configuration(
     )
     metrics = metrics_of(tmp_path)
     assert metrics["rollout/reward/short_enough"] == [1.0, 1.0]
-    # After an update the policy has left the reference, and chi-square's term is not KL's: its own
-    # cost, f - f'u = 1 - u^2, is 0 where both agree.
+    # Chi-square's term of a token, f - f'u = 1 - u^2, is 0 while policy and reference agree. After
+    # an update they differ.
     assert abs(metrics["train/process_term_mean"][0]) < 1e-6
     assert metrics["train/process_term_mean"][1] != 0

@@ -17,17 +17,18 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
-from interruptions import Command, SaveAt, Settings, callback, differing, finish
+from interruptions import Command, SaveAt, Settings, callback, differing
 from noisy import noisy_digits
 from prl_lightning.callbacks import CompletionLog, EvaluationLog, RolloutCallback, RunSummary
 from prl_lightning.data import PromptDataModule
+from prl_lightning.evaluation import Evaluation
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.rewards import RewardLimits
-from prl_lightning.run_files import read_metrics
-from prl_lightning.samplers import HFSampler
+from prl_lightning.runs.files import read_metrics
+from prl_lightning.sampling import HFSampler
 from prl_lightning.trainer import PRLTrainer
-from runs import write_prompts
+from tiny_runs import write_prompts
 
 # In one process: every moment at which a checkpoint can be saved
 
@@ -48,16 +49,18 @@ def train(
         Objective(beta=0.1),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=6),
-        pass_at=(2,),
     )
     data = PromptDataModule(
         model,
         train=str(write_prompts(folder / "train.jsonl")),
-        eval={"held": str(write_prompts(folder / "held.jsonl", count=3, seed=1))},
+        evaluation=Evaluation(
+            {"held": str(write_prompts(folder / "held.jsonl", count=3, seed=1))},
+            samples=2,
+            pass_at=(2,),
+        ),
         prompts_per_epoch=4,
         group_size=4,
         updates_per_epoch=2,
-        eval_group_size=2,
         max_prompt_tokens=16,
     )
     rollout = RolloutCallback(
@@ -217,7 +220,7 @@ def killed_and_resumed(command: Command, kill: Settings | float) -> str:
         time.sleep(kill)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        code, output = finish(process)
+        code, output = process.finish()
         if code == 0:  # it was quicker than the run by which the moment was chosen
             return output
     else:
@@ -253,7 +256,7 @@ def test_a_killed_run_ends_with_the_parameters_of_one_left_alone(
     undisturbed = alone.start()
     killed = Command(tied_model, tmp_path / "killed", ranks, strategy)
     output = killed_and_resumed(killed, kill)
-    assert finish(undisturbed)[0] == 0
+    assert undisturbed.finish()[0] == 0
     assert "last.ckpt" in output
     assert alone.last()["global_step"] == 6
     assert differing(killed.last(), alone.last()) == []

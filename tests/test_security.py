@@ -17,10 +17,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.distributed.checkpoint import FileSystemReader, save
 
-from prl_lightning.configuration import masked
-from prl_lightning.export import export_checkpoint
-from prl_lightning.unpickling import refuse_code
-from runs import fit, tiny_overrides
+from prl_lightning.checks.secrets import masked
+from prl_lightning.models.export import export_checkpoint
+from prl_lightning.runs.unpickling import refuse_code
+from tiny_runs import fit, tiny_overrides
 
 EVIL_CODE = """
 from pathlib import Path

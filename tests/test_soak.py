@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ranks import TESTS, environment
-from runs import QUICKSTART, metrics_of, tiny_overrides
+from ranks import SUPPORT, environment
+from tiny_runs import QUICKSTART, metrics_of, tiny_overrides
 
 EPOCHS = 300
 SETTLED = 100  # caches are full and every path has been taken
@@ -33,7 +33,7 @@ def test_300_epochs_with_the_engine_take_no_more_and_no_longer(
         f"--trainer.callbacks.file={tmp_path / 'watch.jsonl'}",
     ]
     command = [sys.executable, "-m", "prl_lightning", "fit", f"--config={QUICKSTART}", *overrides]
-    subprocess.run(command, cwd=TESTS, env=environment(), check=True, timeout=1800)
+    subprocess.run(command, cwd=SUPPORT, env=environment(), check=True, timeout=1800)
     lines = (tmp_path / "watch.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines][SETTLED:]
     assert len(rows) == EPOCHS - SETTLED

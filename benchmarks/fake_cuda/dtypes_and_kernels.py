@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fake_gpu import bf16_mixed, fake_gpu, fake_model, group, say, to_gpu
 from observer import Observer
-from prl_lightning.packed_attention import disable_cudnn_attention
+from prl_lightning.models.packed_attention import disable_cudnn_attention
 
 SIZES = {
     "vocab_size": 1024,
@@ -68,7 +68,7 @@ def dtypes() -> dict[str, Any]:
                 model.causal_lm.set_experts_implementation(experts)
             batch = to_gpu(mode, real)
             with Products() as forward, bf16_mixed():
-                loss = model(batch, 1.0)[0].sum()
+                loss = model(batch)[0].sum()
             with Products() as backward:
                 loss.backward()
         results[name] = {"forward": forward.counts, "backward": backward.counts}
@@ -91,7 +91,7 @@ def kernels() -> dict[str, dict[str, list[str]]]:
             torch.backends.cuda.enable_cudnn_sdp(True)  # as before any model was made
             for allowed in ("all kernels", "without cuDNN"):
                 with Products() as products, precision():
-                    model(batch, 1.0)
+                    model(batch)
                 found = [op for op in products.counts if ATTENTION in op]
                 results[name][allowed] = found or ["bmm"]
                 disable_cudnn_attention()

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prl_lightning.data import collate
-from prl_lightning.models import LogprobModel
+from prl_lightning.models.causal_lm import LogprobModel
 from prl_lightning.types import Completion, Prompt, Rollout, RolloutBatch
 
 # As Lightning's bf16-mixed does it.

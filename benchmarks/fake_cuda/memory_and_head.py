@@ -10,7 +10,7 @@ import torch
 from fake_gpu import bf16_mixed, fake_gpu, fake_model, group, say, to_gpu
 from memory_mode import Memory, in_gib, shares, size_of
 from prl_lightning.functional import token_logprobs
-from prl_lightning.models import LogprobModel
+from prl_lightning.models.causal_lm import LogprobModel
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def memory() -> dict[str, Any]:
             model, batch = model_of(work), to_gpu(mode, real)
             with Memory() as used:
                 with bf16_mixed():
-                    loss = model(batch, 1.0)[0].sum()
+                    loss = model(batch)[0].sum()
                 kept, forward_peak = used.now, used.peak
                 loss.backward()
         gradients = sum(size_of([x.grad]) for x in model.parameters() if x.grad is not None)

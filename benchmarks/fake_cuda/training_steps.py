@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fake_gpu import bf16_mixed, fake_gpu, fake_model, say, to_gpu
 from micro_batch import OBJECTIVES, WithoutTrainer, micro_batch
 from prl_lightning.arithmetic import make_tokenizer
-from prl_lightning.models import LogprobModel
-from prl_lightning.step_splitter import StepSplitter
+from prl_lightning.models.causal_lm import LogprobModel
+from prl_lightning.models.step_splitter import StepSplitter
 from waits import Waits, package_line
 
 TINY = {

@@ -25,7 +25,7 @@ from typing import Any
 from compare import report
 from prl_lightning.arithmetic import ArithmeticTask, draw_problems
 from prl_lightning.arithmetic.prepare import write_rows
-from prl_lightning.run_files import read_metrics
+from prl_lightning.runs.files import read_metrics
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from prl_lightning.metrics import MajorityAtN
+from prl_lightning.evaluation.metrics import MajorityAtN
 
 VOTERS = 16
 ANSWER = re.compile(r"boxed\{(\d+)\}")

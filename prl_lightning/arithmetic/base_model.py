@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from prl_lightning.arithmetic.problems import Problem
-from prl_lightning.terminal import is_watched
+from prl_lightning.runs.progress import is_interactive
 
 IGNORED = -100
 
@@ -131,7 +131,7 @@ def train_base_model(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=is_watched(sys.stdout),
+        enable_progress_bar=is_interactive(sys.stdout),
         gradient_clip_val=1.0,
     )
     trainer.fit(_Pretraining(model, learning_rate, steps), DataLoader(traces, batch_size=None))

@@ -1,8 +1,7 @@
-"""CompletionLog: sampled completions, with where the credit goes, for people to read."""
+"""CompletionLog: sampled completions and the credit of each token, for people to read."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,21 +10,22 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from prl_lightning.callbacks.parts import (
+from prl_lightning.data import collate
+from prl_lightning.distributed import gather
+from prl_lightning.runs.files import COMPLETIONS
+from prl_lightning.runs.tables import write_table
+from prl_lightning.runs.text import code_span, markdown_table, prompt_text
+from prl_lightning.trainer_access import (
     is_last_epoch,
     prl_module,
     prompt_data,
     run_folder,
     train_rollouts,
-    weights_are_of,
+    weights_origin,
 )
-from prl_lightning.data import collate
-from prl_lightning.data.loader import gather
-from prl_lightning.run_files import COMPLETIONS
-from prl_lightning.tables import write_table
-from prl_lightning.types import Message, Rollout
+from prl_lightning.types import Rollout
 
-# What a logger's table shows of a row; the file has the tokens too.
+# The columns of a logger's table; the file also has the tokens.
 SHOWN = ("prompt", "completion", "reward", "outcome_advantage", "length")
 PER_TOKEN = (
     "policy_logprobs",
@@ -38,26 +38,27 @@ PER_TOKEN = (
 
 
 class CompletionLog(Callback):
-    """Write an epoch to ``completions/epoch=*.parquet``, and some groups of it into the loggers.
+    """Write an epoch to ``completions/epoch=*.parquet``, and some of its groups to the loggers.
 
-    The file is what ``prl report`` reads. It has a row a completion, with its reward, advantage and
-    length; those of some groups also have text, tokens, and the tokens' log-probabilities, process
-    rewards and advantages. Weights & Biases and MLflow get a table of these, TensorBoard a text.
-    ``prl predict`` writes the same of every prompt of the evaluation sets, ``set`` their name.
+    ``prl report`` reads the file. It has one row per completion with its reward, advantage and
+    length. The rows of some groups also have the text and, for each token, log-probabilities,
+    process reward and advantage. Weights & Biases and MLflow get a table of them, TensorBoard a
+    text. ``prl predict`` writes the same for every prompt of the evaluation sets, with the name of
+    the set in the column ``set``.
 
     Args:
-        every_n_epochs: of training, the first one, every so many and the last; 0 for none.
-        groups: how many groups of an epoch with their tokens.
+        every_n_epochs: write the first epoch, every n-th and the last; 0 writes none.
+        groups: number of groups per epoch that are written with their tokens.
 
     Raises:
-        ValueError: a number is negative, or no group is asked for.
+        ValueError: a value out of range.
     """
 
     def __init__(self, every_n_epochs: int = 10, groups: int = 4) -> None:
         if every_n_epochs < 0 or groups < 1:
             raise ValueError(
-                f"CompletionLog(every_n_epochs={every_n_epochs}, groups={groups}): epochs must not "
-                "be negative (0 for none), and groups be at least 1."
+                f"completions.every_n_epochs={every_n_epochs}, completions.groups={groups}: "
+                "every_n_epochs must be at least 0 (for none), and groups at least 1."
             )
         self.every_n_epochs = every_n_epochs
         self.groups = groups
@@ -66,7 +67,7 @@ class CompletionLog(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Before an epoch's first update, by the policy that it starts from."""
+        """Write the epoch before its first update, as its first policy sees it."""
         if batch_idx or not self.every_n_epochs:
             return
         if trainer.current_epoch % self.every_n_epochs and not is_last_epoch(trainer):
@@ -79,7 +80,7 @@ class CompletionLog(Callback):
             inspected = None
             if number < kept:
                 inspected = module.inspect(collate(group, 1, len(group)).to(module.device))
-            self._note(trainer, group, inspected, number)
+            self._add(trainer, group, inspected, number)
         self._write(trainer)
 
     def on_predict_batch_end(
@@ -91,19 +92,19 @@ class CompletionLog(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep one prompt's group."""
+        """Add one prompt's group."""
         if outputs is None:
             return
         names, buffers = zip(*prompt_data(trainer).eval_rollouts.items(), strict=True)
         number = batch_idx + sum(len(buffer) for buffer in buffers[:dataloader_idx])
         group = buffers[dataloader_idx].micro_batch_rollouts[batch_idx]
-        self._note(trainer, group, outputs, number, names[dataloader_idx])
+        self._add(trainer, group, outputs, number, names[dataloader_idx])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what was kept."""
+        """Write all groups."""
         self._write(trainer)
 
-    def _note(
+    def _add(
         self,
         trainer: Trainer,
         group: Sequence[Rollout],
@@ -111,8 +112,8 @@ class CompletionLog(Callback):
         number: int,
         name: str = "train",
     ) -> None:
-        """A row for each completion of this rank's ``number``-th group."""
-        at = weights_are_of(trainer, trainer.lightning_module)
+        """Add a row for each completion of this rank's ``number``-th group."""
+        at = weights_origin(trainer, trainer.lightning_module)
         for place, rollout in enumerate(group):
             row: dict[str, Any] = {
                 "set": name,
@@ -120,7 +121,7 @@ class CompletionLog(Callback):
                 "group": number * trainer.world_size + trainer.global_rank,
                 "reward": rollout.reward,
                 "outcome_advantage": rollout.outcome_advantage.mean().item(),
-                "length": len(rollout.completion.token_ids),
+                "length": rollout.completion.length,
                 "finished": rollout.completion.finished,
                 "prompt": None,
                 "completion": None,
@@ -134,11 +135,11 @@ class CompletionLog(Callback):
     def _tokens(
         self, trainer: Trainer, rollout: Rollout, inspected: dict[str, Tensor], place: int
     ) -> dict[str, Any]:
-        """Text, tokens and what each of them was given, of one row of ``inspected``."""
+        """Return text, tokens and values per token of one row of ``inspected``."""
         decode = prompt_data(trainer).tokenizer.decode
         ids = rollout.completion.token_ids
         known = {name: values[place, : len(ids)].tolist() for name, values in inspected.items()}
-        if rollout.outcome_advantage.ndim:  # else it is the same for all tokens
+        if rollout.outcome_advantage.ndim:  # otherwise equal for all tokens
             known["outcome_advantages"] = rollout.outcome_advantage.tolist()
         return known | {
             "prompt": prompt_text(rollout.prompt.source),
@@ -147,43 +148,27 @@ class CompletionLog(Callback):
         }
 
     def _write(self, trainer: Trainer) -> None:
-        """All ranks' rows into one file and the loggers; a collective."""
+        """Write the rows of all ranks to one file and the loggers; a collective."""
         shares = gather(self._rows, trainer.global_rank, trainer.world_size)
         self._rows = []
-        folder = run_folder(trainer)
-        if shares is None or folder is None:
+        if shares is None:
             return
         rows = sorted((row for share in shares for row in share), key=lambda row: row["group"])
         if rows:
             name = f"epoch={rows[0]['epoch']:05d}"
-            write_table(folder / COMPLETIONS / f"{name}.parquet", rows)
+            write_table(run_folder(trainer) / COMPLETIONS / f"{name}.parquet", rows)
             shown = [row for row in rows if row["tokens"] is not None]
             for logger in trainer.loggers:
                 log_table(logger, name, shown, rows[0]["step"])
 
 
-def prompt_text(source: str | list[Message]) -> str:
-    """A prompt as a text to read: of a chat, each message behind its role.
-
-    Args:
-        source: see Prompt.
-
-    Example:
-        >>> prompt_text([{"role": "user", "content": "1 + 1?"}])
-        'user: 1 + 1?'
-    """
-    if isinstance(source, str):
-        return source
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in source)
-
-
 def log_table(logger: Logger, name: str, rows: Sequence[dict[str, Any]], step: int) -> None:
-    """Hand completions to a logger that has tables or texts, and to no other.
+    """Log completions, if the logger can show a table or a text.
 
     Args:
         logger: of the Trainer.
         name: of the table.
-        rows: as CompletionLog makes them.
+        rows: of a CompletionLog.
         step: of the Trainer.
     """
     cells = [[row[column] for column in SHOWN] for row in rows]
@@ -195,39 +180,6 @@ def log_table(logger: Logger, name: str, rows: Sequence[dict[str, Any]], step: i
     elif isinstance(logger, TensorBoardLogger):
         texts = [[_cell(value) for value in row] for row in cells]
         logger.experiment.add_text(COMPLETIONS, markdown_table(SHOWN, texts), step)
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown.
-
-    Args:
-        columns: their names.
-        rows: cells; what a model has written goes through ``code_span`` first.
-
-    Example:
-        >>> print(markdown_table(["set", "mean@8"], [["aime24", "0.25"]]))
-        | set | mean@8 |
-        | --- | --- |
-        | aime24 | 0.25 |
-    """
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def code_span(text: str) -> str:
-    r"""A text in one line of code, where Markdown and HTML mean nothing.
-
-    Args:
-        text: by a model.
-
-    Example:
-        >>> code_span("a|b\n<c>")
-        '`"a\\u007cb\\n<c>"`'
-    """
-    escaped = json.dumps(text, ensure_ascii=False)
-    for mark in "|`":  # these would end the cell, or the code
-        escaped = escaped.replace(mark, f"\\u{ord(mark):04x}")
-    return f"`{escaped}`"
 
 
 def _cell(value: Any) -> str:

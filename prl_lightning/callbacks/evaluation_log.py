@@ -1,4 +1,4 @@
-"""EvaluationLog: what an evaluation has found, in files and on the screen."""
+"""EvaluationLog: the results of evaluations, in files and on the screen."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from prl_lightning.callbacks.completion_log import markdown_table, prompt_text
-from prl_lightning.callbacks.parts import prl_module, prompt_data, run_folder, weights_are_of
 from prl_lightning.callbacks.rollout import rollout_callback
-from prl_lightning.data.loader import gather
-from prl_lightning.evaluation import Estimate, SetResults
+from prl_lightning.distributed import gather
+from prl_lightning.evaluation.results import Estimate, SetResults
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import MathReward
-from prl_lightning.run_files import EVALUATIONS
-from prl_lightning.tables import write_table
+from prl_lightning.runs.files import EVALUATIONS
+from prl_lightning.runs.tables import write_table
+from prl_lightning.runs.text import markdown_table, prompt_text
+from prl_lightning.trainer_access import prl_module, prompt_data, run_folder, weights_origin
 from prl_lightning.types import Prompt
 
 
 class EvaluationLog(Callback):
-    """Add every evaluation to ``evaluations.jsonl`` of the run's folder, with what it was of.
+    """Append every evaluation to ``evaluations.jsonl`` in the run's folder.
 
     ``prl validate`` and ``prl test`` also write ``evaluation.json``, ``evaluation.md`` (the table
-    that they print) and ``samples.parquet``, a row for each completion.
+    that they print) and ``samples.parquet``, with one row per completion.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the results, which the module has computed over all ranks."""
+        """Write the results that the module has computed over all ranks."""
         self._write(trainer, prl_module(pl_module), "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the results, which the module has computed over all ranks."""
+        """Write the results that the module has computed over all ranks."""
         self._write(trainer, prl_module(pl_module), "test")
 
     def _write(self, trainer: Trainer, module: PRLModule, stage: str) -> None:
         folder, results = run_folder(trainer), module.eval_results
-        if folder is None or not results:
+        if not results:
             return
         is_alone = trainer.state.fn != TrainerFn.FITTING
         rows = list(_samples(trainer)) if is_alone else []
@@ -48,27 +48,33 @@ class EvaluationLog(Callback):
         if not trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        found = {**weights_are_of(trainer, module), "stage": stage, **_conditions(trainer, module)}
-        found["sets"] = {name: asdict(some) for name, some in results.items()}
+        evaluation = {
+            **weights_origin(trainer, module),
+            "stage": stage,
+            **_conditions(trainer, module),
+        }
+        evaluation["sets"] = {name: asdict(some) for name, some in results.items()}
         with (folder / EVALUATIONS).open("a") as lines:
-            lines.write(json.dumps(found) + "\n")
+            lines.write(json.dumps(evaluation) + "\n")
         if shares is not None:
             rows = [row for share in shares for row in share]
             order = list(results)
             rows.sort(key=lambda row: (order.index(row["set"]), row["problem"], row["sample"]))
             write_table(folder / "samples.parquet", rows)
-            self._show(folder, found, results)
+            self._show(folder, evaluation, results)
 
-    def _show(self, folder: Path, found: dict[str, Any], results: dict[str, SetResults]) -> None:
+    def _show(
+        self, folder: Path, evaluation: dict[str, Any], results: dict[str, SetResults]
+    ) -> None:
         table = results_table(results)
-        (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
+        (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
         (folder / "evaluation.md").write_text(table + "\n")
-        print(f"\n{table}\n\nMeans over problems with 95% bootstrap intervals. All of it: {folder}")
+        print(f"\n{table}\n\nMeans over problems with 95% bootstrap intervals. All files: {folder}")
 
 
 def _conditions(trainer: Trainer, module: PRLModule) -> dict[str, Any]:
-    """What was evaluated, and how: figures of other conditions are not comparable."""
-    rollout = rollout_callback(trainer)
+    """Return what was evaluated and how: results under other conditions are not comparable."""
+    rollout, settings = rollout_callback(trainer).settings, prompt_data(trainer).evaluation
     checkpoint = None if trainer.state.fn == TrainerFn.FITTING else trainer.ckpt_path
     if checkpoint is not None and "://" not in str(checkpoint):
         checkpoint = Path(checkpoint).resolve()
@@ -76,21 +82,21 @@ def _conditions(trainer: Trainer, module: PRLModule) -> dict[str, Any]:
         "policy": module.policy_name,
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "sampling": {
-            "n": prompt_data(trainer).eval_group_size,
-            "temperature": rollout.eval_temperature,
-            "top_p": rollout.eval_top_p,
+            "n": settings.samples,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
             "max_new_tokens": rollout.max_new_tokens,
         },
         "rewards": list(rollout.rewards.names),
-        "solved_at": module.solved_at,
+        "solved_at": settings.solved_at,
     }
 
 
 def results_table(results: dict[str, SetResults]) -> str:
-    """A Markdown table, one row a set.
+    """Format results as a Markdown table with one row per set.
 
     Args:
-        results: of each set by name.
+        results: by the name of the set.
     """
     names = list(dict.fromkeys(name for some in results.values() for name in some.metrics))
     rows = [
@@ -103,13 +109,13 @@ def results_table(results: dict[str, SetResults]) -> str:
 def _interval(estimate: Estimate | None) -> str:
     if estimate is None:
         return ""
-    digits = 1 if estimate.mean > 1 else 3  # a length, or a share
+    digits = 1 if estimate.mean > 1 else 3  # lengths have one, shares three
     mean, low, high = (f"{value:.{digits}f}" for value in estimate)
     return f"{mean} [{low}, {high}]"
 
 
 def _samples(trainer: Trainer) -> Iterator[dict[str, Any]]:
-    """A row for each completion of this rank."""
+    """Yield a row for each completion of this rank."""
     for name, buffer in prompt_data(trainer).eval_rollouts.items():
         for number, group in enumerate(buffer.micro_batch_rollouts):
             for sample, rollout in enumerate(group):
@@ -125,13 +131,13 @@ def _samples(trainer: Trainer) -> Iterator[dict[str, Any]]:
                     "token_ids": rollout.completion.token_ids,
                     "reward": rollout.reward,
                     "answer_group": rollout.answer,
-                    "length": len(rollout.completion.token_ids),
+                    "length": rollout.completion.length,
                     "finished": rollout.completion.finished,
                 }
 
 
 def _reference(prompt: Prompt) -> str | None:
-    """Where MathReward looks for it; a text, because a column has one type and sets differ."""
+    """Return the column that MathReward compares with, as text: types differ between sets."""
     given = (prompt.columns.get(name) for name in MathReward.columns[0])
     answer = next((value for value in given if value is not None), None)
     return None if answer is None else str(answer)

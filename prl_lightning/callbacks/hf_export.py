@@ -7,14 +7,14 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from prl_lightning.callbacks.parts import prl_module, run_folder
-from prl_lightning.export import refuse_existing, save_policy, torch_dtype
+from prl_lightning.models.export import refuse_existing, save_policy, torch_dtype
+from prl_lightning.trainer_access import prl_module, run_folder
 
 
 class HFExport(Callback):
     """Write the policy at the end of training, for ``from_pretrained`` and for engines.
 
-    Under a strategy that shards, weights are gathered one by one and kept by the first rank.
+    Under a strategy that shards, rank 0 gathers the weights one by one.
 
     Args:
         folder: by default ``huggingface`` in the run's folder.
@@ -26,11 +26,11 @@ class HFExport(Callback):
         self.dtype = dtype
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse at once what would fail at the end.
+        """Check the arguments now instead of at the end of the run.
 
         Raises:
-            FileExistsError: there is something at ``folder``.
-            ValueError: there is no such ``dtype``.
+            FileExistsError: ``folder`` exists.
+            ValueError: ``dtype`` is not a floating-point type of torch.
         """
         if stage == "fit":
             torch_dtype(self.dtype)
@@ -47,5 +47,4 @@ class HFExport(Callback):
         rank_zero_info(f"The policy is in {folder}")
 
     def _target(self, trainer: Trainer) -> Path:
-        run = run_folder(trainer) or Path(trainer.default_root_dir)
-        return Path(self.folder) if self.folder else run / "huggingface"
+        return Path(self.folder) if self.folder else run_folder(trainer) / "huggingface"

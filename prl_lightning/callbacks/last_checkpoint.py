@@ -1,4 +1,4 @@
-"""LastCheckpoint: one checkpoint to go on from, kept up to date."""
+"""LastCheckpoint: keep one checkpoint to resume from up to date."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Write ``last.ckpt`` every so many epochs and at the end, over the one before.
+    """Write ``last.ckpt`` every n epochs and at the end, replacing the previous one.
 
-    ModelCheckpoint with ``save_last=True, save_top_k=0`` looks like this, but saves at the end
-    alone: until then Lightning 2.6 writes the last checkpoint only beside one of the top k.
+    ModelCheckpoint with ``save_last=True, save_top_k=0`` saves only at the end: Lightning 2.6
+    writes the last checkpoint only together with one of the top k.
 
     Args:
-        every_n_epochs: how many iterations a killed run loses at most.
+        every_n_epochs: a killed run loses at most this many iterations.
         dirpath: folder of the checkpoint; ``checkpoints`` in the run's folder by default.
 
     Raises:
-        ValueError: the number is not at least 1.
+        ValueError: the number is below 1.
     """
 
     def __init__(self, every_n_epochs: int = 10, dirpath: str | None = None) -> None:
@@ -31,15 +31,15 @@ class LastCheckpoint(ModelCheckpoint):
         self._saved_step = -1
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, after the validation of the epoch."""
+        """Save after the validation of the epoch."""
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: the epoch's end comes after it."""
+        """Do not save: ``on_train_epoch_end`` follows."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what has come since."""
+        """Save the updates since the last checkpoint."""
         if self._saved_step != trainer.global_step:
             self._save(trainer)
 
@@ -50,6 +50,6 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _save(self, trainer: Trainer) -> None:
         path = Path(self.dirpath or trainer.default_root_dir) / f"last{self.FILE_EXTENSION}"
-        self.last_model_path = str(path)  # part of what is saved
+        self.last_model_path = str(path)  # is part of the saved state
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(path)

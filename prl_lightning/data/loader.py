@@ -1,4 +1,4 @@
-"""RolloutLoader: an epoch's micro-batches in order, and what a checkpoint keeps of them."""
+"""RolloutLoader: an epoch's micro-batches in order, and their state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from prl_lightning.data.rollouts import RolloutBuffer
+from prl_lightning.distributed import gather
 from prl_lightning.types import Completion, Prompt, Rollout, RolloutBatch
 
 
 class RolloutLoader:
-    """Hand out the micro-batches of a buffer; stateful as torchdata's loaders are.
+    """Iterate over the micro-batches of a buffer; stateful like torchdata's loaders.
 
     Args:
-        buffer: filled by the callback, after Lightning has asked for the iterator.
+        buffer: the callback fills it after Lightning has created the iterator.
         rank: of this process.
-        ranks: processes that share an update.
+        ranks: number of processes that share an update.
     """
 
     def __init__(self, buffer: RolloutBuffer, rank: int = 0, ranks: int = 1) -> None:
@@ -28,20 +29,20 @@ class RolloutLoader:
         self.ranks = ranks
 
     def __len__(self) -> int:
-        """Micro-batches an epoch on this rank."""
+        """Return the number of micro-batches per epoch on this rank."""
         return len(self.buffer)
 
     def __iter__(self) -> Iterator[RolloutBatch]:
-        """Go on at the buffer's position, looked up when an item is asked for."""
+        """Continue at the buffer's position, which is read for every item."""
         while self.buffer.position < len(self.buffer):
             self.buffer.position += 1
             yield self.buffer[self.buffer.position - 1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and, while an epoch is under way, the rollouts of every rank.
+        """Return the position and, within an epoch, the rollouts of every rank; a collective.
 
-        Called on all ranks; rank 0 has the rollouts, because it writes the checkpoint. An update
-        that is under way is to begin again: its gradient is not kept.
+        Only rank 0 gets the rollouts, because it writes the checkpoint. The position is that of the
+        start of the current update: its partial gradient is not saved.
         """
         size = self.buffer.micro_batches
         state: dict[str, Any] = {
@@ -54,10 +55,10 @@ class RolloutLoader:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take this rank's share of every update, whatever the number of ranks was.
+        """Take this rank's share of every update, for any earlier number of ranks.
 
         Raises:
-            ValueError: the updates of the epoch that is under way are cut otherwise than before.
+            ValueError: the number of updates or micro-batches of the unfinished epoch has changed.
         """
         if "shares" not in state:
             return
@@ -71,30 +72,15 @@ class RolloutLoader:
                     " Set it back, or continue from a checkpoint of the end of an epoch."
                 )
         updates = _in_global_order([unpack(share) for share in state["shares"]], state["updates"])
-        totals = [[sum(len(r.completion.token_ids) for r in all_), len(all_)] for all_ in updates]
+        totals = [[sum(r.completion.num_sampled for r in all_), len(all_)] for all_ in updates]
         share = len(updates[0]) // self.ranks
         own = [r for all_ in updates for r in all_[self.rank * share : (self.rank + 1) * share]]
         self.buffer.fill(own, lambda _: torch.tensor(totals))
         self.buffer.position = state["position"]
 
 
-def gather(value: Any, rank: int, ranks: int) -> list[Any] | None:
-    """Every rank's value, in their order, on rank 0; None elsewhere.
-
-    Args:
-        value: of this rank.
-        rank: of this process.
-        ranks: how many there are; all of them call this.
-    """
-    if ranks == 1:
-        return [value]
-    values = [None] * ranks if rank == 0 else None
-    torch.distributed.gather_object(value, values)
-    return values
-
-
 def _in_global_order(shares: list[list[Rollout]], updates: int) -> list[list[Rollout]]:
-    """The rollouts of each update, rank by rank."""
+    """Return the rollouts of each update, rank by rank."""
     size = len(shares[0]) // updates
     return [
         [rollout for share in shares for rollout in share[index * size : (index + 1) * size]]
@@ -103,10 +89,11 @@ def _in_global_order(shares: list[list[Rollout]], updates: int) -> list[list[Rol
 
 
 def pack(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """Rollouts as few tensors and lists, which a checkpoint may hold.
+    """Turn rollouts into a few tensors and lists, which a checkpoint can hold.
 
     Args:
-        rollouts: rewarded; the columns of their prompts are done with and left out.
+        rollouts: ready to train on. The columns of their prompts are dropped: only reward functions
+            read them.
     """
     prompts = [rollout.prompt for rollout in rollouts]
     completions = [rollout.completion for rollout in rollouts]
@@ -118,7 +105,9 @@ def pack(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         "completion_ids": _join([torch.tensor(c.token_ids) for c in completions]),
         "logprobs": _join([torch.tensor(c.logprobs, dtype=float64) for c in completions]),
         "finished": [completion.finished for completion in completions],
+        "is_sampled": _join([torch.tensor(c.is_sampled) for c in completions]),
         "texts": [rollout.text for rollout in rollouts],
+        "temperatures": [rollout.temperature for rollout in rollouts],
         "rewards": [rollout.reward for rollout in rollouts],
         "advantages": _join([rollout.outcome_advantage for rollout in rollouts]),
         "old_logprobs": _join([rollout.old_logprobs for rollout in rollouts]),
@@ -127,23 +116,20 @@ def pack(rollouts: Sequence[Rollout]) -> dict[str, Any]:
 
 
 def unpack(packed: dict[str, Any]) -> list[Rollout]:
-    """Undo ``pack``.
-
-    Args:
-        packed: what it has returned.
-    """
+    """Undo ``pack``."""
     ragged = {
         name: _split(packed[name], len(packed["texts"]))
-        for name in ("prompt_ids", "completion_ids", "logprobs", "advantages", "old_logprobs",
-                     "ref_logprobs")
+        for name in ("prompt_ids", "completion_ids", "logprobs", "is_sampled", "advantages",
+                     "old_logprobs", "ref_logprobs")
     }  # fmt: skip
     return [
         Rollout(
             Prompt(ragged["prompt_ids"][row].tolist(), packed["sources"][row],
                    seed=packed["seeds"][row]),
             Completion(ragged["completion_ids"][row].tolist(), ragged["logprobs"][row].tolist(),
-                       packed["finished"][row]),
+                       packed["finished"][row], ragged["is_sampled"][row].tolist()),
             packed["texts"][row],
+            packed["temperatures"][row],
             packed["rewards"][row],
             ragged["advantages"][row],
             ragged["old_logprobs"][row],
@@ -154,7 +140,7 @@ def unpack(packed: dict[str, Any]) -> list[Rollout]:
 
 
 def _join(parts: list[Any]) -> dict[str, Any] | None:
-    """One tensor instead of thousands: each would be an entry of the file."""
+    """Concatenate: each tensor on its own would be an entry of the checkpoint file."""
     if parts[0] is None:
         return None
     values = torch.cat([part.reshape(-1) for part in parts])

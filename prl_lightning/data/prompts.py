@@ -1,4 +1,4 @@
-"""PromptDataModule: which prompts are sampled in which epoch, on which rank."""
+"""PromptDataModule: the prompts of each epoch and rank."""
 
 from __future__ import annotations
 
@@ -17,46 +17,45 @@ from prl_lightning.data.loader import RolloutLoader
 from prl_lightning.data.rollouts import RolloutBuffer
 from prl_lightning.data.sizes import EpochSizes
 from prl_lightning.data.sources import PromptSet, Source
-from prl_lightning.models import load_tokenizer
-from prl_lightning.terminal import hide_bars_from_files
+from prl_lightning.evaluation import Evaluation
+from prl_lightning.models.causal_lm import load_tokenizer
+from prl_lightning.runs.progress import hide_library_bars
 from prl_lightning.types import Prompt
 
-# Which stream of prompts a seed is of.
+# Part of every seed: prompts of training and of evaluation never share one.
 TRAIN, EVAL = 0, 1
 
 
 class PromptDataModule(LightningDataModule):
-    """Stream prompts for training and hold the evaluation sets.
+    """Stream the training prompts and hold the evaluation sets.
 
     A Lightning epoch is one iteration: the next ``prompts_per_epoch`` prompts are sampled
-    ``group_size`` times each. The order is a function of the seed and the position alone, so a
-    resumed run sees the prompts it would have seen.
+    ``group_size`` times each. The order depends only on the seed and the position, so a resumed run
+    continues with the same prompts.
 
     Args:
         tokenizer: Hugging Face id or folder; the CLI sets it to the policy's.
-        train: a source of prompts or several, each a JSON, JSON-lines or Parquet file or
-            ``owner/dataset[/name][:split]`` of the Hub; needed by ``fit`` alone.
-        eval: named evaluation sets, all sampled at each validation, test and predict.
+        train: one or more sources of prompts, each a JSON, JSON-lines or Parquet file or
+            ``owner/dataset[/name][:split]`` of the Hub; only ``fit`` needs it.
+        evaluation: sets and settings of the evaluation; the CLI sets it from its own section.
         format: how a row becomes a prompt.
         prompts_per_epoch: over all ranks.
-        group_size: completions a training prompt.
-        updates_per_epoch: optimizer updates made of an epoch's rollouts.
-        eval_group_size: completions an evaluation prompt.
-        max_prompt_tokens: longer prompts are left out, with a count.
+        group_size: completions per training prompt.
+        updates_per_epoch: optimizer updates per epoch.
+        max_prompt_tokens: longer prompts are dropped and counted.
         seed: of the order of the prompts and of the sampling.
-        prepare: called once on every node before anything is read, to make or fetch the data.
+        prepare: called once on every node before anything is read, to create or fetch the data.
     """
 
     def __init__(
         self,
         tokenizer: str,
         train: str | list[str] | None = None,
-        eval: dict[str, str] | None = None,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008  (frozen)
         format: PromptFormat = PromptFormat(),  # noqa: B008  (frozen)
         prompts_per_epoch: int = 128,
         group_size: int = 8,
         updates_per_epoch: int = 1,
-        eval_group_size: int = 8,
         max_prompt_tokens: int = 1024,
         seed: int = 0,
         prepare: Callable[[], Any] | None = None,
@@ -64,42 +63,42 @@ class PromptDataModule(LightningDataModule):
         super().__init__()
         trains = [train] if isinstance(train, str) else train or []
         self.train_sources = [Source.parse(text) for text in trains]
-        self.eval_sources = {name: Source.parse(text) for name, text in (eval or {}).items()}
+        self.evaluation = evaluation
+        self.eval_sources = {name: Source.parse(text) for name, text in evaluation.sets.items()}
         self.tokenizer_name = tokenizer
         self.format = format
         self.prompts_per_epoch = prompts_per_epoch
         self.group_size = group_size
         self.updates_per_epoch = updates_per_epoch
-        self.eval_group_size = eval_group_size
         self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
         self.prepare = prepare
         self.prompts_seen = 0
         self.train_rollouts: RolloutBuffer | None = None
         self.eval_rollouts: dict[str, RolloutBuffer] = {}
-        self._eval_prompts: dict[str, list[Prompt]] = {}
-        self._turn: int | None = None  # which pass over the data _order is of
+        self.eval_prompts: dict[str, list[Prompt]] = {}  # of this rank
+        self._pass: int | None = None  # number of the pass over the data that _order belongs to
 
     def prepare_data(self) -> None:
-        """Make or fetch the data, once on every node."""
+        """Create or fetch the data, once on every node."""
         if self.prepare is not None:
             self.prepare()
 
     def setup(self, stage: str) -> None:
         """Read the prompts and size the buffers."""
-        hide_bars_from_files()
+        hide_library_bars()
         self.tokenizer = load_tokenizer(self.tokenizer_name)
         if stage == "fit":
             self._setup_train()
         for name, source in self.eval_sources.items():
-            prompts = self._prompt_set(source, f"data.eval.{name}")
-            self._eval_prompts[name] = self._share_of(name, prompts)
-            self.eval_rollouts[name] = RolloutBuffer(num_updates=len(self._eval_prompts[name]))
+            prompts = self._prompt_set(source, f"evaluation.sets.{name}")
+            self.eval_prompts[name] = self._share_of(name, prompts)
+            self.eval_rollouts[name] = RolloutBuffer(num_updates=len(self.eval_prompts[name]))
 
     def _share_of(self, name: str, prompts: PromptSet) -> list[Prompt]:
-        """This rank's prompts of an evaluation set: as many as every other rank's.
+        """Return this rank's prompts of an evaluation set, as many as every other rank's.
 
-        The ranks take the same steps together, so a rank that has none left repeats the last one.
+        All ranks take the same number of steps, so the last prompt is repeated as padding.
         """
         last = len(prompts) - 1
         share = [
@@ -128,13 +127,13 @@ class PromptDataModule(LightningDataModule):
         self.train_rollouts = RolloutBuffer(self.updates_per_epoch, sizes.micro_batches)
 
     def sizes(self, trainer: Trainer | None) -> EpochSizes:
-        """How an epoch is cut.
+        """Return how an epoch is cut.
 
         Args:
-            trainer: knows the ranks and the micro-batches; None for one of each.
+            trainer: number of ranks and of micro-batches; None for one of each.
 
         Raises:
-            ValueError: something does not divide.
+            ValueError: one size is not a multiple of another.
         """
         ranks, accumulate = (
             (1, 1) if trainer is None else (trainer.world_size, trainer.accumulate_grad_batches)
@@ -156,11 +155,11 @@ class PromptDataModule(LightningDataModule):
 
     @property
     def reward_columns(self) -> dict[str, set[str]]:
-        """Columns that reward functions can have of each set of prompts in use, by its field.
+        """The columns that reward functions can read of each set of prompts, by its field.
 
-        The last are those of all sets together, which are rewarded at once.
+        The last entry has the columns shared by all sets, which are rewarded in one call.
         """
-        sets = {f"data.eval.{name}": prompts for name, prompts in self._eval_prompts.items()}
+        sets = {f"evaluation.sets.{name}": prompts for name, prompts in self.eval_prompts.items()}
         columns = {where: set(some[0].columns) for where, some in sets.items() if some}
         if self.train_rollouts is not None:
             columns["data.train"] = self._train_columns
@@ -168,7 +167,7 @@ class PromptDataModule(LightningDataModule):
         return columns | {"every set": shared}
 
     def next_prompts(self) -> list[Prompt]:
-        """This rank's prompts of the next epoch, update by update."""
+        """Return this rank's prompts of the next epoch, update by update."""
         start, end = self.prompts_seen, self.prompts_seen + self.prompts_per_epoch
         share = self.prompts_per_epoch // self.updates_per_epoch // self._ranks
         blocks = range(start + self._rank * share, end, share * self._ranks)
@@ -177,49 +176,45 @@ class PromptDataModule(LightningDataModule):
         ]
 
     def advance(self) -> None:
-        """Move the stream on, once the rollouts of its next prompts are there to train on."""
+        """Move to the next prompts, once the rollouts of the current ones are collected."""
         self.prompts_seen += self.prompts_per_epoch
 
     def _prompt(self, position: int) -> Prompt:
-        """The prompt at a position of the endless stream."""
+        """Return the prompt at a position of the endless stream."""
         prompt = self._train_prompts[self._row(position)]
         return replace(prompt, seed=_seed(self.seed, TRAIN, position))
 
     def _row(self, position: int) -> int:
-        """Row of the prompt at a position of the endless stream: each pass has its own order."""
+        """Return the row at a position of the endless stream; each pass has its own order."""
         size = len(self._train_prompts)
-        turn, place = divmod(position, size)
-        if self._turn != turn:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
-            self._turn, self._order = turn, torch.randperm(size, generator=generator)
+        number, place = divmod(position, size)
+        if self._pass != number:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            self._pass, self._order = number, torch.randperm(size, generator=generator)
         return int(self._order[place])
 
-    def eval_prompts(self) -> dict[str, list[Prompt]]:
-        """This rank's prompts of each evaluation set."""
-        return self._eval_prompts
-
     def train_dataloader(self) -> RolloutLoader:
-        """One item is one micro-batch; read in this process, after the callback has filled it."""
+        """Return a loader of micro-batches; the callback fills it before it is read."""
         if self.train_rollouts is None:
             raise RuntimeError("setup('fit') comes first")
         return RolloutLoader(self.train_rollouts, self._rank, self._ranks)
 
     def val_dataloader(self) -> Sequence[RolloutLoader]:
-        """One loader an evaluation set; one item is the group of one prompt."""
+        """Return one loader per evaluation set; an item is the group of one prompt."""
         return [RolloutLoader(buffer) for buffer in self.eval_rollouts.values()]
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
     def state_dict(self) -> dict[str, int]:
-        """Position in the stream of prompts."""
+        """Return the position in the stream of prompts."""
         return {"prompts_seen": self.prompts_seen}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue where a checkpoint stopped."""
+        """Continue at the position of a checkpoint."""
         self.prompts_seen = state_dict["prompts_seen"]
 
 
 def _seed(*entropy: int) -> int:
-    """A seed of its own for every place in the data, below 2^62 so that samples can be added."""
+    """Return a distinct seed per place in the data, below 2^62 to leave room for samples."""
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(2))

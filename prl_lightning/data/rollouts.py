@@ -1,4 +1,4 @@
-"""The buffer between sampling and training: micro-batches of an epoch's rollouts."""
+"""RolloutBuffer: an epoch's rollouts, cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from prl_lightning.packing import Packing
+from prl_lightning.models.packing import Packing
 from prl_lightning.types import Rollout, RolloutBatch
 
 
 def split_by_tokens(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]]:
-    """Cut an update into exactly ``parts`` micro-batches of balanced size.
+    """Cut rollouts into exactly ``parts`` micro-batches of balanced size.
 
-    The order stays, so that a group stays together and its prompt is computed once. The tokens of
-    the largest micro-batch are the fewest that the order allows, because they decide memory.
+    The order is kept, so that a group stays together and its prompt is computed once. The largest
+    micro-batch has as few tokens as the order allows, because it decides the peak memory.
 
     Args:
         rollouts: groups one after the other.
-        parts: how many micro-batches, at most ``len(rollouts)``.
+        parts: number of micro-batches, at most ``len(rollouts)``.
 
     Returns:
         The rollouts of each micro-batch, none of them empty.
@@ -30,8 +30,8 @@ def split_by_tokens(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollou
         chunks: list[list[Rollout]] = []
         size = 0
         for rollout in rollouts:
-            prompt, own = len(rollout.prompt.token_ids), len(rollout.completion.token_ids)
-            # Equal, not identical: out of a checkpoint each rollout has a prompt of its own.
+            prompt, own = len(rollout.prompt.token_ids), rollout.completion.length
+            # Equal, not identical: rollouts from a checkpoint do not share a prompt object.
             has_prompt = chunks and chunks[-1][-1].prompt == rollout.prompt
             size += own if has_prompt else prompt + own
             if not chunks or size > limit:
@@ -40,7 +40,7 @@ def split_by_tokens(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollou
             chunks[-1].append(rollout)
         return chunks
 
-    low = max(len(r.prompt.token_ids) + len(r.completion.token_ids) for r in rollouts)
+    low = max(len(r.prompt.token_ids) + r.completion.length for r in rollouts)
     high = low * len(rollouts)
     while low < high:
         middle = (low + high) // 2
@@ -61,8 +61,8 @@ def collate(rollouts: Sequence[Rollout], update_tokens: int, update_sequences: i
     """Pad rollouts into one batch.
 
     Args:
-        rollouts: B of them.
-        update_tokens: completion tokens of the update they belong to.
+        rollouts: B of them, sampled at one temperature.
+        update_tokens: sampled tokens of the update they belong to.
         update_sequences: completions of that update.
 
     Returns:
@@ -70,15 +70,17 @@ def collate(rollouts: Sequence[Rollout], update_tokens: int, update_sequences: i
     """
     prompts = [torch.tensor(rollout.prompt.token_ids) for rollout in rollouts]
     completions = [torch.tensor(rollout.completion.token_ids) for rollout in rollouts]
-    lengths = torch.tensor([len(ids) for ids in completions])
+    is_sampled = [torch.tensor(rollout.completion.is_sampled) for rollout in rollouts]
     rows = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
     advantages = [rollout.outcome_advantage for rollout in rollouts]
     return RolloutBatch(
         input_ids=_pad(rows),
         prompt_lengths=torch.tensor([len(ids) for ids in prompts]),
         completion_ids=_pad(completions),
-        completion_mask=torch.arange(int(lengths.max())) < lengths[:, None],
-        packing=Packing(prompts, completions),
+        completion_lengths=torch.tensor([rollout.completion.length for rollout in rollouts]),
+        completion_mask=_pad(is_sampled),
+        packing=Packing(prompts, completions, is_sampled),
+        temperature=rollouts[0].temperature,
         rollout_logprobs=_pad([torch.tensor(r.completion.logprobs) for r in rollouts]),
         rewards=torch.tensor([rollout.reward for rollout in rollouts]),
         finished=torch.tensor([rollout.completion.finished for rollout in rollouts]),
@@ -107,17 +109,17 @@ def _numbers_if_known(answers: Sequence[int | None]) -> Tensor | None:
 
 
 class RolloutBuffer:
-    """An epoch's rollouts as micro-batches, filled anew each epoch.
+    """An epoch's rollouts as micro-batches, replaced each epoch.
 
-    Its length is known before it is filled, which Lightning needs: a loader without one is read
-    ahead of ``on_train_epoch_start``, and the first micro-batch would be stale.
+    Its length is fixed before it is filled. Lightning reads a loader without a length ahead of
+    ``on_train_epoch_start``, which would make the first micro-batch stale.
 
     Args:
-        num_updates: optimizer updates an epoch; for evaluation, prompts.
-        micro_batches: micro-batches an update on this rank.
+        num_updates: optimizer updates per epoch; for evaluation, prompts.
+        micro_batches: micro-batches per update on this rank.
 
     Attributes:
-        position: micro-batches handed out since it was filled.
+        position: micro-batches handed out since the last fill.
     """
 
     def __init__(self, num_updates: int, micro_batches: int = 1) -> None:
@@ -136,7 +138,7 @@ class RolloutBuffer:
         """Replace the contents.
 
         Args:
-            rollouts: of this rank, in the order of the updates, the same number for each.
+            rollouts: of this rank, ready to train on, the same number for each update.
             sum_over_ranks: adds up the (num_updates, 2) tokens and sequences of all ranks.
         """
         size = len(rollouts) // self.num_updates
@@ -146,19 +148,19 @@ class RolloutBuffer:
         totals = []
         for index in range(self.num_updates):
             update = rollouts[index * size : (index + 1) * size]
-            totals.append([sum(len(r.completion.token_ids) for r in update), size])
+            totals.append([sum(r.completion.num_sampled for r in update), size])
             self.micro_batch_rollouts += split_by_tokens(update, self.micro_batches)
         self._totals = sum_over_ranks(torch.tensor(totals))
 
     def __len__(self) -> int:
-        """Micro-batches an epoch on this rank."""
+        """Return the number of micro-batches per epoch on this rank."""
         return self.num_updates * self.micro_batches
 
     def __getitem__(self, index: int) -> RolloutBatch:
-        """Micro-batch ``index``; ``micro_batches`` of them follow each other in an update.
+        """Return micro-batch ``index``; an update takes ``micro_batches`` consecutive ones.
 
         Raises:
-            RuntimeError: nothing was sampled yet.
+            RuntimeError: the buffer was not filled yet.
         """
         if not self.micro_batch_rollouts:
             raise RuntimeError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from prl_lightning.tables import read_table
+from prl_lightning.runs.tables import read_table
 
 # Of one epoch, in whole groups: twelve epochs of this are some 20 MB.
 MAX_TOKENS = 30_000

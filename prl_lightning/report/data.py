@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prl_lightning.report.completions import read_epoch
-from prl_lightning.run_files import (
+from prl_lightning.runs.files import (
     COMPLETIONS,
     CONFIG,
     EVALUATIONS,

@@ -12,15 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from prl_lightning.callbacks.sample_store import SampleStore, fingerprint
 from prl_lightning.cli import main
-from prl_lightning.metrics import MeanAtN, PassAtK
-from prl_lightning.models import load_tokenizer
-from prl_lightning.run_files import read_evaluations
-from prl_lightning.samplers import HFSampler, ProcessSampler, Progress, SamplingConfig, VLLMSampler
-from prl_lightning.tables import read_table
+from prl_lightning.evaluation.metrics import MeanAtN, PassAtK
+from prl_lightning.models.causal_lm import load_tokenizer
+from prl_lightning.runs.files import read_evaluations
+from prl_lightning.runs.tables import read_table
+from prl_lightning.sampling import (
+    HFSampler,
+    Progress,
+    SamplingConfig,
+    SubprocessSampler,
+    VLLMSampler,
+)
+from prl_lightning.sampling.sample_cache import SampleCache, fingerprint
 from prl_lightning.types import Completion, Prompt
-from runs import QUICKSTART, fit, metrics_of, tiny_overrides
+from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
 CONFIG = SamplingConfig(n=2, temperature=1.0, max_new_tokens=4, stop_token_ids=(1,))
 
@@ -118,7 +124,7 @@ def test_an_evaluation_says_what_it_evaluated(
     checkpoint = next((tmp_path / "run").rglob("last.ckpt"))
     link = tmp_path / "link.ckpt"
     link.symlink_to(checkpoint)
-    validate(tied_model, tmp_path, f"--ckpt_path={link}", "--rollout.eval_top_p=0.9")
+    validate(tied_model, tmp_path, f"--ckpt_path={link}", "--evaluation.top_p=0.9")
     validate(tied_model, tmp_path)
     read = [
         json.loads((tmp_path / f"run/version_{v}/evaluations.jsonl").read_text().splitlines()[-1])
@@ -193,7 +199,7 @@ def test_an_interrupted_evaluation_goes_on(
     whole.mkdir()
     validate(tied_model, whole)
     counted.drawn.clear()
-    monkeypatch.setattr("prl_lightning.callbacks.sample_store.PART", 8)  # two prompts of four
+    monkeypatch.setattr("prl_lightning.rollouts.engine_link.PART", 8)  # two prompts of four
     monkeypatch.setattr(counted, "fails_after", 1)
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         validate(tied_model, tmp_path)
@@ -207,7 +213,7 @@ def test_other_weights_and_other_settings_are_drawn_anew(
     tied_model: str, untied_model: str, tmp_path: Path, counted: type[CountingSampler]
 ) -> None:
     validate(tied_model, tmp_path)
-    validate(tied_model, tmp_path, "--rollout.eval_temperature=0.9")
+    validate(tied_model, tmp_path, "--evaluation.temperature=0.9")
     validate(untied_model, tmp_path)
     assert counted.drawn == [5, 5, 5]
 
@@ -231,7 +237,7 @@ def test_one_entry_of_the_weights_makes_another_fingerprint() -> None:
     assert same[0] == same[1]
     assert fingerprint(iter(weights(1e-6)), sampler, CONFIG) != same[0]
     # A process around an engine changes nothing, and another engine does.
-    assert fingerprint(iter(weights(0)), ProcessSampler(sampler), CONFIG) == same[0]
+    assert fingerprint(iter(weights(0)), SubprocessSampler(sampler), CONFIG) == same[0]
     plain, quantized = VLLMSampler(), VLLMSampler(engine_args={"quantization": "fp8"})
     others = [fingerprint(iter(weights(0)), other, CONFIG) for other in (plain, quantized)]
     assert len({same[0], *others}) == 3
@@ -243,9 +249,9 @@ def test_what_is_kept_comes_back_whole(tmp_path: Path) -> None:
         [Completion([5, 1], [-0.1, -1.2345678901234567], finished=True)] * 2,
         [Completion([6], [-3.5], finished=False)] * 2,
     ]
-    SampleStore(tmp_path, rank=0).add(prompts[:1], groups[:1])
-    SampleStore(tmp_path, rank=1).add(prompts[1:], groups[1:])
-    read = SampleStore(tmp_path, rank=0)
+    SampleCache(tmp_path, rank=0).add(prompts[:1], groups[:1])
+    SampleCache(tmp_path, rank=1).add(prompts[1:], groups[1:])
+    read = SampleCache(tmp_path, rank=0)
     assert [read[prompt] for prompt in prompts] == groups
     assert Prompt([3, 4], "a", seed=3) not in read
     assert sorted(file.name for file in tmp_path.iterdir()) == [
@@ -255,4 +261,4 @@ def test_what_is_kept_comes_back_whole(tmp_path: Path) -> None:
     # Two evaluations at once have both drawn a prompt's: it has no more than one of them.
     drawn = tmp_path / "part-00000-00000.parquet"
     drawn.with_name("part-00000-00001.parquet").write_bytes(drawn.read_bytes())
-    assert SampleStore(tmp_path, rank=0)[prompts[0]] == groups[0]
+    assert SampleCache(tmp_path, rank=0)[prompts[0]] == groups[0]

@@ -12,15 +12,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from prl_lightning.callbacks import RolloutCallback
+from prl_lightning.checks.contradictions import longest_row
 from prl_lightning.data import PromptDataModule
+from prl_lightning.evaluation import Evaluation
 from prl_lightning.functional import outcome_advantages
-from prl_lightning.models import max_model_tokens
+from prl_lightning.models.causal_lm import max_model_tokens
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
-from prl_lightning.samplers import HFSampler
+from prl_lightning.sampling import HFSampler
 from prl_lightning.types import RolloutBatch
-from runs import write_prompts
 from sample_rewards import even_digits
+from tiny_runs import write_prompts
 
 
 class Watch(Callback):
@@ -54,14 +56,12 @@ def run(
     module = PRLModule(
         model,
         objective or Objective(beta=0.1),
-        temperature=temperature,
         optimizer=lambda params: torch.optim.SGD(params, lr=learning_rate),
-        pass_at=(2,),
     )
     settings: dict[str, Any] = {
         "prompts_per_epoch": 4,
         "group_size": 4,
-        "eval_group_size": 2,
+        "evaluation": Evaluation(samples=2, pass_at=(2,)),
         "max_prompt_tokens": 16,
     }
     datamodule = PromptDataModule(
@@ -70,6 +70,7 @@ def run(
     rollout = RolloutCallback(
         rewards=[even_digits],
         sampler=sampler or HFSampler(),
+        temperature=temperature,
         max_new_tokens=8,
         **(callback or {}),
     )
@@ -223,7 +224,7 @@ class StaleSampler(HFSampler):
 
 
 def test_weights_that_do_not_arrive_stop_the_run(tied_model: str, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="engine and trainer disagree.*every weight.*engine_gap"):
+    with pytest.raises(RuntimeError, match=r"engine_gap=.*rollout\.max_engine_gap"):
         run(tied_model, tmp_path, sampler=StaleSampler(), learning_rate=1.0)
 
 
@@ -260,7 +261,13 @@ def test_one_start_and_one_call_a_sampling_and_no_needless_load(
 ) -> None:
     sampler = CountingSampler()
     heldout = str(write_prompts(tmp_path / "heldout.jsonl", count=3, seed=1))
-    run(tied_model, tmp_path, sampler=sampler, epochs=2, eval={"one": heldout, "two": heldout})
+    run(
+        tied_model,
+        tmp_path,
+        sampler=sampler,
+        epochs=2,
+        evaluation=Evaluation({"one": heldout, "two": heldout}, samples=2, pass_at=(2,)),
+    )
     assert sampler.starts == 1
     # Evaluations: the sanity check and one after each epoch, both sets in one call.
     assert sampler.calls == 3 + 2
@@ -301,7 +308,10 @@ def test_evaluation_samples_the_nucleus_alone(tied_model: str, tmp_path: Path) -
     """So small a one has a single token; the engine's log-probabilities are not the trainer's."""
     heldout = str(write_prompts(tmp_path / "heldout.jsonl", count=3, seed=1))
     module, _ = run(
-        tied_model, tmp_path, callback={"eval_top_p": 1e-6}, epochs=1, eval={"held": heldout}
+        tied_model,
+        tmp_path,
+        epochs=1,
+        evaluation=Evaluation({"held": heldout}, samples=2, pass_at=(2,), top_p=1e-6),
     )
     rollouts = module.trainer.datamodule.eval_rollouts["held"].rollouts
     texts = [rollout.text for rollout in rollouts]
@@ -316,17 +326,17 @@ def test_a_row_may_be_as_long_as_the_model_takes(tied_model: str, tmp_path: Path
     for tokens in (limit - 16, limit - 15):
         rollout = RolloutCallback([even_digits], HFSampler(), max_new_tokens=tokens)
         if tokens + 16 == limit:
-            assert rollout.check_lengths(data, PRLModule(tied_model)) == limit
+            assert longest_row(PRLModule(tied_model), data, rollout.settings) == limit
         else:
             with pytest.raises(ValueError, match=f"= {limit + 1} tokens.*takes {limit}"):
-                rollout.check_lengths(data, PRLModule(tied_model))
+                longest_row(PRLModule(tied_model), data, rollout.settings)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_new_tokens", 0), ("eval_temperature", 0.0), ("eval_top_p", 0.0), ("eval_top_p", 1.5)],
+    [("max_new_tokens", 0), ("temperature", 0.0)],
 )
 def test_what_nothing_can_be_sampled_with_is_an_error(field: str, value: float) -> None:
     settings: dict[str, Any] = {field: value}
-    with pytest.raises(ValueError, match=rf"rollout\.{field}={value}: must be above 0"):
+    with pytest.raises(ValueError, match=rf"rollout\.{field}={value}"):
         RolloutCallback([even_digits], HFSampler(), **settings)

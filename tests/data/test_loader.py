@@ -7,7 +7,7 @@ import torch
 
 from prl_lightning.data import RolloutBuffer, RolloutLoader
 from prl_lightning.data.loader import pack, unpack
-from prl_lightning.packing import Packing
+from prl_lightning.models.packing import Packing
 from prl_lightning.types import Completion, Prompt, Rollout, RolloutBatch
 
 UPDATES, MICRO_BATCHES, SIZE = 2, 2, 8  # rollouts an update over all ranks

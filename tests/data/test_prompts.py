@@ -10,6 +10,7 @@ import pytest
 
 from prl_lightning.data import PromptDataModule
 from prl_lightning.data.sizes import EpochSizes
+from prl_lightning.evaluation import Evaluation
 from prl_lightning.types import Prompt
 
 from .tokenizers import character_tokenizer
@@ -44,7 +45,7 @@ def make_data(folder: Path) -> MakeData:
         data = PromptDataModule(
             str(folder / "tokenizer"),
             [str(folder / f"{name}.jsonl") for name in train],
-            {name: str(folder / f"{name}.jsonl") for name in eval_sets},
+            Evaluation({name: str(folder / f"{name}.jsonl") for name in eval_sets}),
             **sizes,
         )
         trainer: Any = SimpleNamespace(
@@ -133,7 +134,7 @@ def test_evaluation_sets_are_split_without_loss_or_duplicate(
     seeds: dict[Any, int] = {}
     for rank in range(ranks):
         data = make_data(rank, ranks, stage="validate", eval_sets=("a", "b"))
-        for name, prompts in data.eval_prompts().items():
+        for name, prompts in data.eval_prompts.items():
             # As many on every rank, because the ranks take the same steps together.
             assert len(prompts) == math.ceil({"a": 5, "b": 3}[name] / ranks)
             counted = [prompt for prompt in prompts if not prompt.is_padding]
@@ -145,7 +146,7 @@ def test_evaluation_sets_are_split_without_loss_or_duplicate(
     assert sorted(seen["a"]) == ["a0", "a1", "a2", "a3", "a4"]
     assert sorted(seen["b"]) == ["b0", "b1", "b2"]
     # The samples of a prompt are the same on whatever rank, and no two prompts share them.
-    alone = make_data(stage="validate", eval_sets=("a", "b")).eval_prompts()
+    alone = make_data(stage="validate", eval_sets=("a", "b")).eval_prompts
     assert seeds == {prompt.source: prompt.seed for some in alone.values() for prompt in some}
     assert len(set(seeds.values())) == len(seeds) == 8
 
@@ -172,11 +173,11 @@ def test_reward_columns_are_those_that_training_and_evaluation_share(make_data: 
     assert make_data().reward_columns == {"data.train": train, "every set": train}
     assert make_data(eval_sets=("a",)).reward_columns == {
         "data.train": train,
-        "data.eval.a": held,
+        "evaluation.sets.a": held,
         "every set": {"answer"},
     }
     alone = make_data(stage="validate", eval_sets=("a",)).reward_columns
-    assert alone == {"data.eval.a": held, "every set": held}
+    assert alone == {"evaluation.sets.a": held, "every set": held}
 
 
 # Sizes
@@ -246,7 +247,7 @@ def test_too_few_prompts_name_both_numbers(make_data: MakeData) -> None:
 def test_no_training_prompts_is_an_error_of_fit_alone(make_data: MakeData) -> None:
     with pytest.raises(ValueError, match=r"data\.train is missing"):
         make_data(train=())
-    assert make_data(train=(), stage="validate", eval_sets=("a",)).eval_prompts()["a"]
+    assert make_data(train=(), stage="validate", eval_sets=("a",)).eval_prompts["a"]
 
 
 def test_data_is_prepared_once_and_before_it_is_read(folder: Path) -> None:

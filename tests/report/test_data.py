@@ -11,7 +11,7 @@ import pytest
 from prl_lightning.report import completions
 from prl_lightning.report.completions import read_epoch
 from prl_lightning.report.data import MAX_EPOCHS, find_run, read_run
-from prl_lightning.tables import write_table
+from prl_lightning.runs.tables import write_table
 from report.made_run import write_completions
 
 METRICS = """epoch,rollout/reward,step,train/loss,val/same/mean@16,val/same/pass@4,val/same/pass@16

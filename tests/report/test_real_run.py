@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from prl_lightning.cli import main
-from prl_lightning.tables import read_table
-from runs import QUICKSTART, metrics_of, tiny_overrides, write_prompts
+from prl_lightning.runs.tables import read_table
+from tiny_runs import QUICKSTART, metrics_of, tiny_overrides, write_prompts
 
 
 def data_of(run_dir: Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def run(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     main(["fit", "--config", str(QUICKSTART), *overrides, "--trainer.max_epochs=3",
           "--completions.groups=2"])  # fmt: skip
     other = write_prompts(folder / "other.jsonl", count=3, seed=2)
-    sets = f"--data.eval={{tiny: {folder / 'heldout.jsonl'}, other: {other}}}"
+    sets = f"--evaluation.sets={{tiny: {folder / 'heldout.jsonl'}, other: {other}}}"
     checkpoint = next((folder / "run").rglob("last.ckpt"))
     main(["predict", "--config", str(QUICKSTART), *overrides, sets, f"--ckpt_path={checkpoint}"])
     return folder

@@ -156,8 +156,8 @@ def test_missing_column_is_named_before_anything_is_sampled() -> None:
 
     with pytest.raises(ValueError, match=r"'level', but the data has \['answer', 'problem'\]"):
         RewardSum([length, graded]).check_columns(["problem", "answer"])
-    with pytest.raises(ValueError, match=r"but data\.eval\.held has \['answer'\]"):
-        RewardSum([graded]).check_columns(["answer"], "data.eval.held")
+    with pytest.raises(ValueError, match=r"but evaluation\.sets\.held has \['answer'\]"):
+        RewardSum([graded]).check_columns(["answer"], "evaluation.sets.held")
     RewardSum([length, graded]).check_columns(["level"])
     with pytest.raises(ValueError, match="'graded' needs the column 'level'"):
         score(graded, answer=["1", "2"])

@@ -1,0 +1,127 @@
+"""RunSummary: print the results of a run, and carry the files of a resumed run over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from prl_lightning.runs.files import (
+    COMPLETIONS,
+    CONFIG,
+    EVALUATIONS,
+    METRICS,
+    Curve,
+    completion_files,
+    metrics_rows,
+    read_evaluations,
+    read_metrics,
+)
+from prl_lightning.runs.tables import read_table
+from prl_lightning.trainer_access import csv_logger, run_folder
+
+
+class RunSummary(Callback):
+    """Print the first and last evaluation at the end of a run, and where its files are.
+
+    A resumed run writes to a new folder. Metrics, evaluations and completions up to the checkpoint
+    are copied into it, so that it has the complete curves.
+    """
+
+    def __init__(self) -> None:
+        self._metrics_file = ""
+        self._earlier_file = ""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Record where the metrics are written, for a run that resumes this one."""
+        self._metrics_file = str(run_folder(trainer) / METRICS)
+
+    def state_dict(self) -> dict[str, str]:
+        """Return where the metrics of this run are."""
+        return {"metrics": self._metrics_file}
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Remember where the metrics of the resumed run are."""
+        self._earlier_file = state_dict["metrics"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy what the resumed run wrote up to the checkpoint."""
+        folder, logger = run_folder(trainer), csv_logger(trainer)
+        if logger is None or not trainer.ckpt_path or not trainer.is_global_zero:
+            return
+        next_to_it = Path(trainer.ckpt_path).parent.parent / METRICS  # if the run was moved
+        earlier = next_to_it if next_to_it.is_file() else Path(self._earlier_file)
+        if earlier.is_file():
+            for step, row in metrics_rows(earlier):
+                if step < trainer.global_step:
+                    logger.log_metrics(row, step)
+            _carry_over(earlier.parent, folder, trainer.global_step)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print the summary last, on one rank."""
+        folder = run_folder(trainer)
+        finished = stage == "fit" and not trainer.interrupted and trainer.is_global_zero
+        if finished and (folder / METRICS).is_file():
+            print(self._text(trainer, folder, read_metrics(folder / METRICS)))
+
+    def _text(self, trainer: Trainer, folder: Path, curves: dict[str, Curve]) -> str:
+        evaluations = {
+            name: values
+            for name, (_, values) in curves.items()
+            if name.rpartition("@")[2].isdecimal()
+        }
+        sets = {name.partition("/")[2].rpartition("/")[0] for name in evaluations}
+        lines = ["", f"Done: {trainer.global_step} updates."]
+        for name, values in sorted(evaluations.items(), key=lambda item: _order(item[0])):
+            where, _, metric = name.partition("/")[2].rpartition("/")
+            label = metric if len(sets) == 1 else f"{where} {metric}"
+            lines.append(f"{label}: {values[0]:.2f} -> {values[-1]:.2f}")
+        checkpoint = _checkpoint(trainer)
+        lines += ["", f"metrics     {folder / METRICS}", f"config      {folder / CONFIG}"]
+        if checkpoint:
+            lines += [
+                f"checkpoint  {checkpoint}",
+                "",
+                "Next: see curves and completions in one HTML file with",
+                f"  prl report {folder}",
+                "evaluate it again with",
+                f"  prl validate --config {folder / CONFIG} --ckpt_path {checkpoint}",
+                'or put your own data and model into the config (README, "Your own data").',
+            ]
+        return "\n".join(lines)
+
+
+def _order(name: str) -> tuple[str, int]:
+    """Sort "val/set/pass@16" after "val/set/pass@4"."""
+    metric, _, number = name.rpartition("@")
+    return metric, int(number)
+
+
+def _checkpoint(trainer: Trainer) -> str:
+    callback = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint):
+        return ""
+    return callback.last_model_path or callback.best_model_path
+
+
+def _carry_over(earlier: Path, folder: Path, step: int) -> None:
+    """Copy evaluations and completions up to a step; unreadable files are skipped."""
+    if earlier.resolve() == folder.resolve():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if (earlier / EVALUATIONS).is_file():
+        evaluations, _ = read_evaluations(earlier / EVALUATIONS)
+        kept = [evaluation for evaluation in evaluations if evaluation["step"] <= step]
+        with (folder / EVALUATIONS).open("a") as lines:
+            lines.writelines(json.dumps(evaluation) + "\n" for evaluation in kept)
+    for file in completion_files(earlier):
+        try:
+            sampled_at = read_table(file, ["step"])[0]["step"]
+        except (ValueError, OSError):
+            continue
+        if sampled_at < step:  # the epoch of this step starts again
+            (folder / COMPLETIONS).mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / COMPLETIONS / file.name)

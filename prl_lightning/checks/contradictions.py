@@ -1,0 +1,217 @@
+"""Settings of different sections that cannot work together, each with its fix."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import AutoConfig
+
+from prl_lightning.data import PromptDataModule
+from prl_lightning.functional import get_divergence
+from prl_lightning.models.causal_lm import load_tokenizer, max_model_tokens
+from prl_lightning.models.step_splitter import StepSplitter
+from prl_lightning.module import PRLModule
+from prl_lightning.rewards import RewardLimits
+from prl_lightning.rollouts.settings import RolloutSettings
+
+
+class ConfigurationError(ValueError):
+    """All errors of a configuration."""
+
+
+def raise_errors(errors: Iterable[str]) -> None:
+    """Raise one exception for all errors.
+
+    Args:
+        errors: messages; duplicates are dropped.
+
+    Raises:
+        ConfigurationError: there is at least one.
+    """
+    messages = list(dict.fromkeys(errors))
+    if messages:
+        raise ConfigurationError("\n- ".join(["The configuration cannot work:", *messages]))
+
+
+def errors_of(*checks: Callable[[], Any]) -> Iterator[str]:
+    """Yield the messages of checks that raise ValueError, OSError or ImportError."""
+    for check in checks:
+        try:
+            check()
+        except (ValueError, OSError, ImportError) as error:
+            yield str(error)
+
+
+def contradictions(
+    trainer: Trainer,
+    module: PRLModule,
+    data: PromptDataModule,
+    rollout: RolloutSettings,
+    trains: bool,
+) -> list[str]:
+    """Find settings that cannot work together, without reading a file.
+
+    Args:
+        trainer: number of ranks, strategy.
+        module: need not be loaded.
+        data: need not be read.
+        rollout: settings of the sampling.
+        trains: for a run of ``fit``, not for an evaluation.
+
+    Returns:
+        One message per contradiction.
+    """
+    errors = [
+        *errors_of(lambda: get_divergence(module.objective.divergence)),
+        *_of_rewards(data, rollout),
+        *_of_limits(rollout.limits),
+        *_of_engine(trainer, rollout),
+    ]
+    if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO) and trains:
+        errors.append(
+            "trainer.plugins has AsyncCheckpointIO, which returns before the checkpoint is "
+            "complete. Leave it out."
+        )
+    if module.reference_name != module.policy_name and not module.keeps_reference:
+        errors.append(
+            f"model.reference={module.reference_name!r} is not used: model.objective has no KL "
+            "(kl='none' or beta=0). Leave reference out, or set model.track_reference."
+        )
+    if module.lora is not None and importlib.util.find_spec("peft") is None:
+        errors.append("model.lora needs peft: run `pip install 'prl-lightning[lora]'`.")
+    return errors + (list(_of_training(trainer, module, data, rollout)) if trains else [])
+
+
+def file_errors(
+    module: PRLModule, data: PromptDataModule, rollout: RolloutSettings, trains: bool
+) -> list[str]:
+    """Find missing or unsuitable files of data and model, without loading weights.
+
+    Args:
+        module: see ``contradictions``.
+        data: see ``contradictions``. Files that ``data.prepare`` has yet to create are skipped.
+        rollout: see ``contradictions``.
+        trains: see ``contradictions``.
+
+    Returns:
+        One message per error.
+    """
+    sources = [*(data.train_sources if trains else []), *data.eval_sources.values()]
+    errors = [] if data.prepare else list(errors_of(*(source.check for source in sources)))
+    if not is_available(module.policy_name, data):
+        return errors
+    unreadable = list(errors_of(lambda: _read_config(module.policy_name)))
+    if unreadable:
+        return errors + unreadable
+    return [
+        *errors,
+        *errors_of(
+            lambda: longest_row(module, data, rollout),
+            lambda: StepSplitter(module.objective.steps, load_tokenizer(module.policy_name)),
+        ),
+    ]
+
+
+def is_available(name: str, data: PromptDataModule) -> bool:
+    """Whether a model can be read now, or is a folder that ``data.prepare`` will create."""
+    return data.prepare is None or Path(name).expanduser().exists()
+
+
+def longest_row(module: PRLModule, data: PromptDataModule, rollout: RolloutSettings) -> int:
+    """Return the largest number of tokens of a prompt with its completion.
+
+    Raises:
+        ValueError: it exceeds what the model can take.
+    """
+    longest = data.max_prompt_tokens + rollout.max_new_tokens
+    limit = max_model_tokens(module.policy_name)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"data.max_prompt_tokens={data.max_prompt_tokens} + rollout.max_new_tokens="
+            f"{rollout.max_new_tokens} = {longest} tokens, but the model takes {limit}. "
+            "Lower one of them."
+        )
+    return longest
+
+
+def warn_of_one_step(module: PRLModule, rollout: RolloutSettings) -> None:
+    """Warn if no completion can be long enough for a second step."""
+    steps = module.objective.steps
+    if isinstance(steps, int) and steps >= rollout.max_new_tokens:
+        rank_zero_warn(
+            f"model.objective.steps={steps}, but rollout.max_new_tokens={rollout.max_new_tokens}: "
+            "every completion is one step. Lower steps, or raise max_new_tokens."
+        )
+
+
+def _read_config(name: str) -> None:
+    try:
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except OSError as error:
+        raise OSError(f"model.policy={name!r} cannot be read: {error}") from error
+
+
+def _of_rewards(data: PromptDataModule, rollout: RolloutSettings) -> Iterator[str]:
+    failed = rollout.limits.failure_value * sum(rollout.rewards.weights)
+    solved_at = data.evaluation.solved_at
+    if failed >= solved_at and rollout.limits.workers != 0:
+        yield (
+            f"rollout.limits.failure_value={rollout.limits.failure_value:g} gives a completion on "
+            f"which every reward function failed a reward of {failed:g}, which counts as correct "
+            f"from evaluation.solved_at={solved_at:g}. Lower failure_value, or raise solved_at."
+        )
+
+
+def _of_limits(limits: RewardLimits) -> Iterator[str]:
+    """With ``workers: 0`` there are no limits, and an exception ends the run."""
+    unused = [
+        f"{field.name}={getattr(limits, field.name)}"
+        for field in fields(limits)
+        if field.name != "workers" and getattr(limits, field.name) != field.default
+    ]
+    if limits.workers == 0 and unused:
+        yield (
+            f"rollout.limits has {', '.join(unused)}, but workers=0 calls the reward functions in "
+            "the trainer's process, without limits. Leave one of them out."
+        )
+
+
+def _of_engine(trainer: Trainer, rollout: RolloutSettings) -> Iterator[str]:
+    gpus = getattr(rollout.sampler, "gpus", ())  # of a SubprocessSampler
+    if gpus and len(gpus) < trainer.num_devices:
+        yield (
+            f"rollout.sampler.gpus={list(gpus)}, but the trainer has {trainer.num_devices} "
+            "processes on a machine. Name one GPU for each."
+        )
+
+
+def _of_training(
+    trainer: Trainer, module: PRLModule, data: PromptDataModule, rollout: RolloutSettings
+) -> Iterator[str]:
+    if not data.train_sources:
+        yield "data.train is missing: name the prompts to train on."
+    yield from errors_of(lambda: data.sizes(trainer))
+    objective = module.objective
+    if data.group_size == 1 and objective.outcome in ("grpo", "dr_grpo", "rloo"):
+        yield (
+            f"data.group_size={data.group_size}, but model.objective.outcome="
+            f"{objective.outcome!r} compares the completions of a prompt. Sample 2 or more, "
+            "or set outcome to 'reward'."
+        )
+    if rollout.overlap and objective.importance_cap is not None:
+        yield (
+            f"model.objective.importance_cap={objective.importance_cap} has no effect with "
+            "rollout.overlap=true: the importance ratio already starts from the engine's "
+            "log-probabilities. Leave one of them out."
+        )
+    probe = torch.nn.Parameter(torch.zeros(1))
+    for message in errors_of(lambda: module.optimizer([probe])):
+        yield f"model.optimizer cannot be created: {message}."

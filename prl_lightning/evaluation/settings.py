@@ -1,0 +1,46 @@
+"""Evaluation: which sets are evaluated, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The ``evaluation`` section of a configuration.
+
+    Attributes:
+        sets: sources of prompts by name, see ``PromptDataModule``; each validation, test and
+            predict samples all of them.
+        samples: completions per prompt, the n of mean@n.
+        pass_at: the k of pass@k, each at most ``samples``; pass@1 is mean@n.
+        solved_at: a completion counts as correct if its reward, the weighted sum of all reward
+            functions, is at least this.
+        temperature: of the sampling.
+        top_p: of the sampling.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    sets: dict[str, str] = field(default_factory=dict)
+    samples: int = 8
+    pass_at: tuple[int, ...] = (8,)
+    solved_at: float = 0.5
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, fits, wanted in (
+            ("samples", self.samples >= 1, "must be at least 1"),
+            (
+                "pass_at",
+                all(1 <= k <= self.samples for k in self.pass_at),
+                f"each k must be between 1 and evaluation.samples={self.samples}",
+            ),
+            ("temperature", self.temperature > 0, "must be above 0"),
+            ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
+        ):
+            if not fits:
+                raise ValueError(f"evaluation.{name}={getattr(self, name)}: {wanted}.")

@@ -1,0 +1,1 @@
+"""One iteration, from prompts to rollouts that are ready to train on."""

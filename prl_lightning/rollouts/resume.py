@@ -1,0 +1,133 @@
+"""Resume a run bit by bit, also in the middle of an epoch.
+
+Lightning restores weights, optimizer and loop counters, and RolloutLoader the rollouts of an
+unfinished epoch. Added here: the random states of each rank, the values that the epoch has logged,
+and counters that name a point where training can continue.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from prl_lightning.distributed import gather
+
+SAVED = "prl_lightning"
+
+
+class ResumeState:
+    """The part of a checkpoint that differs between ranks.
+
+    Attributes:
+        logged: values that the current epoch has logged.
+    """
+
+    def __init__(self) -> None:
+        self.logged: dict[str, float] = {}
+        self._loaded: list[dict[str, Any]] = []
+        self._before_validation: dict[str, Any] | None = None
+
+    def save(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
+        """Add the state of all ranks to a checkpoint; a collective."""
+        rewind_progress(checkpoint, trainer.accumulate_grad_batches)
+        own = {"random": self._before_validation or random_state(), "logged": self.logged}
+        checkpoint[SAVED] = gather(own, trainer.global_rank, trainer.world_size)
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Keep a checkpoint's state until ``restore``: setting up a run draws random numbers."""
+        self._loaded = checkpoint.get(SAVED, [])
+
+    def restore(self, trainer: Trainer) -> bool:
+        """Restore this rank's state, and return whether there was one."""
+        loaded, self._loaded = self._loaded, []
+        if len(loaded) != trainer.world_size:
+            if loaded:
+                rank_zero_info(
+                    f"The checkpoint is of {len(loaded)} ranks and the run has "
+                    f"{trainer.world_size}: it continues with the same prompts and samples, but "
+                    "with other random states."
+                )
+            return False
+        own = loaded[trainer.global_rank]
+        set_random_state(own["random"])
+        self.logged = own["logged"]
+        return True
+
+    def begin_validation(self) -> None:
+        """Set the random state aside: training must not depend on when it is evaluated."""
+        self._before_validation = random_state()
+
+    def end_validation(self) -> None:
+        """Restore the random state from before the validation."""
+        if self._before_validation is not None:
+            set_random_state(self._before_validation)
+            self._before_validation = None
+
+
+def random_state() -> dict[str, Any]:
+    """Return the random states of this process as values that a checkpoint can hold."""
+    version, words, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": [version, list(words), gauss],
+        "numpy": [str(kind), torch.from_numpy(np.array(keys, dtype=np.int64)), *rest],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set the random states that ``random_state`` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+def is_between_epochs(loop: Any) -> bool:
+    """Whether Lightning continues in a new epoch without calling ``on_train_epoch_start``.
+
+    It does so after a checkpoint of the last batch of an epoch.
+
+    Args:
+        loop: the fit loop, in ``on_train_start``.
+    """
+    epoch = loop.epoch_loop
+    saved_at_its_end = epoch.restarted_on_train_batch_end and epoch.batch_progress.is_last_batch
+    return bool(loop.restarted_mid_epoch and saved_at_its_end and not loop.done)
+
+
+def rewind_progress(checkpoint: dict[str, Any], micro_batches: int) -> None:
+    """Set the loop counters back to the start of an update or an epoch, where a run can continue.
+
+    The gradient of a partial update is not saved, so the update is repeated. An epoch that is
+    finished or still being sampled is repeated or left as a whole; without this, Lightning counts
+    the former twice and skips the latter if ``max_steps`` is set.
+
+    Args:
+        checkpoint: Lightning's, changed in place.
+        micro_batches: per update.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    now = epochs["current"]
+    begun = batches["current"]["ready"] % micro_batches
+    if now["ready"] > now["started"] or now["started"] == now["processed"]:
+        for counts in (epochs["total"], now):
+            counts["ready"], counts["completed"] = counts["started"], counts["processed"]
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
+    elif begun and not batches["is_last_batch"]:
+        # Lightning counts the previous update again if it continues from the end of a batch.
+        if batches["total"]["completed"] < batches["total"]["processed"]:
+            loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+        for counts in (batches["total"], batches["current"]):
+            counts.update({name: count - begun for name, count in counts.items()})

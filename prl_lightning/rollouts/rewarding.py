@@ -1,0 +1,160 @@
+"""Rewarder: rewards of rollouts, and a record of failed reward calls."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from prl_lightning.distributed import sum_over_ranks
+from prl_lightning.rewards import RewardScores, RewardSum
+from prl_lightning.rewards.sandbox.limits import Failure
+from prl_lightning.runs.progress import progress_bar
+from prl_lightning.runs.text import prompt_text
+from prl_lightning.trainer_access import append_rows
+from prl_lightning.types import Rollout
+
+FAILURES = "reward_failures.jsonl"
+WRITTEN = 16  # of the failures of a rank and an iteration
+WRITTEN_CHARACTERS = 4000
+
+# Name of the function, why it failed, and a rollout that it was called with.
+Failed = tuple[str, Failure, Rollout]
+
+
+class Rewarder:
+    """Call the reward functions, count failures, and stop the run if there are too many.
+
+    ``reward_failures.jsonl`` in the run's folder gets the first 16 failures of every rank and
+    iteration.
+
+    Args:
+        rewards: the reward functions.
+        trainer: for the run's folder and the other ranks.
+    """
+
+    def __init__(self, rewards: RewardSum, trainer: Trainer) -> None:
+        self.rewards = rewards
+        self.trainer = trainer
+        self._printed: set[tuple[str, str]] = set()
+        self._unjudged: set[int] = set()
+
+    def reward(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """Set ``reward`` of every rollout; a collective.
+
+        Returns:
+            Values to log: failures per function, rewards per function if there are several, and the
+            number of completions that no function rewarded.
+
+        Raises:
+            RuntimeError: more than ``limits.max_failures`` of all ranks' completions failed.
+        """
+        names = set.intersection(*(set(rollout.prompt.columns) for rollout in rollouts))
+        columns = {name: [r.prompt.columns[name] for r in rollouts] for name in names}
+        columns["completion_ids"] = [r.completion.token_ids for r in rollouts]
+        sources, texts = [r.prompt.source for r in rollouts], [r.text for r in rollouts]
+        calls = len(rollouts) * len(self.rewards.names)
+        with progress_bar(self.trainer, "Rewarding", calls) as advance:
+            scores = self.rewards.score(sources, texts, columns, partial(advance, 1, ""))
+        for rollout, reward in zip(rollouts, scores.total.tolist(), strict=True):
+            rollout.reward = reward
+        self._unjudged = {
+            id(rollouts[call.index])
+            for call in scores.failed_calls
+            if call.name == self.rewards.answering
+        }
+        self._check_failures(rollouts, scores)
+        values = {f"reward_failures/{k}": float(v) for k, v in scores.failures.items()}
+        if len(scores.parts) > 1:
+            values |= {f"reward/{k}": v.nanmean().item() for k, v in scores.parts.items()}
+        return values | {"unrewarded": float(scores.unrewarded)}
+
+    def number_answers(self, rollouts: list[Rollout], group_size: int) -> None:
+        """Set ``answer`` of every rollout, if a reward function compares answers; a collective.
+
+        Completions that the function failed on are not compared: each counts as a distinct answer.
+
+        Args:
+            rollouts: of the last call of ``reward``, groups contiguous.
+            group_size: completions per prompt.
+        """
+        texts = [rollout.text for rollout in rollouts]
+        groups = [texts[i : i + group_size] for i in range(0, len(texts), group_size)]
+        unjudged = [i for i, rollout in enumerate(rollouts) if id(rollout) in self._unjudged]
+        answers = self.rewards.answers(groups, {divmod(i, group_size) for i in unjudged})
+        if answers is None:
+            return
+        numbers = [number for group in answers.numbers for number in group]
+        for rollout, number in zip(rollouts, numbers, strict=True):
+            rollout.answer = number
+        name = f"{self.rewards.answering}.answers"
+        failed = [(name, f, rollouts[g * group_size]) for g, f in answers.failures.items()]
+        count, total = self._record(failed, len(failed), len(groups))
+        if count:
+            rank_zero_warn(
+                f"{count:.0f} of {total:.0f} groups: their answers could not be compared, so each "
+                f"completion counts as a distinct answer in maj@n. {FAILURES} in the run's folder "
+                "has their prompts and first completions."
+            )
+
+    def _check_failures(self, rollouts: list[Rollout], scores: RewardScores) -> None:
+        limits = self.rewards.limits
+        if limits is None:
+            return
+        failed = [(call.name, call.failure, rollouts[call.index]) for call in scores.failed_calls]
+        completions = {call.index for call in scores.failed_calls}
+        count, total = self._record(failed, len(completions), len(rollouts))
+        if not count:
+            return
+        rank_zero_warn(
+            f"{count:.0f} of {total:.0f} completions: a reward function failed on them, so their "
+            f"reward is limits.failure_value={limits.failure_value}. {FAILURES} in the run's "
+            f"folder has the first {WRITTEN} of each rank."
+        )
+        if count > limits.max_failures * total:
+            raise RuntimeError(
+                f"a reward function failed on {count:.0f} of {total:.0f} completions, more than "
+                f"limits.max_failures={limits.max_failures} allows: {_kinds(failed)}. {FAILURES} "
+                "in the run's folder has their prompts. Fix the reward function, or raise "
+                "limits.seconds, limits.memory_mib or limits.max_failures."
+            )
+
+    def _record(self, failed: Sequence[Failed], count: int, total: int) -> tuple[float, float]:
+        """Print and write failures, and add up ``count`` and ``total`` over ranks; a collective."""
+        own = torch.tensor([count, total], dtype=torch.float64)
+        all_count, all_total = sum_over_ranks(self.trainer, own).tolist()
+        for name, failure, _ in failed:
+            if (name, failure.kind) not in self._printed:
+                # On the rank where it happens: the first rank may never see it.
+                self._printed.add((name, failure.kind))
+                text = failure.traceback or failure.message
+                print(f"{name}: {failure.kind}: {text}", file=sys.stderr, flush=True)
+        if all_count:
+            rows = [self._row(*one) for one in failed[:WRITTEN]]
+            append_rows(self.trainer, FAILURES, rows)
+        return all_count, all_total
+
+    def _row(self, name: str, failure: Failure, rollout: Rollout) -> dict[str, Any]:
+        return {
+            "step": self.trainer.global_step,
+            "rank": self.trainer.global_rank,
+            "function": name,
+            "kind": failure.kind,
+            "message": failure.message,
+            "prompt": prompt_text(rollout.prompt.source)[:WRITTEN_CHARACTERS],
+            "completion": rollout.text[:WRITTEN_CHARACTERS],
+        }
+
+
+def _kinds(failed: Sequence[Failed]) -> str:
+    """Count the kinds of failures, and quote the first message."""
+    kinds = [f"{name}: {failure.kind}" for name, failure, _ in failed]
+    if not kinds:
+        return "on other ranks"
+    counted = ", ".join(f"{kind} x{kinds.count(kind)}" for kind in dict.fromkeys(kinds))
+    return f"{counted} ({failed[0][1].message})"

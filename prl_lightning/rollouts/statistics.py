@@ -1,0 +1,66 @@
+"""Statistics of an iteration's rollouts for the training curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prl_lightning.types import Rollout
+
+
+def describe(
+    rollouts: Sequence[Rollout],
+    group_size: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    sampling_seconds: float,
+) -> dict[str, float]:
+    """Summarise rewards and lengths over the rollouts of all ranks.
+
+    Args:
+        rollouts: of this rank, groups contiguous.
+        group_size: completions per prompt.
+        sum_over_ranks: adds up a tensor of all ranks.
+        sampling_seconds: that the engine took.
+
+    Returns:
+        Means, the population standard deviation of the reward, the number of tokens, the longest
+        completion of this rank, and tokens per second.
+    """
+    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    groups = rewards.view(-1, group_size)
+    lengths = [rollout.completion.length for rollout in rollouts]
+    own = [
+        len(rollouts),
+        rewards.sum().item(),
+        rewards.square().sum().item(),
+        sum(lengths),
+        sum(not rollout.completion.finished for rollout in rollouts),
+        (groups == groups[:, :1]).all(1).sum().item() * group_size,
+    ]
+    summed = sum_over_ranks(torch.tensor(own, dtype=torch.float64))
+    count, tokens = summed[0].item(), summed[3].item()
+    reward, square, length, cut, without_signal = (summed[1:] / count).tolist()
+    return {
+        "reward": reward,
+        "reward_std": max(square - reward**2, 0.0) ** 0.5,
+        "groups_without_signal": without_signal,
+        "completion_length": length,
+        "completion_length_max": max(lengths),
+        "cut_at_limit": cut,
+        "tokens": tokens,
+        "tokens_per_second": tokens / sampling_seconds,
+    }
+
+
+def reduction_of(name: str) -> Literal["sum", "max", "mean"]:
+    """Name the reduction over ranks of a logged value.
+
+    Failures add up. Of maxima and times the largest counts, since the other ranks wait for the
+    slowest.
+    """
+    if name.startswith("reward_failures/") or name == "unrewarded":
+        return "sum"
+    return "max" if name.endswith(("_max", "_seconds")) else "mean"

@@ -1,0 +1,133 @@
+"""Progress bars for sampling and rewarding, in the style of the Trainer's own bar."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from tqdm.auto import tqdm
+
+from prl_lightning.sampling import Progress
+
+# A shorter task shows no bar.
+SECONDS_BEFORE_A_BAR = 3.0
+
+# Called with the number of newly finished items and a note such as the speed.
+Advance = Callable[[int, str], None]
+
+
+def is_interactive(stream: TextIO) -> bool:
+    """Whether output is seen at once: in a terminal (TTY) or a notebook, not in a file or pipe."""
+    return stream.isatty() or "ipykernel" in sys.modules
+
+
+def hide_library_bars() -> None:
+    """Disable the bars of ``datasets`` and ``transformers`` if stderr is not interactive.
+
+    This holds for the whole process: neither library has a narrower switch.
+    """
+    if is_interactive(sys.stderr):
+        return
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
+def hide_trainer_bar(trainer: Trainer) -> None:
+    """Disable the Trainer's bar if stdout is not interactive: it would fill a log file.
+
+    Args:
+        trainer: before it starts its bar.
+    """
+    bar = trainer.progress_bar_callback
+    if bar is not None and not is_interactive(sys.stdout):
+        bar.disable()
+
+
+@contextmanager
+def progress_bar(trainer: Trainer, what: str, total: int) -> Iterator[Advance]:
+    """Show a bar that disappears at the end: a line of the RichProgressBar, or a tqdm bar.
+
+    A tqdm bar below a rich display would print a new line for each update.
+
+    Args:
+        trainer: only its first rank shows the bar, and only if it has a progress bar itself.
+        what: label of the bar.
+        total: number of items.
+
+    Yields:
+        A function to call with the number of finished items, from any thread.
+    """
+    bar = trainer.progress_bar_callback
+    if bar is None or not trainer.is_global_zero:
+        yield _show_nothing
+    elif isinstance(bar, RichProgressBar) and bar.progress and bar.progress.live.is_started:
+        with _line_of(bar, bar.progress, what, total) as advance:
+            yield advance
+    else:
+        hidden = not is_interactive(sys.stderr)
+        with tqdm(
+            total=total, desc=what, delay=SECONDS_BEFORE_A_BAR, leave=False, disable=hidden
+        ) as shown:
+
+            def advance(count: int, note: str = "") -> None:
+                shown.set_postfix_str(note, refresh=False)
+                shown.update(count)
+
+            yield advance
+
+
+def _show_nothing(count: int, note: str) -> None:
+    pass
+
+
+@contextmanager
+def _line_of(bar: RichProgressBar, progress: Any, what: str, total: int) -> Iterator[Advance]:
+    # One task per label, shown again each time. Removing it would shift the indices by which
+    # Lightning finds its own tasks.
+    known = [task.id for task in progress.tasks if task.fields.get("what") == what]
+    task = known[0] if known else progress.add_task(what, total=total, visible=False, what=what)
+    progress.reset(task, total=total, visible=False, description=what)
+    start = time.monotonic()
+
+    def advance(count: int, note: str = "") -> None:
+        is_long = time.monotonic() - start >= SECONDS_BEFORE_A_BAR
+        text = f"{what} {note}".rstrip()
+        progress.update(task, advance=count, description=text, visible=is_long)
+        bar.refresh()
+
+    try:
+        yield advance
+    finally:
+        progress.update(task, visible=False)
+        bar.refresh()
+
+
+@contextmanager
+def sampling_bar(trainer: Trainer, prompts: int) -> Iterator[Progress]:
+    """Show a bar of finished prompts with tokens per second.
+
+    Args:
+        trainer: see ``progress_bar``.
+        prompts: number of prompts.
+
+    Yields:
+        The ``on_progress`` of ``Sampler.generate``.
+    """
+    start, sampled = time.monotonic(), 0
+    with progress_bar(trainer, "Sampling", prompts) as advance:
+
+        def on_progress(done: int, tokens: int) -> None:
+            nonlocal sampled
+            sampled += tokens
+            speed = sampled / max(time.monotonic() - start, 1e-9)
+            advance(done, f"{speed:,.0f} tokens/s")
+
+        yield on_progress

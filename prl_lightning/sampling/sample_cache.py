@@ -1,0 +1,91 @@
+"""SampleCache: the completions of an evaluation in files, so that none is sampled twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prl_lightning.runs.tables import read_table, write_table
+from prl_lightning.sampling.base import Sampler, SamplingConfig
+from prl_lightning.types import Completion, Prompt
+
+ENTRIES = 4096  # hashed per tensor: an update changes nearly all, so these identify the weights
+PART = 2048  # completions per file: the most that an interruption can cost
+
+
+def fingerprint(
+    weights: Iterator[tuple[str, Tensor]], sampler: Sampler, config: SamplingConfig
+) -> str:
+    """Hash everything but the prompt that completions depend on: weights, engine and settings.
+
+    Args:
+        weights: of the policy; a collective under FSDP.
+        sampler: the engine.
+        config: of the sampling.
+    """
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    digest.update(sampler.identity().encode())
+    for name, tensor in weights:
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // ENTRIES)]
+        digest.update(name.encode())
+        digest.update(some.float().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class SampleCache:
+    """Completions of one fingerprint, in Parquet files that all ranks add to.
+
+    Args:
+        folder: of this fingerprint.
+        rank: of this process, part of the names of the files that it writes.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder = folder
+        self.rank = rank
+        self._groups: dict[str, list[Completion]] = {}
+        for file in sorted(folder.glob("part-*.parquet")):
+            groups: dict[str, list[Completion]] = {}
+            for row in read_table(file):
+                groups.setdefault(row.pop("prompt"), []).append(Completion(**row))
+            # Two evaluations at once may both have sampled a prompt: the groups are not joined.
+            self._groups.update(groups)
+
+    def __contains__(self, prompt: Prompt) -> bool:
+        """Return whether the prompt's completions are cached."""
+        return _key(prompt) in self._groups
+
+    def __getitem__(self, prompt: Prompt) -> list[Completion]:
+        """Return the completions of a prompt."""
+        return self._groups[_key(prompt)]
+
+    def add(self, prompts: Sequence[Prompt], groups: Sequence[list[Completion]]) -> None:
+        """Write the completions of some prompts to a new file.
+
+        Args:
+            prompts: at least one.
+            groups: the completions of each.
+        """
+        keys = [_key(prompt) for prompt in prompts]
+        rows = [
+            {"prompt": key, **asdict(completion)}
+            for key, group in zip(keys, groups, strict=True)
+            for completion in group
+        ]
+        names = (f"part-{self.rank:05d}-{number:05d}.parquet" for number in count())
+        free = next(name for name in names if not (self.folder / name).exists())
+        write_table(self.folder / free, rows)
+        self._groups.update(zip(keys, groups, strict=True))
+
+
+def _key(prompt: Prompt) -> str:
+    """Hash what decides a prompt's completions: its tokens and its seed."""
+    text = json.dumps([prompt.token_ids, prompt.seed])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,111 @@
+"""Reach the parts of a run from a callback, through the Trainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from prl_lightning.data import PromptDataModule, RolloutBuffer
+from prl_lightning.distributed import gather
+from prl_lightning.module import PRLModule
+
+
+def csv_logger(trainer: Trainer) -> CSVLogger | None:
+    """Return the logger that writes ``metrics.csv``, or None."""
+    return next((logger for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Return the folder of everything that a run writes.
+
+    That is the folder of its CSVLogger, or of the first logger with a folder, or else
+    ``trainer.default_root_dir``.
+    """
+    for logger in (csv_logger(trainer), *trainer.loggers):
+        if logger is not None and (folder := getattr(logger, "log_dir", None)):
+            return Path(folder)
+    return Path(trainer.default_root_dir)
+
+
+def weights_origin(trainer: Trainer, module: LightningModule) -> dict[str, int]:
+    """Return step and epoch of the weights; outside of fit, those of the loaded checkpoint."""
+    if trainer.state.fn == TrainerFn.FITTING or not trainer.ckpt_path:
+        epoch = 0 if trainer.sanity_checking else trainer.current_epoch
+        return {"step": trainer.global_step, "epoch": epoch}
+    return prl_module(module).loaded_at
+
+
+def checkpoint_path(trainer: Trainer) -> Path:
+    """Return the path of an unscheduled checkpoint, which replaces the last one."""
+    callback = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
+        return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    return Path(callback.last_model_path or Path(callback.dirpath) / "last.ckpt")
+
+
+def append_rows(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Append the rows of all ranks to a JSON-lines file in the run's folder; a collective.
+
+    Args:
+        trainer: its first rank writes.
+        name: of the file.
+        rows: of this rank.
+    """
+    shares = gather(rows, trainer.global_rank, trainer.world_size)
+    if shares is not None:
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("a") as lines:
+            lines.writelines(json.dumps(row) + "\n" for share in shares for row in share)
+
+
+def is_last_epoch(trainer: Trainer) -> bool:
+    """Whether the Trainer's limits allow no further epoch, as far as its start can tell."""
+    epochs, updates = trainer.max_epochs, trainer.max_steps
+    ends = trainer.global_step + trainer.num_training_batches // trainer.accumulate_grad_batches
+    by_epochs = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
+    return by_epochs or 0 <= updates <= ends
+
+
+def prl_module(module: LightningModule) -> PRLModule:
+    """Return the module as a PRLModule.
+
+    Raises:
+        TypeError: it is another module.
+    """
+    if not isinstance(module, PRLModule):
+        raise TypeError(f"the callbacks need a PRLModule, got {type(module).__name__}")
+    return module
+
+
+def prompt_data(trainer: Trainer) -> PromptDataModule:
+    """Return the data of a run.
+
+    Raises:
+        TypeError: it is not a PromptDataModule.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, PromptDataModule):
+        raise TypeError(
+            "RolloutCallback needs a PromptDataModule: trainer.fit(module, datamodule=...)"
+        )
+    return data
+
+
+def train_rollouts(trainer: Trainer) -> RolloutBuffer:
+    """Return the training buffer.
+
+    Raises:
+        RuntimeError: the data is not set up.
+    """
+    buffer = prompt_data(trainer).train_rollouts
+    if buffer is None:
+        raise RuntimeError("the training data is not set up: call data.setup('fit') first")
+    return buffer

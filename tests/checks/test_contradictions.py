@@ -1,0 +1,211 @@
+"""Contradictions before anything is loaded, all at once, and what a run asks for."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from prl_lightning.callbacks import RolloutCallback
+from prl_lightning.checks.contradictions import ConfigurationError
+from prl_lightning.cli import main
+from prl_lightning.data import PromptDataModule
+from prl_lightning.module import PRLModule
+from prl_lightning.objective import Objective
+from prl_lightning.sampling import HFSampler, SubprocessSampler
+from prl_lightning.trainer import PRLTrainer
+from sample_rewards import even_digits
+from tiny_runs import QUICKSTART, fit, tiny_overrides, write_prompts
+
+
+@pytest.fixture
+def bare_model(tied_model: str, tmp_path: Path) -> str:
+    """A model's folder without its weights: whoever loads them fails."""
+    folder = tmp_path / "bare"
+    shutil.copytree(tied_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return str(folder)
+
+
+def test_contradictions_are_named_all_at_once(bare_model: str, tmp_path: Path) -> None:
+    overrides = [
+        *tiny_overrides(bare_model, tmp_path),
+        "--trainer.accumulate_grad_batches=3",
+        "--rollout.max_new_tokens=100000",
+        "--data.train=nowhere.jsonl",
+        "--model.objective.steps=0",
+        "--model.objective.importance_cap=2",
+        "--rollout.overlap=true",
+        "--rollout.sampler=SubprocessSampler",
+        "--rollout.sampler.sampler=HFSampler",
+    ]
+    with pytest.raises(ValueError, match="The configuration") as raised:
+        fit(*overrides)
+    first, *found = str(raised.value).split("\n- ")
+    assert len(found) == 5
+    for words in (
+        r"\(16\) is not a multiple of trainer.accumulate_grad_batches \(3\)",
+        "max_new_tokens=100000 = 100016 tokens, but the model takes",
+        "no file 'nowhere.jsonl'",
+        "model.objective.steps=0",
+        "importance_cap=2.0 has no effect with rollout.overlap=true",
+    ):
+        assert any(re.search(words, message) for message in found), words
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_takes_what_fit_takes_and_what_it_has_written(
+    tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(*tiny_overrides(tied_model, tmp_path))
+    written = tmp_path / "run" / "version_0" / "config.yaml"
+    main(["check", "--config", str(written), "--ckpt_path=last"])
+    assert "4 prompts x 4 completions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--model.policy=no/such/folder/as.this", r"policy='no/such/folder/as\.this' cannot"),
+        ("--data.group_size=1", r"data\.group_size=1, but .*outcome='grpo' compares"),
+        ("--data.train=heldout.jsonl:test", r"heldout\.jsonl:test names a split, but a file has"),
+        ("--data.train=null", r"data\.train is missing"),
+        ("--evaluation.pass_at=[0, 2]", r"evaluation\.pass_at=\(0, 2\)"),
+        ("--model.optimizer.init_args.lr=-1", r"model\.optimizer.*-1"),
+        (
+            "--rollout.limits={workers: 0, seconds: 3}",
+            r"seconds=3\.0.*workers=0",
+        ),
+        ("--rollout.limits.failure_value=0.5", r"failure_value=0\.5.*solved_at=0\.5"),
+        ("--trainer.plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO", "AsyncCheckpointIO"),
+    ],
+)
+def test_a_contradiction_is_named(
+    change: str, message: str, tied_model: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        main(["check", "--config", str(QUICKSTART), *tiny_overrides(tied_model, tmp_path), change])
+
+
+def test_a_reference_that_nothing_reads_is_a_mistake(tied_model: str, tmp_path: Path) -> None:
+    overrides = [*tiny_overrides(tied_model, tmp_path), "--model.reference=owner/other"]
+    no_kl = ["--model.objective.kl=none"]
+    with pytest.raises(ConfigurationError, match=r"reference='owner/other' is not used"):
+        main(["check", "--config", str(QUICKSTART), *overrides, *no_kl])
+
+
+def test_an_adapter_without_peft_is_a_mistake(
+    tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "peft" else find(name)
+    )
+    overrides = [*tiny_overrides(tied_model, tmp_path), "--model.lora={r: 2}"]
+    with pytest.raises(ConfigurationError, match=r"model\.lora needs peft.*prl-lightning\[lora\]"):
+        main(["check", "--config", str(QUICKSTART), *overrides])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ("VLLMSampler, init_args: {sleeps: true}", r"sleeps=true.*there is no GPU"),
+        ("SubprocessSampler, init_args: {gpus: [7]}", r"gpus=\[7\], but this process sees 0 GPUs"),
+    ],
+)
+def test_a_run_needs_its_devices_and_a_check_does_not(
+    sampler: str, message: str, tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    overrides = [
+        *tiny_overrides(tied_model, tmp_path),
+        f"--rollout.sampler={{class_path: prl_lightning.sampling.{sampler}}}",
+        "--trainer.accelerator=cpu",
+    ]
+    main(["check", "--config", str(QUICKSTART), *overrides])
+    with pytest.raises(ConfigurationError, match=message):
+        fit(*overrides)
+
+
+def test_an_engine_needs_a_gpu_for_each_process(tied_model: str, tmp_path: Path) -> None:
+    overrides = [
+        *tiny_overrides(tied_model, tmp_path),
+        "--rollout.sampler={class_path: prl_lightning.sampling.SubprocessSampler, "
+        "init_args: {sampler: prl_lightning.sampling.HFSampler, gpus: [0]}}",
+        *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"),
+    ]
+    with pytest.raises(ConfigurationError, match=r"gpus=\[0\], but the trainer has 2 processes"):
+        main(["check", "--config", str(QUICKSTART), *overrides])
+
+
+def test_steps_that_no_completion_fills_are_said(tied_model: str, tmp_path: Path) -> None:
+    overrides = [*tiny_overrides(tied_model, tmp_path), "--model.objective.steps=8"]
+    with pytest.warns(UserWarning, match=r"steps=8, but rollout\.max_new_tokens=8"):
+        main(["check", "--config", str(QUICKSTART), *overrides])
+
+
+def test_a_run_from_python_is_refused_the_same(tied_model: str, tmp_path: Path) -> None:
+    """All at once, and before the policy is loaded."""
+    train = write_prompts(tmp_path / "train.jsonl")
+    module = PRLModule("never/loaded", Objective(outcome="rloo", importance_cap=2.0))
+    data = PromptDataModule(tied_model, train=str(train), prompts_per_epoch=4, group_size=1)
+    sampler = SubprocessSampler(HFSampler())
+    rollout = RolloutCallback([even_digits], sampler, max_new_tokens=8, overlap=True)
+    trainer = PRLTrainer(accelerator="cpu", logger=False, callbacks=[rollout], max_epochs=1)
+    with pytest.raises(ConfigurationError, match=r"(?s)data\.group_size=1.*importance_cap=2\.0"):
+        trainer.fit(module, datamodule=data)
+
+
+def test_an_evaluation_is_not_bothered_by_what_only_training_needs(
+    tied_model: str, tmp_path: Path
+) -> None:
+    overrides = [*tiny_overrides(tied_model, tmp_path), "--trainer.accumulate_grad_batches=3"]
+    main(["validate", "--config", str(QUICKSTART), *overrides, "--data.train=nowhere.jsonl"])
+    assert (tmp_path / "run" / "version_0" / "evaluation.json").exists()
+
+
+def test_check_says_what_a_run_asks_for_without_loading_weights(
+    bare_model: str, tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [
+        *tiny_overrides(bare_model, tmp_path),
+        "--model.objective.beta=0.1",
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--trainer.max_epochs=7",
+    ]
+    main(["check", "--config", str(QUICKSTART), *overrides])
+    said = capsys.readouterr().out
+    assert "4 prompts x 4 completions = 16 an epoch; / 1 updates = 16 an update; / 2 ranks" in said
+    assert "at most 16 x (16 + 8) = 384 an epoch" in said
+    assert "7 epochs x 1 = 7 updates" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "copies"),
+    [
+        # Policy, gradient, two moments of Adam, reference.
+        (["--model.objective.beta=0.1"], [1, 1, 2, 1]),
+        (["--model.objective.beta=0"], [1, 1, 2]),
+        (["--model.objective.beta=0", "--trainer.precision=bf16-true"], [0.5, 0.5, 1]),
+        (["--model.objective.beta=0.1", "--trainer.strategy=fsdp2", "--trainer.devices=4"],
+         [0.25, 0.25, 0.5, 0.25]),
+        (["--model.objective.beta=0", "--model.optimizer={class_path: torch.optim.SGD, "
+          "init_args: {lr: 0.1, momentum: 0.9}}"], [1, 1, 1]),
+        (["--model.objective.beta=0.1", "--model.lora={r: 2}"], [1]),
+    ],
+)  # fmt: skip
+def test_the_memory_estimate_counts_every_copy_of_the_weights(
+    changes: list[str], copies: list[float], tied_model: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("prl_lightning.checks.estimate.MIB", 1)  # in bytes, to be exact
+    main(["check", "--config", str(QUICKSTART), *tiny_overrides(tied_model, tmp_path), *changes])
+    lines = re.findall(r"^  \w.*? ([\d,]+) MiB$", capsys.readouterr().out, flags=re.MULTILINE)
+    model = AutoModelForCausalLM.from_pretrained(tied_model)
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert [int(line.replace(",", "")) for line in lines] == [round(size * n) for n in copies]

@@ -1,0 +1,106 @@
+"""Rewards that fail: counted, kept for inspection, and a stop where too many do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from prl_lightning.rewards import RewardLimits, RewardSum
+from prl_lightning.rollouts.rewarding import Rewarder
+from prl_lightning.types import Completion, Prompt, Rollout
+from ranks import run_all
+from tiny_runs import fit, metrics_of, tiny_overrides
+
+HALF_OF_THEM = "--rollout.rewards=[sample_rewards.even_digits, sample_rewards.raises_on_odd]"
+
+
+def failures(run: Path) -> list[dict[str, str]]:
+    lines = (run / "version_0" / "reward_failures.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_failures_are_counted_and_their_prompts_kept(
+    tied_model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides = tiny_overrides(tied_model, tmp_path)
+    with pytest.warns(UserWarning, match=r"limits\.failure_value=0\.125"):
+        fit(
+            *overrides,
+            HALF_OF_THEM,
+            "--rollout.limits={max_failures: 1.0, failure_value: 0.125}",
+        )
+    metrics = metrics_of(tmp_path)
+    odd = [16 * (1 - even) for even in metrics["rollout/reward/even_digits"]]
+    assert metrics["rollout/reward_failures/raises_on_odd"] == pytest.approx(odd)
+    assert sum(odd) > 0
+    # Where it does not raise, it is worth 2.
+    expected = [(2 * (16 - n) + 0.125 * n) / 16 for n in odd]
+    assert metrics["rollout/reward/raises_on_odd"] == pytest.approx(expected)
+    rows = failures(tmp_path / "run")
+    assert {(row["function"], row["kind"]) for row in rows} == {("raises_on_odd", "ValueError")}
+    assert all(sum(map(str.isdigit, row["completion"])) % 2 and row["prompt"] for row in rows)
+    # The traceback once, whatever the number.
+    assert capfd.readouterr().err.count("Traceback (most recent call last)") == 1
+
+
+def test_too_many_failures_stop_the_run(tied_model: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"limits\.max_failures=0"):
+        fit(*tiny_overrides(tied_model, tmp_path), HALF_OF_THEM, "--rollout.limits.max_failures=0")
+    assert failures(tmp_path / "run")
+
+
+def test_the_share_is_that_of_all_ranks_and_all_of_them_stop(
+    tied_model: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    overrides = [
+        *tiny_overrides(tied_model, tmp_path / "run"),
+        "--rollout.rewards=[sample_rewards.raises_on_last_rank]",
+        "--trainer.strategy=ddp",
+        "--trainer.devices=2",
+    ]
+    with pytest.raises(subprocess.CalledProcessError):
+        run_all(tmp_path, 2, {"run": [*overrides, "--rollout.limits.max_failures=0.4"]})
+    assert {row["rank"] for row in failures(tmp_path / "run" / "run")} == {1}
+
+
+class Votes:
+    """Answers are letters; "bad" cannot be judged, "tie" not be compared."""
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        if "bad" in completions:
+            raise KeyError("bad")
+        return [1.0 for _ in completions]
+
+    def answers(self, completions: list[str]) -> list[int]:
+        if len(completions) > 1 and {"bad", "tie"} & set(completions):
+            raise LookupError("not to be compared")
+        return [ord(text[0]) if text else -1 for text in completions]
+
+
+def test_what_could_not_be_judged_votes_alone_and_what_cannot_be_compared_is_written_down(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(logger=CSVLogger(tmp_path, "run"), accelerator="cpu", barebones=False)
+    texts = ["a", "bad", "a", "", "tie", "", "b", "b"]
+    rollouts = [
+        Rollout(Prompt([1], "?"), Completion([2], [0.0], finished=True), text) for text in texts
+    ]
+    rewards = RewardSum([Votes()], limits=RewardLimits(workers=1, seconds=60.0))
+    rewarder = Rewarder(rewards, trainer)
+    with pytest.warns(UserWarning, match="1 of 8 completions"):
+        rewarder.reward(rollouts)
+    with pytest.warns(UserWarning, match="1 of 2 groups"):
+        rewarder.number_answers(rollouts, 4)
+    rewards.stop()
+    a = ord("a")
+    assert [rollout.answer for rollout in rollouts] == [a, a + 1, a, -1, 0, -1, 1, 2]
+    rows = [(row["function"], row["kind"], row["completion"]) for row in failures(tmp_path / "run")]
+    assert rows == [("Votes", "KeyError", "bad"), ("Votes.answers", "LookupError", "tie")]
+    assert capfd.readouterr().err.count("Traceback (most recent call last)") == 2

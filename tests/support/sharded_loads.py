@@ -1,0 +1,68 @@
+"""What each rank sees of loads under FSDP2: the memory they take, the weights, and a failure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from prl_lightning.models.causal_lm import load_causal_lm, load_policy
+from prl_lightning.models.sharding import Sharding, full, load_on_ranks
+
+
+def peak_mib() -> float:
+    """Most that this process had in memory since it was last reset; Linux counts it."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def load(folder: str, lora: dict[str, Any] | None = None) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    sharding = Sharding(torch.device("cpu"), mesh, MixedPrecisionPolicy(), None)
+    return load_on_ranks(partial(load_policy, folder, lora), sharding, keep_root=True)
+
+
+def compared(model: nn.Module, folder: str) -> dict[str, Any]:
+    """Which weights and buffers are not those of the folder."""
+    theirs = load_causal_lm(folder)
+    found = dict(model.state_dict()) | dict(model.named_buffers())
+    ours = {
+        name.removeprefix("causal_lm.").replace(".base_layer", ""): full(tensor)
+        for name, tensor in found.items()
+    }
+    expected = dict(theirs.state_dict()) | dict(theirs.named_buffers())
+    causal_lm: Any = model.causal_lm
+    return {
+        "wrong": [name for name in expected if not torch.equal(ours[name], expected[name])],
+        "compared": len(expected),
+        "tied": causal_lm.lm_head.weight is causal_lm.model.embed_tokens.weight,
+    }
+
+
+def main(folder: str, without_weights: str, out: str) -> None:
+    distributed.init_process_group("gloo")
+    load_policy(folder, with_weights=False)  # what a first load of anything imports
+    distributed.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = peak_mib()
+    model = load(folder)
+    found: dict[str, Any] = {"extra_mib": peak_mib() - before}
+    found["plain"] = compared(model, folder)
+    found["lora"] = compared(load(folder, {"r": 2, "target_modules": "all-linear"}), folder)
+    try:
+        load(without_weights)
+    except Exception as error:
+        found["failure"] = f"{type(error).__name__}: {error}"
+    Path(f"{out}.{distributed.get_rank()}").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
