@@ -10,13 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemm
 from own_logits import by_the_models_own_logits
 from prl_lightning.arithmetic import make_tokenizer
 from prl_lightning.data import collate
-from prl_lightning.models.causal_lm import (
-    LogprobModel,
+from prl_lightning.models.causal_lm import LogprobModel, named_weights
+from prl_lightning.models.loading import (
     load_causal_lm,
     load_policy,
     load_tokenizer,
     max_model_tokens,
-    named_weights,
     stop_token_ids,
 )
 from prl_lightning.sampling import HFSampler

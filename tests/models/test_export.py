@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prl_lightning.callbacks import HFExport
 from prl_lightning.cli import main
 from prl_lightning.data import collate
-from prl_lightning.models.causal_lm import LogprobModel, load_causal_lm
+from prl_lightning.models.causal_lm import LogprobModel
 from prl_lightning.models.export import export_checkpoint
+from prl_lightning.models.loading import load_causal_lm
 from prl_lightning.sampling import SamplingConfig, VLLMSampler
 from prl_lightning.types import Prompt, Rollout
 from tiny_runs import fit, tiny_overrides

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from prl_lightning.data import collate
-from prl_lightning.models.causal_lm import LogprobModel, load_causal_lm, load_policy, named_weights
+from prl_lightning.models.causal_lm import LogprobModel, named_weights
+from prl_lightning.models.loading import load_causal_lm, load_policy
 from prl_lightning.models.lora import adapters_off
 from prl_lightning.types import Completion, Prompt, Rollout, RolloutBatch
 from tiny_runs import fit, metrics_of, tiny_overrides

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engine_gap import trainer_gap
-from prl_lightning.models.causal_lm import load_policy, named_weights
+from prl_lightning.models.causal_lm import named_weights
+from prl_lightning.models.loading import load_policy
 from prl_lightning.sampling import HFSampler, Sampler, SamplingConfig, VLLMSampler
 from prl_lightning.types import Prompt
 from random_models import EXPERTS, random_model

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prl_lightning.models.causal_lm import LogprobModel, load_causal_lm, named_weights
+from prl_lightning.models.causal_lm import LogprobModel, named_weights
+from prl_lightning.models.loading import load_causal_lm
 from prl_lightning.sampling import HFSampler, SamplingConfig
 from prl_lightning.types import Prompt
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from engine_gap import trainer_gap
-from prl_lightning.models.causal_lm import LogprobModel, load_causal_lm, named_weights
+from prl_lightning.models.causal_lm import LogprobModel, named_weights
+from prl_lightning.models.loading import load_causal_lm
 from prl_lightning.sampling import (
     HFSampler,
     Sampler,

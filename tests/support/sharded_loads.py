@@ -13,7 +13,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from prl_lightning.models.causal_lm import load_causal_lm, load_policy
+from prl_lightning.models.loading import load_causal_lm, load_policy
 from prl_lightning.models.sharding import Sharding, full, load_on_ranks
 
 
