@@ -56,8 +56,7 @@ def autocast_experts(module: nn.Module, hidden_states: Tensor, *routing: Any) ->
             name: None if weight is None else weight.to(dtype)
             for name, weight in module._parameters.items()
         }
-    product: Tensor = ALL_EXPERTS_FUNCTIONS[GROUPED](module, hidden_states, *routing)
-    return product
+    return ALL_EXPERTS_FUNCTIONS[GROUPED](module, hidden_states, *routing)
 
 
 if ALL_EXPERTS_FUNCTIONS is not None:

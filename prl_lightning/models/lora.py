@@ -68,9 +68,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def merged(
-    model: nn.Module,
-    named_tensors: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype | None = None,
+    model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield a model's weights with its adapter merged in, under the names of the base model.
 

@@ -44,10 +44,7 @@ class Packing:
     """
 
     def __init__(
-        self,
-        prompts: Sequence[Tensor],
-        completions: Sequence[Tensor],
-        is_sampled: Sequence[Tensor],
+        self, prompts: Sequence[Tensor], completions: Sequence[Tensor], is_sampled: Sequence[Tensor]
     ) -> None:
         ids, positions, predictors, rows = [], [], [], []
         end, prompt = 0, None
@@ -63,10 +60,9 @@ class Packing:
             predictors.append(torch.cat([of_prompt[-1:], own])[: len(completion)])
             if is_first or len(own):
                 rows.append(torch.cat([of_prompt, own]))
-            if len(own):
-                ids.append(completion[:-1])
-                positions.append(torch.arange(len(own_prompt), len(own_prompt) + len(own)))
-                end += len(own)
+            ids.append(completion[:-1])
+            positions.append(torch.arange(len(own_prompt), len(own_prompt) + len(own)))
+            end += len(own)
         self.input_ids = torch.cat(ids)[None]
         self.position_ids = torch.cat(positions)[None]
         sampled = torch.cat(list(is_sampled))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def load_on_ranks(
             _take_from_first_rank(module.modules(), sharding.device)
             model.set_submodule(name, _shard(module, sharding))
     _take_from_first_rank(of_root, sharding.device)
-    model = _shard(model, sharding, reshard_after_forward=not keep_root)
+    model = _shard(model, sharding, reshard=not keep_root)
     if sharding.device.type == "cpu":
         # gloo cannot average. Some versions of torch (2.8) would silently sum instead.
         for module in model.modules():
@@ -129,16 +130,12 @@ def _load_on_first_rank(load: Callable[..., nn.Module]) -> nn.Module:
 
 @torch.no_grad()
 def _take_from_first_rank(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Replace parameters and buffers by those of the first rank, on ``device``; keep ties."""
-    taken: dict[Tensor, Tensor] = {}
+    """Replace parameters and buffers by those of the first rank, on ``device``."""
+    take = cache(partial(_broadcast, device=device))  # cached: tied tensors stay tied
     for module in modules:
         held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for tensors in held:
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    if tensor not in taken:
-                        taken[tensor] = _broadcast(tensor, device)
-                    tensors[name] = taken[tensor]
+            tensors.update({name: take(x) for name, x in tensors.items() if x is not None})
 
 
 def _broadcast(tensor: Tensor, device: torch.device) -> Tensor:
@@ -151,15 +148,11 @@ def _broadcast(tensor: Tensor, device: torch.device) -> Tensor:
     return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
 
 
-def _shard(module: nn.Module, sharding: Sharding, reshard_after_forward: bool = True) -> nn.Module:
+def _shard(module: nn.Module, sharding: Sharding, reshard: bool = True) -> nn.Module:
     if sharding.mesh is None:
         return wrap(module, mixed_precision=sharding.fsdp1_precision)
-    fully_shard(
-        module,
-        mesh=sharding.mesh["data_parallel"],
-        mp_policy=sharding.policy,
-        reshard_after_forward=reshard_after_forward,
-    )
+    mesh = sharding.mesh["data_parallel"]
+    fully_shard(module, mesh=mesh, mp_policy=sharding.policy, reshard_after_forward=reshard)
     return module
 
 
@@ -218,9 +211,7 @@ def _drop_frozen(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
 
 
 def _expect_no_frozen(module: nn.Module, incompatible: Any) -> None:
-    frozen = _frozen(module)
-    missing = [name for name in incompatible.missing_keys if name not in frozen]
-    incompatible.missing_keys[:] = missing
+    incompatible.missing_keys[:] = sorted(set(incompatible.missing_keys) - _frozen(module))
 
 
 def _frozen(module: nn.Module) -> set[str]:

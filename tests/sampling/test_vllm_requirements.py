@@ -17,7 +17,7 @@ import torch
 from prl_lightning.checks.contradictions import ConfigurationError
 from prl_lightning.cli import main
 from prl_lightning.sampling import HFSampler, Sampler, SubprocessSampler, VLLMSampler
-from prl_lightning.sampling.vllm_requirements import OF_SEVERAL_PROCESSES, SUPPORTED
+from prl_lightning.sampling.vllm_requirements import MULTI_PROCESS_ARGS, SUPPORTED
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -64,11 +64,11 @@ def test_what_the_extras_install_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
     assert any(line.startswith("accelerate>=") for line in PROJECT["dependencies"])
 
 
-@pytest.mark.parametrize("name", [*OF_SEVERAL_PROCESSES, "distributed_executor_backend"])
+@pytest.mark.parametrize("name", [*MULTI_PROCESS_ARGS, "distributed_executor_backend"])
 def test_an_engine_of_several_processes_is_refused_by_the_arguments_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"rollout.sampler.engine_args.{name}=2"):
         VLLMSampler(engine_args={name: 2})
-    if name in OF_SEVERAL_PROCESSES:
+    if name in MULTI_PROCESS_ARGS:
         VLLMSampler(engine_args={name: 1})
 
 
