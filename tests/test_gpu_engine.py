@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,29 +25,21 @@ SAMPLING = SamplingConfig(n=4, temperature=1.0, max_new_tokens=32, stop_token_id
 PROMPTS = [Prompt([5 + row, 14, 7], "", seed=100 * row) for row in range(6)]
 
 
-@pytest.fixture
-def start(tied_model: str) -> Iterator[Callable[[float], VLLMSampler]]:
-    """A function that starts an engine that sleeps, with this share of the GPU's memory."""
+@pytest.fixture(scope="module")
+def sampler(tied_model: str) -> Iterator[VLLMSampler]:
     pytest.importorskip("vllm")
-    started: list[VLLMSampler] = []
-
-    def start_one(gpu_memory_utilization: float) -> VLLMSampler:
-        started.append(VLLMSampler(sleeps=True, gpu_memory_utilization=gpu_memory_utilization))
-        started[-1].start(tied_model, 64)
-        return started[-1]
-
-    yield start_one
-    for sampler in started:
-        sampler.stop()
+    started = VLLMSampler(sleeps=True, gpu_memory_utilization=0.5)
+    started.start(tied_model, 64)
+    yield started
+    started.stop()
     torch.cuda.empty_cache()
 
 
 def test_the_engine_wakes_up_after_an_update_has_filled_the_memory(
-    tied_model: str, start: Callable[[float], VLLMSampler]
+    tied_model: str, sampler: VLLMSampler
 ) -> None:
     """torch's allocator holds what the update has freed; the engine must get it back."""
     policy = load_policy(tied_model).cuda()
-    sampler = start(0.5)
     sampler.load_weights(named_weights(policy, as_in_file=True))
     sampler.generate(PROMPTS, SAMPLING)
     free, total = torch.cuda.mem_get_info()
@@ -64,11 +56,10 @@ def test_the_engine_wakes_up_after_an_update_has_filled_the_memory(
 
 
 def test_a_sleeping_engine_frees_its_memory_and_continues_unchanged(
-    tied_model: str, start: Callable[[float], VLLMSampler]
+    tied_model: str, sampler: VLLMSampler
 ) -> None:
-    sampler = start(0.3)
+    sampler.load_weights(named_weights(load_policy(tied_model)))  # wakes it
     free_awake = torch.cuda.mem_get_info()[0]
-    sampler.load_weights(named_weights(load_policy(tied_model)))
     first = sampler.generate(PROMPTS, SAMPLING)
     free_asleep, total = torch.cuda.mem_get_info()
     assert free_asleep - free_awake > 0.2 * total

@@ -30,7 +30,8 @@ class Products(Observer):
 
 def trained(kind: str, implementation: str | None = None) -> tuple[LogprobModel, set[torch.dtype]]:
     """A model with gradients, and the dtypes of its grouped matmuls."""
-    model = LogprobModel(random_model(kind))
+    # Every token takes every expert: rounding could change a choice among them.
+    model = LogprobModel(random_model(kind, head_dim=16, num_experts_per_tok=8))
     if implementation is not None:
         model.causal_lm.set_experts_implementation(implementation)
     with Products() as products:
@@ -51,8 +52,8 @@ def test_experts_compute_in_autocasts_precision_or_as_transformers_own(kind: str
     assert len(experts) == 4
     for name, gradient in experts.items():
         assert gradient.dtype == torch.float32
-        error = (gradient - gradients[name]).abs().max() / gradients[name].abs().max()
-        assert 1e-4 < error < 0.25, name  # rounding is visible, and no more than that
+        error = (gradient - gradients[name]).norm() / gradients[name].norm()
+        assert 1e-4 < error < 0.1, name  # rounding is visible, and no more than that
 
 
 def test_another_implementation_of_experts_is_kept() -> None:

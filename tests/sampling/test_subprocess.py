@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -144,7 +145,7 @@ def test_the_process_ends_when_the_trainer_is_killed_or_exits(tmp_path: Path) ->
     killed, exits = (
         subprocess.Popen(
             [sys.executable, str(tmp_path / "trainer.py")],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": "0"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
         for _ in range(2)
@@ -157,4 +158,6 @@ def test_the_process_ends_when_the_trainer_is_killed_or_exits(tmp_path: Path) ->
         exits.communicate(timeout=300)
     assert exits.returncode == 0
     for engine in engines:
-        engine.wait(timeout=300)
+        with suppress(psutil.NoSuchProcess):
+            while engine.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.05)
