@@ -40,8 +40,7 @@ def adapted(folder: str, **settings: Any) -> LogprobModel:
 
 @torch.no_grad()
 def logprobs(model: LogprobModel, batch: RolloutBatch) -> Tensor:
-    scores: Tensor = model(batch)[0]
-    return scores
+    return model(batch)[0]
 
 
 @pytest.mark.parametrize(

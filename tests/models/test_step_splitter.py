@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from prl_lightning.arithmetic import make_tokenizer
 from prl_lightning.models.step_splitter import DELIMITERS, Steps, StepSplitter
 
+Tokenizers = dict[str, PreTrainedTokenizerBase]
 TEXTS = {
     "bytes": [
         "One.\nTwo.\n\nThree",
@@ -22,7 +23,7 @@ TEXTS = {
 
 
 @pytest.fixture(scope="module")
-def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
+def tokenizers() -> Tokenizers:
     """Characters; and bytes, where a line end merges with a full stop or another line end."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -64,9 +65,7 @@ def split(splitter: StepSplitter, rows: list[list[int]]) -> list[list[bool]]:
 
 @pytest.mark.parametrize("steps", DELIMITERS)
 @pytest.mark.parametrize("kind", TEXTS)
-def test_steps_are_those_of_the_text(
-    tokenizers: dict[str, PreTrainedTokenizerBase], kind: str, steps: Steps
-) -> None:
+def test_steps_are_those_of_the_text(tokenizers: Tokenizers, kind: str, steps: Steps) -> None:
     tokenizer = tokenizers[kind]
     rows = [list(tokenizer(text)["input_ids"]) for text in TEXTS[kind]]
     expected = [ends_by_text(tokenizer, row, DELIMITERS[str(steps)]) for row in rows]
@@ -83,10 +82,7 @@ def test_steps_are_those_of_the_text(
     ],
 )
 def test_merged_and_divided_delimiters_by_hand(
-    tokenizers: dict[str, PreTrainedTokenizerBase],
-    steps: Steps,
-    tokens: list[str],
-    expected: list[int],
+    tokenizers: Tokenizers, steps: Steps, tokens: list[str], expected: list[int]
 ) -> None:
     tokenizer = tokenizers["bytes"]
     row = [tokenizer.convert_tokens_to_ids(token.replace("\n", "Ċ")) for token in tokens]
@@ -94,9 +90,7 @@ def test_merged_and_divided_delimiters_by_hand(
     assert split(StepSplitter(steps, tokenizer), [row]) == [[bool(end) for end in expected]]
 
 
-def test_a_blank_line_ends_within_the_completion(
-    tokenizers: dict[str, PreTrainedTokenizerBase],
-) -> None:
+def test_a_blank_line_ends_within_the_completion(tokenizers: Tokenizers) -> None:
     """The padding after a line end may itself be a line end."""
     (newline,) = tokenizers["characters"]("\n")["input_ids"]
     mask = torch.tensor([[True, True, False, False]])
@@ -107,9 +101,7 @@ def test_a_blank_line_ends_within_the_completion(
 
 
 @pytest.mark.parametrize("steps", DELIMITERS)
-def test_ids_without_a_token_end_no_step(
-    tokenizers: dict[str, PreTrainedTokenizerBase], steps: Steps
-) -> None:
+def test_ids_without_a_token_end_no_step(tokenizers: Tokenizers, steps: Steps) -> None:
     """Embeddings are often padded beyond the vocabulary, and such an id can be sampled."""
     tokenizer = tokenizers["characters"]
     (newline,) = tokenizer("\n")["input_ids"]
@@ -118,7 +110,7 @@ def test_ids_without_a_token_end_no_step(
     assert split(StepSplitter(steps, tokenizer), rows) == expected
 
 
-def test_lengths_and_the_token_form(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+def test_lengths_and_the_token_form(tokenizers: Tokenizers) -> None:
     splitter = StepSplitter(2, tokenizers["characters"])
     assert split(splitter, [[5] * 5, [5]]) == [[False, True, False, True, True], [True]]
     mask = torch.ones(1, 2, dtype=torch.bool)

@@ -56,8 +56,7 @@ def tokens_of(groups: list[list[Completion]]) -> list[list[list[int]]]:
 
 
 @pytest.fixture(
-    scope="module",
-    params=["hf-tied", "hf-untied", "vllm-tied", "vllm-untied", "subprocess-tied"],
+    scope="module", params=["hf-tied", "hf-untied", "vllm-tied", "vllm-untied", "subprocess-tied"]
 )
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """At the weights before the update."""

@@ -21,6 +21,7 @@ from prl_lightning.sampling.vllm_requirements import MULTI_PROCESS_ARGS, SUPPORT
 from tiny_runs import QUICKSTART
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+Capability = tuple[int, int] | None
 HOPPER = (9, 0)
 
 
@@ -77,7 +78,7 @@ def test_the_command_refuses_it_before_anything_is_loaded() -> None:
         main(["check", f"--config={QUICKSTART}", f"--rollout.sampler={sampler}"])
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> None:
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: Capability) -> None:
     """Pretend that there is a GPU of this compute capability, or none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -87,7 +88,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None)
     ("capability", "is_refused"), [(None, True), ((8, 0), True), (HOPPER, False), ((10, 0), False)]
 )
 def test_batch_invariance_needs_a_hopper_gpu(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, is_refused: bool
+    monkeypatch: pytest.MonkeyPatch, capability: Capability, is_refused: bool
 ) -> None:
     pretend(monkeypatch, capability)
     missing = VLLMSampler(batch_invariant=True).missing_requirements()
@@ -140,10 +141,7 @@ def test_the_dtype_follows_the_trainer_on_a_gpu_only(
     ],
 )
 def test_arguments_and_environment_of_the_engine(
-    monkeypatch: pytest.MonkeyPatch,
-    capability: tuple[int, int] | None,
-    options: dict[str, Any],
-    expected: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch, capability: Capability, options: Any, expected: dict[str, Any]
 ) -> None:
     found: dict[str, Any] = {}
     pretend(monkeypatch, capability)
