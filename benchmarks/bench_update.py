@@ -18,7 +18,8 @@ import torch
 from work import Work, make
 
 from prl_lightning.data import collate
-from prl_lightning.models.causal_lm import LogprobModel, load_policy
+from prl_lightning.models.causal_lm import LogprobModel
+from prl_lightning.models.loading import load_policy
 from prl_lightning.types import Completion, Prompt, Rollout, RolloutBatch
 from report import publish
 

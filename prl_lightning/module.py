@@ -21,12 +21,8 @@ from prl_lightning.evaluation.metrics import MeanStd
 from prl_lightning.evaluation.results import SetMetrics, SetResults
 from prl_lightning.functional import kl_estimate, process_rewards
 from prl_lightning.functional.masks import keep_tokens
-from prl_lightning.models.causal_lm import (
-    load_policy,
-    load_reference,
-    load_tokenizer,
-    named_weights,
-)
+from prl_lightning.models.causal_lm import named_weights
+from prl_lightning.models.loading import load_policy, load_reference, load_tokenizer
 from prl_lightning.models.lora import adapters_off
 from prl_lightning.models.sharding import (
     exclude_frozen,

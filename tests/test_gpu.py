@@ -1,4 +1,4 @@
-"""What only a GPU can show: its kernels, its memory, FSDP1 and half precision there."""
+"""What needs a GPU: its kernels and memory, FSDP1, and half precision."""
 
 from __future__ import annotations
 
@@ -43,14 +43,16 @@ def step(model: LogprobModel, batch: RolloutBatch) -> tuple[Tensor, dict[str, Te
 def test_packed_rows_have_the_values_and_gradients_of_a_cpu(kind: str) -> None:
     window = {"sliding_window": 8} if kind == "mistral" else {}
     batch = batch_of([30, 7, 12, 1, 25, 3])
-    expected = step(LogprobModel(random_model(kind, **window)), batch)
-    found = step(LogprobModel(random_model(kind, **window)).cuda(), batch.to("cuda"))
+    expected, found = (
+        step(LogprobModel(random_model(kind, **window)).to(device), batch.to(device))
+        for device in ("cpu", "cuda")
+    )
     torch.testing.assert_close(found[0], expected[0], atol=1e-4, rtol=1e-4)
     assert gap(found[1], expected[1]) < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_autocast_is_a_rounding_away_from_float32(kind: str) -> None:
+def test_autocast_differs_from_float32_by_rounding(kind: str) -> None:
     batch = batch_of([30, 7, 12, 1, 25, 3]).to("cuda")
     exact = step(LogprobModel(random_model(kind)).cuda(), batch)
     with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
@@ -60,7 +62,7 @@ def test_autocast_is_a_rounding_away_from_float32(kind: str) -> None:
 
 
 def test_training_does_not_wait_for_the_device() -> None:
-    """torch raises where the host would wait."""
+    """torch raises an error if the host would wait."""
     model, batch = LogprobModel(random_model("qwen3")).cuda(), batch_of([30, 7, 12]).to("cuda")
     step(model, batch)
     torch.cuda.synchronize()
@@ -83,7 +85,7 @@ def fresh_memory() -> None:
 
 
 @pytest.mark.usefixtures("fresh_memory")
-def test_the_output_head_never_has_all_logits() -> None:
+def test_the_output_head_never_holds_all_logits() -> None:
     tokens, hidden, vocabulary = 8192, 1024, 151_936
     rows = torch.randn(tokens, hidden, device="cuda", requires_grad=True)
     weight = torch.randn(vocabulary, hidden, device="cuda", requires_grad=True)
@@ -91,20 +93,18 @@ def test_the_output_head_never_has_all_logits() -> None:
     before = torch.cuda.max_memory_allocated()
     with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
         token_logprobs(rows, weight, targets)[0].sum().backward()
-    own = 2 * weight.numel() * 4 + weight.numel() * 2  # its gradient, a sum, and a copy in bfloat16
-    assert torch.cuda.max_memory_allocated() - before < own + 3 * GIB
+    # Of the weight: its gradient, a sum of it, and a copy in bfloat16.
+    copies = 2 * weight.numel() * 4 + weight.numel() * 2
+    assert torch.cuda.max_memory_allocated() - before < copies + 3 * GIB
     assert tokens * vocabulary * 4 > 4.5 * GIB
 
 
 @pytest.mark.usefixtures("fresh_memory")
 def test_a_micro_batch_takes_the_memory_that_was_calculated() -> None:
     """By benchmarks/fake_cuda: Qwen2.5-0.5B, 8 completions of 1,024 tokens, checkpointing."""
-    results = json.loads(
-        (SUPPORT.parents[1] / "benchmarks" / "results" / "fake_cuda.json").read_text()
-    )
-    expected = results["memory"]["Qwen2.5-0.5B, 8 x 1024, checkpointing, float32 weights"][
-        "peak_gib"
-    ]
+    results = SUPPORT.parents[1] / "benchmarks" / "results" / "fake_cuda.json"
+    case = "Qwen2.5-0.5B, 8 x 1024, checkpointing, float32 weights"
+    expected = json.loads(results.read_text())["memory"][case]["peak_gib"]
     with torch.device("cuda"):
         causal_lm = random_model(
             "qwen2", vocab_size=151_936, hidden_size=896, intermediate_size=4864,
@@ -125,47 +125,41 @@ def test_a_micro_batch_takes_the_memory_that_was_calculated() -> None:
 # Whole runs
 
 
-def prompts_for(ranks: int) -> list[str]:
-    return [f"--data.prompts_per_epoch={4 * ranks}", "--trainer.accumulate_grad_batches=2"]
+def run_on_all_gpus(model: str, folder: Path, strategy: str, *more: str) -> list[str]:
+    return [
+        *recorded_run(model, folder),
+        f"--data.prompts_per_epoch={4 * GPUS}",
+        "--trainer.accumulate_grad_batches=2",
+        f"--trainer.strategy={strategy}",
+        f"--trainer.devices={GPUS}",
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("more", [[], ["--model.lora={r: 4, target_modules: all-linear}"]])
 def test_strategies_agree(tied_model: str, tmp_path: Path, more: list[str]) -> None:
-    """FSDP1 clips and gathers by ways of its own."""
-    strategies = ("ddp", "fsdp", "fsdp2")
+    """FSDP1 has its own code for clipping and gathering."""
     runs = {
-        strategy: [
-            *recorded_run(tied_model, tmp_path / strategy),
-            *prompts_for(GPUS),
-            *more,
-            f"--trainer.strategy={strategy}",
-            f"--trainer.devices={GPUS}",
-        ]
-        for strategy in strategies
+        strategy: run_on_all_gpus(tied_model, tmp_path / strategy, strategy, *more)
+        for strategy in ("ddp", "fsdp", "fsdp2")
     }
-    records = run_all(tmp_path, GPUS, runs)
-    sent = {strategy: records[strategy]["sent"] for strategy in strategies}
-    for strategy in ("fsdp", "fsdp2"):
-        ours = {name: tensor.cpu() for name, tensor in sent[strategy].items()}
-        assert gap(ours, {name: tensor.cpu() for name, tensor in sent["ddp"].items()}) < 1e-4
+    ddp, *sharded = (
+        {name: tensor.cpu() for name, tensor in record["sent"].items()}
+        for record in run_all(tmp_path, GPUS, runs).values()
+    )
+    for sent in sharded:
+        assert gap(sent, ddp) < 1e-4
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
 def test_each_rank_has_an_engine_that_follows_the_policy(
     tied_model: str, tmp_path: Path, strategy: str
 ) -> None:
-    """By default, so in bfloat16 and with CUDA graphs; asleep while its rank trains."""
+    """With defaults: bfloat16 and CUDA graphs. The engine sleeps while its rank trains."""
     pytest.importorskip("vllm")
-    run = [
-        *recorded_run(tied_model, tmp_path / "run"),
-        *prompts_for(GPUS),
-        "--rollout.sampler=VLLMSampler",
-        "--rollout.sampler.sleeps=true",
-        "--rollout.max_engine_gap=null",
-        "--trainer.precision=bf16-mixed",
-        f"--trainer.strategy={strategy}",
-        f"--trainer.devices={GPUS}",
-    ]
+    engine = ["--rollout.sampler=VLLMSampler", "--rollout.sampler.sleeps=true"]
+    precision = ["--rollout.max_engine_gap=null", "--trainer.precision=bf16-mixed"]
+    run = run_on_all_gpus(tied_model, tmp_path / "run", strategy, *engine, *precision)
     record = run_all(tmp_path, GPUS, {"run": run})["run"]
     assert 1e-5 < record["metrics"]["rollout/engine_gap"] < 0.05
     assert gap(record["sent"], record["sent_before"]) > 1e-3
@@ -193,10 +187,10 @@ def test_half_precision_trains_and_the_engine_follows(
 
 
 @pytest.mark.parametrize(("extras", "sampler"), [("", "HFSampler"), ("vllm", "VLLMSampler")])
-def test_a_run_needs_no_more_than_its_dependencies(
+def test_a_run_needs_only_the_dependencies(
     tied_model: str, tmp_path: Path, extras: str, sampler: str
 ) -> None:
-    """The extra dev brings accelerate, without which transformers loads nothing onto a GPU."""
+    """transformers needs accelerate to load onto a GPU, which the extra dev also installs."""
     if extras:
         pytest.importorskip("vllm")
     run = [*tiny_overrides(tied_model, tmp_path, sampler), "--trainer.max_epochs=1"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-from prl_lightning.models.causal_lm import load_causal_lm
 from prl_lightning.models.export import export_checkpoint
+from prl_lightning.models.loading import load_causal_lm
 from prl_lightning.runs.tables import read_table
 from ranks import Record, gap, read, recorded_run, run_all, start_two
 from tiny_runs import QUICKSTART, fit

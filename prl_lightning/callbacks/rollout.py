@@ -16,7 +16,7 @@ from prl_lightning.checks.contradictions import (
     warn_of_one_step,
 )
 from prl_lightning.distributed import sum_over_ranks
-from prl_lightning.models.causal_lm import stop_token_ids
+from prl_lightning.models.loading import stop_token_ids
 from prl_lightning.rewards import RewardFunction, RewardLimits, RewardSum
 from prl_lightning.rollouts.advantages import set_advantages
 from prl_lightning.rollouts.collector import Collector

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from prl_lightning.data import PromptDataModule
 from prl_lightning.functional import get_divergence
-from prl_lightning.models.causal_lm import load_tokenizer, max_model_tokens
+from prl_lightning.models.loading import load_tokenizer, max_model_tokens
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import RewardLimits

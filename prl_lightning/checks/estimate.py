@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 from prl_lightning.checks.contradictions import is_available
 from prl_lightning.data import PromptDataModule
-from prl_lightning.models.causal_lm import empty_causal_lm
+from prl_lightning.models.loading import causal_lm_from_config
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.sampling import VLLMSampler
@@ -58,7 +58,7 @@ def describe(
 
 def _parameters(name: str) -> int:
     with torch.device("meta"):
-        skeleton = empty_causal_lm(name)
+        skeleton = causal_lm_from_config(name)
     return sum(parameter.numel() for parameter in skeleton.parameters())
 
 

@@ -18,7 +18,7 @@ from prl_lightning.data.rollouts import RolloutBuffer
 from prl_lightning.data.sizes import EpochSizes
 from prl_lightning.data.sources import PromptSet, Source
 from prl_lightning.evaluation import Evaluation
-from prl_lightning.models.causal_lm import load_tokenizer
+from prl_lightning.models.loading import load_tokenizer
 from prl_lightning.runs.progress import hide_library_bars
 from prl_lightning.types import Prompt
 

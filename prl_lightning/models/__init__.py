@@ -1,1 +1,1 @@
-"""Causal language models as policies: loading, packing, sharding, exporting."""
+"""Causal language models as policies: loading, packing, sharding, export."""

@@ -1,7 +1,7 @@
-"""The experts of a mixture in autocast's precision.
+"""Compute the experts of a mixture in autocast's precision.
 
-transformers multiplies all experts at once by torch's grouped product, which autocast does not
-know: beside float32 weights it computes in float32, on a GPU by a slow path.
+transformers multiplies all experts at once with torch's grouped matmul, which autocast does not
+cast. With float32 weights it would compute in float32, on a GPU with a slow kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-except ImportError:  # transformers 4, whose experts are linear layers, as autocast knows them
+except ImportError:  # transformers 4: experts are linear layers, which autocast casts
     ALL_EXPERTS_FUNCTIONS = None
 
 EXPERTS = "prl_grouped_mm"
@@ -23,10 +23,10 @@ GROUPED = "grouped_mm"
 
 
 def use_autocast_experts(causal_lm: PreTrainedModel) -> None:
-    """Let the experts of a model, if it has any, compute as its linear layers do.
+    """Make the experts of a model, if it has any, follow autocast as its linear layers do.
 
     Args:
-        causal_lm: with experts in transformers' default way; others are left alone.
+        causal_lm: unchanged if its experts implementation is not transformers' default.
     """
     if (
         ALL_EXPERTS_FUNCTIONS is not None
@@ -37,12 +37,12 @@ def use_autocast_experts(causal_lm: PreTrainedModel) -> None:
 
 
 def autocast_experts(module: nn.Module, hidden_states: Tensor, *routing: Any) -> Tensor:
-    """Call transformers' grouped product with weights and input in autocast's dtype.
+    """Call transformers' grouped matmul with weights and input in autocast's dtype.
 
     Args:
         module: the experts, with their weights as parameters.
         hidden_states: (tokens, H).
-        routing: the experts of each token and their shares, as the router gives them.
+        routing: the experts of each token and their weights, from the router.
 
     Returns:
         (tokens, H).
@@ -51,13 +51,12 @@ def autocast_experts(module: nn.Module, hidden_states: Tensor, *routing: Any) ->
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_states, module = hidden_states.to(dtype), copy.copy(module)
-        # Of the copy alone: the module itself keeps its parameters.
+        # Replace the parameters of the copy; the module itself keeps its own.
         vars(module)["_parameters"] = {
             name: None if weight is None else weight.to(dtype)
             for name, weight in module._parameters.items()
         }
-    product: Tensor = ALL_EXPERTS_FUNCTIONS[GROUPED](module, hidden_states, *routing)
-    return product
+    return ALL_EXPERTS_FUNCTIONS[GROUPED](module, hidden_states, *routing)
 
 
 if ALL_EXPERTS_FUNCTIONS is not None:

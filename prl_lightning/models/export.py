@@ -1,4 +1,4 @@
-"""A policy as a Hugging Face folder, from a running trainer or from a checkpoint of either kind."""
+"""Write a policy as a Hugging Face folder, from a running trainer or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
-from prl_lightning.models.causal_lm import load_policy, load_tokenizer, named_weights
+from prl_lightning.models.causal_lm import named_weights
+from prl_lightning.models.loading import causal_lm_from_config, load_policy, load_tokenizer
 from prl_lightning.runs.unpickling import refuse_code
 
 POLICY = "policy."
@@ -24,12 +24,12 @@ def export_checkpoint(ckpt_path: str, out: str, dtype: str | None = None) -> Non
 
     Args:
         ckpt_path: a checkpoint of ``prl fit``, one file or a sharded folder.
-        out: the folder to make.
-        dtype: of the weights in it, such as bfloat16; by default as they were trained.
+        out: the folder to create.
+        dtype: of the exported weights, such as bfloat16; by default as they were trained.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        FileExistsError: there is something at ``out``.
+        FileExistsError: ``out`` exists.
         ValueError: the checkpoint was not written by this package.
         pickle.UnpicklingError: loading it could run code.
     """
@@ -45,11 +45,13 @@ def export_checkpoint(ckpt_path: str, out: str, dtype: str | None = None) -> Non
     )
     origin = checkpoint.get("policy_origin")
     if origin is None:
-        raise ValueError(f"ckpt_path={ckpt_path}: does not name its policy, as `prl fit` does.")
+        raise ValueError(
+            f"ckpt_path={ckpt_path} has no policy_origin. Use a checkpoint written by `prl fit`."
+        )
     policy = load_policy(origin["name"], origin["lora"])
     trained = {POLICY + name: p.data for name, p in policy.named_parameters() if p.requires_grad}
     if is_sharded:
-        # Reads into the policy's own tensors; what else is in the checkpoint stays there.
+        # Read the trained weights into the policy's tensors; skip the rest of the checkpoint.
         load_sharded({"state_dict": trained}, checkpoint_id=path, no_dist=True)
     else:
         for name, tensor in trained.items():
@@ -59,29 +61,29 @@ def export_checkpoint(ckpt_path: str, out: str, dtype: str | None = None) -> Non
 
 
 def refuse_existing(folder: Path, field: str) -> None:
-    """Nothing is written over.
+    """Raise if the folder exists; nothing is overwritten.
 
     Args:
-        folder: to be made.
-        field: where it was named, for the message.
+        folder: to be created.
+        field: that names it, for the message.
 
     Raises:
-        FileExistsError: there is something.
+        FileExistsError: it exists.
     """
     if folder.exists():
         raise FileExistsError(f"{field}={folder} exists: name another folder, or remove it.")
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:
-    """A floating-point type by its name.
+    """Return the floating-point dtype of this name.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: torch has none of this name.
     """
-    found = None if name is None else getattr(torch, name, None)
-    if name is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"dtype={name}: use one such as bfloat16, float16 or float32.")
-    return found
+    dtype = None if name is None else getattr(torch, name, None)
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={name}: use a dtype such as bfloat16, float16 or float32.")
+    return dtype
 
 
 def save_policy(
@@ -89,24 +91,23 @@ def save_policy(
 ) -> None:
     """Write weights, configuration and tokenizer so that ``from_pretrained`` and vLLM load them.
 
-    The folder appears when it is complete.
+    The folder is written under another name and renamed when it is complete.
 
     Args:
-        weights: all of them, under their Hugging Face names.
-        name_or_path: the model that was trained; configuration and tokenizer are its own.
-        folder: to be made.
-        dtype: of the weights in it; by default as they are.
+        weights: all weights, by their Hugging Face names.
+        name_or_path: the model that was trained; configuration and tokenizer are copied from it.
+        folder: to be created.
+        dtype: of the weights in it, by default unchanged.
 
     Raises:
-        FileExistsError: there is something at ``folder``.
+        FileExistsError: ``folder`` exists.
     """
     refuse_existing(folder, "folder")
     target = torch_dtype(dtype) or next(iter(weights.values())).dtype
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    config.dtype = target
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict({k: _as(v, target) for k, v in weights.items()}, assign=True)
+        model = causal_lm_from_config(name_or_path, target)
+    cast = {k: v.to(target) if v.is_floating_point() else v for k, v in weights.items()}
+    model.load_state_dict(cast, assign=True)
     model.tie_weights()
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -118,7 +119,3 @@ def save_policy(
     if recommended:
         shutil.copyfile(recommended, part / "generation_config.json")
     os.replace(part, folder)
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

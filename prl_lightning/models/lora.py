@@ -1,4 +1,4 @@
-"""LoRA through peft: a policy whose reference is itself with the adapter off."""
+"""LoRA adapters through peft. The policy with its adapter off is the reference."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from prl_lightning.models.sharding import full, plain_name
 
 ADAPTER = "default"
-# What the engine could not be given as plain weights.
+# Settings whose adapter cannot be merged into plain weights, which the engine needs.
 UNMERGEABLE = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
 
 
 def add_lora(causal_lm: PreTrainedModel, settings: dict[str, Any]) -> None:
-    """Put a LoRA adapter into a model, in place, and freeze everything else.
+    """Add a LoRA adapter to a model, in place, and freeze everything else.
 
     Args:
         causal_lm: the model.
@@ -27,7 +27,7 @@ def add_lora(causal_lm: PreTrainedModel, settings: dict[str, Any]) -> None:
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: a setting that peft does not know, or that cannot be merged into plain weights.
+        ValueError: peft rejects a setting, or the adapter could not be merged into plain weights.
     """
     if importlib.util.find_spec("peft") is None:
         raise ImportError(
@@ -38,15 +38,15 @@ def add_lora(causal_lm: PreTrainedModel, settings: dict[str, Any]) -> None:
     for name in UNMERGEABLE:
         if settings.get(name):
             raise ValueError(
-                f"model.lora.{name}={settings[name]!r}: cannot be merged into the weights that the "
-                "engine samples with. Leave it out."
+                f"model.lora.{name}={settings[name]!r} cannot be merged into the weights that the "
+                "engine samples with. Remove it."
             )
     try:
         config = LoraConfig(task_type="CAUSAL_LM", **settings)
     except TypeError as error:
         raise ValueError(f"model.lora={settings}: {error}. See peft.LoraConfig.") from error
     causal_lm.requires_grad_(False)
-    # The same start on every rank, and the random numbers of the run left alone.
+    # Every rank gets the same adapter, and the random state of the run does not change.
     with torch.random.fork_rng():
         torch.manual_seed(0)
         inject_adapter_in_model(config, causal_lm, ADAPTER)
@@ -54,10 +54,10 @@ def add_lora(causal_lm: PreTrainedModel, settings: dict[str, Any]) -> None:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Compute with the weights underneath."""
+    """Compute with the base weights inside this context."""
     layers = list(_adapted_layers(model).values())
-    # Not by peft's `enable_adapters`, which also freezes the adapter: a strategy that has sharded
-    # it would see another parameter.
+    # peft's `enable_adapters` would also freeze the adapter, and a strategy that has sharded it
+    # would see its parameters change.
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -68,17 +68,15 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def merged(
-    model: nn.Module,
-    named_tensors: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype | None = None,
+    model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Weights as the model had them before it got its adapter, the adapter added in.
+    """Yield a model's weights with its adapter merged in, under the names of the base model.
 
     Args:
-        model: with an adapter or without.
-        named_tensors: its weights; sharded ones are gathered, one at a time.
-        dtype: of the matrices, by default their own. Vectors keep theirs: they cost nothing, and
-            an engine may have them more precisely.
+        model: with or without an adapter.
+        named_tensors: its weights; sharded ones are gathered one at a time.
+        dtype: of the matrices, by default unchanged. Vectors keep theirs: they are small, and an
+            engine may hold them in higher precision.
 
     Yields:
         Name and full tensor.
@@ -92,13 +90,13 @@ def merged(
             delta = layers[layer].get_delta_weight(ADAPTER)
             yield f"{layer}.weight", (full(tensor) + full(delta).to(tensor.dtype)).to(dtype)
         else:
-            # Cast before it is gathered: half the traffic.
+            # Cast before gathering, which halves the traffic.
             sent = tensor.to(dtype) if tensor.ndim > 1 and tensor.is_floating_point() else tensor
             yield name.replace(".base_layer.", "."), full(sent)
 
 
 def _adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """Layers with an adapter, by name."""
+    """Return the layers that have an adapter, by name."""
     if not any(".lora_" in name for name, _ in model.named_parameters()):
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer

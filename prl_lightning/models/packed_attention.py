@@ -1,4 +1,4 @@
-"""Causal attention over packed rows, for any architecture that lets its attention be replaced."""
+"""Causal attention over packed rows, for every architecture with replaceable attention."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from prl_lightning.models.packing import Packing
 
 ATTENTION = "prl_packed"
-# Layers in which a token meets others through attention alone, under transformers' names.
+# Layer types, by transformers' names, that mix tokens through attention only.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def disable_cudnn_attention() -> None:
-    """Take cuDNN out of what ``scaled_dot_product_attention`` chooses from, in this process.
+    """Stop ``scaled_dot_product_attention`` from choosing cuDNN in this process.
 
-    On Hopper torch prefers it, but it makes an execution plan for every new shape, which takes
-    about a second, and nearly each micro-batch has new ones. FlashAttention needs none. vLLM does
-    the same where it is imported.
+    torch prefers cuDNN on Hopper, but cuDNN needs about a second to plan each new shape, and nearly
+    every micro-batch has new shapes. FlashAttention plans nothing. Importing vLLM has the same
+    effect.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def pack_attention(causal_lm: PreTrainedModel) -> bool:
-    """Make a model read packed rows, if it can.
+    """Make a model compute packed rows, if its architecture allows it.
 
-    It can where tokens meet in causal attention alone, which transformers lets one replace: not in
-    a recurrent or convolutional layer, and not in an attention of the architecture's own.
+    It must mix tokens only in causal attention that transformers can replace: no recurrent or
+    convolutional layers, and no custom attention.
 
     Returns:
-        Whether it was done; the model is unchanged otherwise.
+        True if the model now computes packed rows, False if it is unchanged.
     """
     config = causal_lm.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
-    can = (
+    is_packable = (
         causal_lm._supports_attention_backend
         and config._attn_implementation in ("sdpa", ATTENTION)
         and not causal_lm._is_stateful
         and layers <= ATTENTION_LAYERS
     )
-    if can:
+    if is_packable:
         causal_lm.set_attn_implementation(ATTENTION)
-    return can
+    return is_packable
 
 
-# The blocks of rows differ with every batch: a compiled block goes on around it.
+# Not compiled: the blocks of rows differ in every batch. The code around it is compiled.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     module: nn.Module,
@@ -60,31 +60,35 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each row to its prompt and itself.
+    """Let each token attend to its prompt and to earlier tokens of its row.
 
     Args:
         module: the attention layer.
         query: (1, heads, N, head size).
         key: (1, key heads, N, head size).
         value: (1, key heads, N, head size).
-        attention_mask: none is made for packed rows.
-        packing: where the rows are.
-        sliding_window: tokens that are seen, the present one included.
-        kwargs: what transformers' attention takes beside.
+        attention_mask: always None for packed rows.
+        packing: positions of the rows.
+        sliding_window: number of visible tokens, including the current one.
+        kwargs: other arguments of transformers' attention.
 
     Returns:
-        (1, N, heads, head size), and no attention weights.
+        (1, N, heads, head size), and None in place of attention weights.
     """
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
-        # Now, and not inside the attention: half the bytes are gathered below.
+        # Cast before gathering the rows, which halves the traffic.
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.is_cuda and query.dtype == torch.float32:
-        module, key, value = _with_all_heads(query, key, value)
+        # No float32 kernel on a GPU takes grouped heads: torch would fall back to plain matmuls,
+        # whose memory grows with the square of a row. Repeat the heads, and pass a layer that does
+        # not declare them as grouped.
+        groups = query.shape[1] // key.shape[1]
+        module, key, value = nn.Module(), *(x.repeat_interleave(groups, 1) for x in (key, value))
     outputs = []
     for block in packing.blocks:
-        # A group's prompt in each of its rows: what the plain causal kernels save outweighs that.
+        # Each row repeats its group's prompt. The plain causal kernels save more than that costs.
         rows = (
             x.transpose(1, 2)[0].index_select(0, block.flatten()).view(*block.shape, *x.shape[1::2])
             for x in (query, key, value)
@@ -97,24 +101,14 @@ def packed_attention(
     return torch.cat(outputs).index_select(0, packing.places)[None], None
 
 
-def _with_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
-    """Keys and values of every head, and a layer that says of no heads that they are grouped.
-
-    No kernel for float32 on a GPU takes grouped heads: torch would fall back to plain products,
-    whose memory grows with the square of a row.
-    """
-    groups = query.shape[1] // key.shape[1]
-    return nn.Module(), key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-
-
 def _window(tokens: int, size: int | None, device: torch.device) -> Tensor | None:
-    """Which keys a query sees, (1, 1, tokens, tokens), where that is not just all before it."""
+    """Return a mask (1, 1, tokens, tokens) of the visible keys; None for plain causal attention."""
     if size is None or tokens <= size:
         return None
     seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
     return seen.tril().triu(1 - size)[None, None]
 
 
-# Without a mask function of this name transformers makes none; with one it would first look for
-# packed rows in the positions, which a GPU has to be waited for.
+# No mask function is registered, so transformers builds no mask. With one, it would search the
+# positions for packed rows, and the host would wait for the GPU.
 AttentionInterface.register(ATTENTION, packed_attention)

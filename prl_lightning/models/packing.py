@@ -1,7 +1,7 @@
-"""The rows of a batch as one long row: padding is not computed, and a group's prompt only once.
+"""Pack the rows of a batch into one long row, without padding and with each prompt once.
 
-Everything but attention treats each token by itself, so the tokens of all rows can stand in one
-line. For attention the line is laid out in rows again, grouped by similar length.
+All layers but attention treat each token independently, so they can compute one long row. For
+attention, the tokens are gathered into rows again, in blocks of similar length.
 """
 
 from __future__ import annotations
@@ -12,42 +12,39 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-# A row shorter than this share of its block's longest row starts another block. Fewer blocks mean
-# fewer attention calls, more blocks mean less padding.
+# A row shorter than this fraction of its block's longest row starts a new block. Fewer blocks mean
+# fewer attention calls; more blocks mean less padding.
 SIMILAR = 0.75
 
 
 class Packing:
     """A batch in one row of N tokens: a prompt, the completions of its group, the next prompt.
 
-    Neighbouring rows with equal prompts are a group. A completion's last token predicts nothing
-    and is left out. Built on the CPU before the batch is moved: on a GPU each size that depends on
-    a value would make the host wait.
+    Consecutive rows with equal prompts are a group. A completion's last token predicts nothing and
+    is left out. Packing runs on the CPU, before the batch is moved: on a GPU, the host would wait
+    for every size that depends on a value.
 
-    Not a dataclass, because FSDP would search a dataclass for tensors on the way to attention.
+    This is not a dataclass, because FSDP would search a dataclass for tensors.
 
     Args:
         prompts: token ids of each row's prompt.
-        completions: token ids of each row's completion, padded to (B, T) elsewhere.
+        completions: token ids of each row's completion, without padding.
         is_sampled: bool, which tokens of each completion the policy sampled.
 
     Attributes:
         input_ids: (1, N).
-        position_ids: (1, N), the position of each token in its own row.
+        position_ids: (1, N), position of each token in its own row.
         predictors: (C,), index in the long row of the token before each of the C sampled tokens,
-            row after row.
+            in the order of the rows.
         targets: (C,), the sampled tokens.
-        cells: (C,), index of each sampled token in a flattened (B, T).
-        blocks: one (R, L) per block of R rows of similar length: index of its tokens in the long
-            row. Behind a shorter row stands an arbitrary token: no other token attends to it.
-        places: (N,), index of the long row's tokens in the rows of the blocks, one after another.
+        cells: (C,), index of each sampled token in the flattened (B, T).
+        blocks: one (R, L) per block of R rows of similar length: index of each token in the long
+            row. Shorter rows are padded with an arbitrary index; no other token attends to it.
+        places: (N,), index of each token of the long row in the concatenated, flattened blocks.
     """
 
     def __init__(
-        self,
-        prompts: Sequence[Tensor],
-        completions: Sequence[Tensor],
-        is_sampled: Sequence[Tensor],
+        self, prompts: Sequence[Tensor], completions: Sequence[Tensor], is_sampled: Sequence[Tensor]
     ) -> None:
         ids, positions, predictors, rows = [], [], [], []
         end, prompt = 0, None
@@ -63,10 +60,9 @@ class Packing:
             predictors.append(torch.cat([of_prompt[-1:], own])[: len(completion)])
             if is_first or len(own):
                 rows.append(torch.cat([of_prompt, own]))
-            if len(own):
-                ids.append(completion[:-1])
-                positions.append(torch.arange(len(own_prompt), len(own_prompt) + len(own)))
-                end += len(own)
+            ids.append(completion[:-1])
+            positions.append(torch.arange(len(own_prompt), len(own_prompt) + len(own)))
+            end += len(own)
         self.input_ids = torch.cat(ids)[None]
         self.position_ids = torch.cat(positions)[None]
         sampled = torch.cat(list(is_sampled))
@@ -82,7 +78,7 @@ class Packing:
                 start += len(block[0])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Packing:
-        """Return a copy with ``function`` applied to each tensor, such as a move to a device."""
+        """Return a copy with ``function`` applied to each tensor, for example to move it."""
         mapped = Packing.__new__(Packing)
         for name, value in vars(self).items():
             is_list = isinstance(value, list)
@@ -91,7 +87,7 @@ class Packing:
 
 
 def _of_similar_length(rows: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield blocks of rows, the longest rows first."""
+    """Yield the rows in blocks of similar length, longest rows first."""
     block: list[Tensor] = []
     for row in sorted(rows, key=len, reverse=True):
         if block and len(row) < SIMILAR * len(block[0]):

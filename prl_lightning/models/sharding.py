@@ -1,9 +1,10 @@
-"""Spread a model over the ranks, and put its weights together again one by one."""
+"""Shard a model over the ranks, and gather its weights one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,10 +30,10 @@ class Sharding:
 
     Attributes:
         device: of this rank.
-        mesh: of FSDP2; None for FSDP1.
-        policy: dtypes of FSDP2. Under bf16-mixed, weights are gathered and computed with in
-            bfloat16; shards, sums of gradients and the optimizer stay float32.
-        fsdp1_precision: dtypes of FSDP1, None if it changes none.
+        mesh: of FSDP2; None under FSDP1.
+        policy: dtypes of FSDP2. Under bf16-mixed, weights are gathered and multiplied in bfloat16;
+            shards, gradient sums and the optimizer stay in float32.
+        fsdp1_precision: dtypes of FSDP1; None if it changes none.
     """
 
     device: torch.device
@@ -42,13 +43,13 @@ class Sharding:
 
 
 def sharding_of(module: LightningModule) -> Sharding | None:
-    """How the module's strategy shards; None where each rank holds the whole model.
+    """Return how the module's strategy shards, or None if each rank holds the whole model.
 
     Args:
-        module: attached to a Trainer, or to none yet.
+        module: with or without a Trainer.
 
     Raises:
-        ValueError: the strategy asks for tensor parallelism.
+        ValueError: the strategy uses tensor parallelism.
     """
     trainer = module._trainer
     if trainer is None or not isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
@@ -56,15 +57,15 @@ def sharding_of(module: LightningModule) -> Sharding | None:
     strategy, mesh = trainer.strategy, module.device_mesh
     if mesh is not None and mesh["tensor_parallel"].size() > 1:
         raise ValueError(
-            f"trainer.strategy: tensor_parallel_size={mesh['tensor_parallel'].size()}, but models "
-            "are sharded over data-parallel ranks only. Use `strategy: fsdp2`."
+            f"trainer.strategy.tensor_parallel_size={mesh['tensor_parallel'].size()}: models are "
+            "sharded over data-parallel ranks only. Use `strategy: fsdp2`."
         )
     policy, fsdp1_precision = MixedPrecisionPolicy(), None
     if trainer.precision == "bf16-mixed":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if isinstance(strategy, FSDPStrategy) and strategy.mixed_precision_config is not None:
-        # Lightning's rounds gradients before they are added up, and buffers: the frequencies of
-        # the rotary positions, whose angles are then off by a radian after some hundred tokens.
+        # Lightning's config rounds gradients before summing them. It also rounds buffers: with
+        # rounded rotary frequencies, angles are wrong by a radian after some hundred tokens.
         fsdp1_precision = replace(
             strategy.mixed_precision_config, reduce_dtype=torch.float32, buffer_dtype=None
         )
@@ -74,19 +75,19 @@ def sharding_of(module: LightningModule) -> Sharding | None:
 def load_on_ranks(
     load: Callable[..., nn.Module], sharding: Sharding | None, keep_root: bool
 ) -> nn.Module:
-    """Load a model as the strategy has it: whole on every rank, or sharded.
+    """Load a model on all ranks, whole or sharded; a collective, for ``configure_model``.
 
-    Of a model to be sharded the first rank alone reads the weights and has them all in main memory,
-    the others never more than one block of them. To be called by all ranks, in ``configure_model``.
+    If it is sharded, only the first rank reads the weights and holds all of them in main memory.
+    The other ranks hold their shard and one block at a time.
 
     Args:
-        load: makes the model, on the meta device where it is called with ``with_weights=False``.
-            Its ``blocks()`` are gathered one after the other; what is in none belongs to the root.
-        sharding: how; None for whole models.
-        keep_root: keep the root gathered from forward to backward (FSDP2).
+        load: builds the model; with ``with_weights=False``, on the meta device. The blocks returned
+            by its ``blocks()`` are gathered one by one. All other modules belong to the root.
+        sharding: how to shard; None for whole models.
+        keep_root: keep the root gathered between forward and backward (FSDP2).
 
     Returns:
-        The model, or what replaces it (FSDP1).
+        The model, or its FSDP1 wrapper.
 
     Raises:
         RuntimeError: the first rank could not load it.
@@ -95,17 +96,16 @@ def load_on_ranks(
         return load()
     model = _load_on_first_rank(load)
     blocks: list[nn.Module] = model.blocks()  # type: ignore[operator]
-    inside = {module for block in blocks for module in block.modules()}
-    of_root = [module for module in model.modules() if module not in inside]
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child in blocks:
-                _take_from_first_rank(child.modules(), sharding.device)
-                setattr(parent, name, _shard(child, sharding))
+    in_blocks = {module for block in blocks for module in block.modules()}
+    of_root = [module for module in model.modules() if module not in in_blocks]
+    for name, module in list(model.named_modules()):
+        if module in blocks:
+            _take_from_first_rank(module.modules(), sharding.device)
+            model.set_submodule(name, _shard(module, sharding))
     _take_from_first_rank(of_root, sharding.device)
-    model = _shard(model, sharding, reshard_after_forward=not keep_root)
+    model = _shard(model, sharding, reshard=not keep_root)
     if sharding.device.type == "cpu":
-        # gloo has no mean, and in some versions of torch (2.8) takes the sum in its place.
+        # gloo cannot average. Some versions of torch (2.8) would silently sum instead.
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
@@ -116,13 +116,12 @@ def _load_on_first_rank(load: Callable[..., nn.Module]) -> nn.Module:
     failure: list[str | None] = [None]
     if distributed.get_rank() == 0:
         try:
-            model = load()
+            return load()
         except Exception as error:
             failure = [f"{type(error).__name__}: {error}"]
             raise
-        finally:  # the others wait for this, also where it goes wrong
+        finally:  # the other ranks wait for this message, also after a failure
             distributed.broadcast_object_list(failure)
-        return model
     distributed.broadcast_object_list(failure)
     if failure[0] is not None:
         raise RuntimeError(f"the first rank could not load the model: {failure[0]}")
@@ -131,57 +130,46 @@ def _load_on_first_rank(load: Callable[..., nn.Module]) -> nn.Module:
 
 @torch.no_grad()
 def _take_from_first_rank(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Put the first rank's parameters and buffers in the place of those at hand, on the device."""
-    is_first = distributed.get_rank() == 0
-    taken: dict[int, Tensor] = {}
-    replaced = []  # alive, so that no two of them have one id
+    """Replace parameters and buffers by those of the first rank, on ``device``."""
+    take = cache(partial(_broadcast, device=device))  # cached: tied tensors stay tied
     for module in modules:
         held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for tensors in held:
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in taken:
-                    whole = (
-                        tensor.detach().to(device).contiguous()
-                        if is_first
-                        else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                    )
-                    distributed.broadcast(whole, src=0)
-                    if isinstance(tensor, nn.Parameter):
-                        whole = nn.Parameter(whole, requires_grad=tensor.requires_grad)
-                    taken[id(tensor)] = whole
-                    replaced.append(tensor)
-                tensors[name] = taken[id(tensor)]
+            tensors.update({name: take(x) for name, x in tensors.items() if x is not None})
 
 
-def _shard(module: nn.Module, sharding: Sharding, reshard_after_forward: bool = True) -> nn.Module:
+def _broadcast(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the first rank's values of a tensor; other ranks pass one on the meta device."""
+    if distributed.get_rank() == 0:
+        whole = tensor.detach().to(device).contiguous()
+    else:
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    distributed.broadcast(whole, src=0)
+    return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
+
+
+def _shard(module: nn.Module, sharding: Sharding, reshard: bool = True) -> nn.Module:
     if sharding.mesh is None:
         return wrap(module, mixed_precision=sharding.fsdp1_precision)
-    fully_shard(
-        module,
-        mesh=sharding.mesh["data_parallel"],
-        mp_policy=sharding.policy,
-        reshard_after_forward=reshard_after_forward,
-    )
+    mesh = sharding.mesh["data_parallel"]
+    fully_shard(module, mesh=mesh, mp_policy=sharding.policy, reshard_after_forward=reshard)
     return module
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; a collective if it is."""
+    """Return the unsharded tensor; a collective if it is sharded."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def plain_name(name: str) -> str:
-    """A module's or a parameter's name without what FSDP1 adds to it."""
+    """Return a module's or parameter's name without FSDP1's prefixes."""
     return name.replace("_fsdp_wrapped_module.", "")
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by name, sharded ones as they are, tied ones twice.
+    """Yield parameters and persistent buffers by name: sharded ones sharded, tied ones twice.
 
-    FSDP1 cannot name its shards, so under it all parameters are gathered for the time of the
-    iteration; the other strategies have no such moment.
+    Under FSDP1 shards have no names, so all parameters stay gathered during the iteration.
     """
     if not isinstance(model, FullyShardedDataParallel):
         yield from model.state_dict().items()
@@ -192,14 +180,14 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def total_norm(model: nn.Module) -> Tensor:
-    """Norm of the gradient over all parameters of all ranks; a collective.
+    """Return the norm of the gradient over all parameters and ranks; a collective.
 
-    Under FSDP2 it is a DTensor, as ``clip_grads_with_norm_`` needs it.
+    Under FSDP2 it is a DTensor, which ``clip_grads_with_norm_`` needs.
     """
     norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if isinstance(norm, DTensor):
         return norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)
-    if isinstance(model, FullyShardedDataParallel):  # each rank has only its own part
+    if isinstance(model, FullyShardedDataParallel):  # this is the norm of the rank's shards
         squares = norm.square()
         distributed.all_reduce(squares)
         norm = squares.sqrt()
@@ -207,10 +195,11 @@ def total_norm(model: nn.Module) -> Tensor:
 
 
 def exclude_frozen(module: nn.Module) -> None:
-    """Keep what is not trained out of a module's state: it does not change.
+    """Keep frozen parameters out of a module's state dict, because they never change.
 
     Args:
-        module: its reference, and the weights under an adapter, are frozen when a state is taken.
+        module: parameters that are frozen when a state dict is saved or loaded are left out, such
+            as those of the reference and the weights under an adapter.
     """
     module.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
@@ -222,13 +211,11 @@ def _drop_frozen(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
 
 
 def _expect_no_frozen(module: nn.Module, incompatible: Any) -> None:
-    frozen = _frozen(module)
-    missing = [name for name in incompatible.missing_keys if name not in frozen]
-    incompatible.missing_keys[:] = missing
+    incompatible.missing_keys[:] = sorted(set(incompatible.missing_keys) - _frozen(module))
 
 
 def _frozen(module: nn.Module) -> set[str]:
-    """Names of parameters that are not trained."""
+    """Return the names of the parameters that are not trained."""
     return {
         plain_name(name)
         for name, parameter in module.named_parameters(remove_duplicate=False)

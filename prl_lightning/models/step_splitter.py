@@ -1,4 +1,4 @@
-"""Where a reasoning step ends, for a tokenizer: fixed lengths, line ends, blank lines."""
+"""StepSplitter: the last token of each reasoning step, by length, line end or blank line."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ DELIMITERS = {"newline": "\n", "blank_line": "\n\n"}
 
 
 class StepSplitter:
-    """Mark the last token of every step of a completion (PRL v1, steps).
+    """Mark the last token of each step of a completion (PRL v1).
 
-    A byte-level tokenizer merges a line end with its neighbours and may also spread a blank line
-    over two tokens, so tokens are compared by their text and not by one id.
+    A byte-level tokenizer merges line ends with neighbouring characters, and may spread a blank
+    line over two tokens. Delimiters are therefore found in the tokens' texts, not by one token id.
 
     Args:
         steps: "token" (every token is a step), a number of tokens, "newline" or "blank_line".
-        tokenizer: its tokens' texts decide where a delimiter is; not used by the other kinds.
+        tokenizer: gives the texts of the tokens; read for "newline" and "blank_line" only.
 
     Raises:
-        ValueError: a length below 1, another word, or no token of the tokenizer has the delimiter.
+        ValueError: ``steps`` is below 1 or another word, or no token contains the delimiter.
     """
 
     def __init__(self, steps: Steps, tokenizer: PreTrainedTokenizerBase) -> None:
         if isinstance(steps, int) and steps < 1:
-            raise ValueError(f"model.objective.steps={steps}: a step has at least 1 token.")
+            raise ValueError(
+                f"model.objective.steps={steps}: use a length of at least 1 token, or 'token'."
+            )
         if isinstance(steps, str) and steps not in ("token", *DELIMITERS):
             raise ValueError(
                 f"model.objective.steps={steps!r}: use 'token', a number of tokens, "
@@ -42,33 +44,32 @@ class StepSplitter:
             self._read_tokens(DELIMITERS[str(steps)], tokenizer)
 
     def __call__(self, completion_ids: Tensor, completion_mask: Tensor) -> Tensor | None:
-        """Return bool (B, T), True at the last token of each step; None for the token form."""
+        """Return bool (B, T), True at the last token of each step; None for "token"."""
         if self.steps == "token":
             return None
         if isinstance(self.steps, int):
             return fixed_length_steps(completion_mask, self.steps)
         self._tables = [table.to(completion_ids.device) for table in self._tables]
         contains, opens, closes = self._tables
-        # A model may have more rows than its tokenizer has tokens; the last entry stands for them.
+        # A model may have more token ids than its tokenizer; the last entry stands for all of them.
         completion_ids = completion_ids.clamp(max=len(contains) - 1)
         ends = delimiter_steps(completion_ids, completion_mask, contains)
         straddles = opens[completion_ids[:, :-1]] & closes[completion_ids[:, 1:]]
-        both = completion_mask[:, :-1] & completion_mask[:, 1:]
-        ends[:, 1:] |= straddles & both
+        ends[:, 1:] |= straddles & completion_mask[:, :-1] & completion_mask[:, 1:]
         return ends
 
     def _read_tokens(self, delimiter: str, tokenizer: PreTrainedTokenizerBase) -> None:
         texts = [tokenizer.decode([token]) for token in range(len(tokenizer))] + [""]
+        # Two tokens can share a delimiter of two characters: one opens it, the next closes it.
         half = len(delimiter) // 2
-        # A delimiter of two characters may be split between two tokens: one opens, one closes.
         opening, closing = delimiter[:half], delimiter[half:]
+        if not any(closing in text for text in texts):
+            raise ValueError(
+                f"model.objective.steps={self.steps!r}: no token of this tokenizer contains "
+                f"{closing!r}, so no step would ever end. Use 'token' or a number of tokens."
+            )
         self._tables = [
             torch.tensor([delimiter in text for text in texts]),
             torch.tensor([half > 0 and text.endswith(opening) for text in texts]),
             torch.tensor([half > 0 and text.startswith(closing) for text in texts]),
         ]
-        if not any(closing in text for text in texts):
-            raise ValueError(
-                f"model.objective.steps: no token of this tokenizer contains {closing!r}, so no "
-                "step would ever end. Use 'token' or a number of tokens."
-            )

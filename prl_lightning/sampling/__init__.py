@@ -1,4 +1,4 @@
-"""Engines that draw completions, behind one protocol."""
+"""Samplers: engines that sample completions, with one interface."""
 
 from prl_lightning.sampling.base import Progress, Sampler, SamplingConfig
 from prl_lightning.sampling.hf import HFSampler

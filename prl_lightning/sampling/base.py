@@ -1,4 +1,4 @@
-"""The sampler protocol: any engine that draws completions and takes new weights."""
+"""Sampler: the interface of engines that sample completions and take new weights."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor, distributed
 
 from prl_lightning.types import Completion, Prompt
 
-# Told how many more prompts are done, and how many tokens more there are.
+# Called with the numbers of prompts finished and of tokens sampled since the last call.
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How to draw completions.
+    """How to sample completions.
 
     Attributes:
-        n: completions a prompt.
-        temperature: the logits are divided by it.
-        top_p: smallest set of tokens with this mass is sampled from. Training samples from the
-            policy itself, so there it is 1.
-        max_new_tokens: limit of a completion.
-        stop_token_ids: a completion ends at, and includes, the first of these.
+        n: completions per prompt.
+        temperature: divides the logits.
+        top_p: sample from the smallest set of tokens with this probability mass. Training samples
+            from the policy itself, so there it is 1.
+        max_new_tokens: length limit of a completion.
+        stop_token_ids: a completion ends with the first of these tokens, which it includes.
     """
 
     n: int
@@ -37,13 +37,13 @@ class SamplingConfig:
 
 
 class Sampler(ABC):
-    """An engine. One is made by the configuration, started once, and then reused every epoch.
+    """An engine. It is configured once, started once and reused in every epoch.
 
     Attributes:
-        dtype: the precision it computes in; "float32" is held to a smaller engine gap.
-        follows_trainer: whether ``follow`` sets the dtype, because the user named none.
-        reads_files: whether it knows weights by the names of a published model's files, and not by
-            those of transformers' modules; they differ for mixtures of experts.
+        dtype: precision of its computations; "float32" tightens the limit of the engine gap.
+        follows_trainer: whether ``follow`` sets the dtype, because the user chose none.
+        reads_files: whether it takes weights by the names in a published model's files instead of
+            the names of transformers' modules; they differ for mixtures of experts.
         is_concurrent: whether ``generate`` may run in a thread while the trainer trains.
     """
 
@@ -53,13 +53,13 @@ class Sampler(ABC):
     is_concurrent = False
 
     def follow(self, precision: str) -> None:
-        """Take the dtype that suits the trainer and this machine, if none was asked for.
+        """Set the dtype that suits the trainer and the hardware, unless the user chose one.
 
-        Called before ``start``. On a GPU that is the trainer's own half precision; on a CPU always
-        float32, which is as fast there and the most exact.
+        Called before ``start``. On a GPU, it is the trainer's half precision if it has one. On a
+        CPU, it is float32, which is as fast there and the most exact.
 
         Args:
-            precision: the Trainer's, such as "bf16-mixed".
+            precision: of the Trainer, such as "bf16-mixed".
         """
         if self.follows_trainer:
             half = {"bf16": "bfloat16", "16": "float16"}.get(precision.partition("-")[0])
@@ -67,18 +67,18 @@ class Sampler(ABC):
 
     @property
     def weights_dtype(self) -> torch.dtype | None:
-        """Dtype in which weights are handed over; None, as they are, where it has another name."""
+        """Dtype of the weights to load; None leaves them unchanged, if torch has no such dtype."""
         return getattr(torch, self.dtype, None)
 
     def identity(self) -> str:
-        """What its completions depend on, beside weights, prompt and ``SamplingConfig``.
+        """Return what completions depend on besides weights, prompt and ``SamplingConfig``.
 
-        An evaluation takes an earlier one's completions where this is the same.
+        An evaluation reuses cached completions if this is equal.
         """
         return f"{type(self).__name__} {self.dtype}"
 
     def missing_requirements(self) -> list[str]:
-        """What this machine lacks for it, each with its mend; asked before anything is loaded."""
+        """Return what the machine lacks, with the fix; checked before anything is loaded."""
         return []
 
     @abstractmethod
@@ -86,9 +86,9 @@ class Sampler(ABC):
         """Build the engine for a model, before the first ``load_weights``.
 
         Args:
-            model: Hugging Face id or folder; only its configuration needs to be read, the weights
-                come from the trainer.
-            max_model_tokens: longest prompt plus completion there will be.
+            model: Hugging Face id or folder. Only the configuration is needed: the trainer sends
+                the weights.
+            max_model_tokens: largest sum of prompt and completion tokens.
         """
 
     @abstractmethod
@@ -96,42 +96,41 @@ class Sampler(ABC):
         """Replace the engine's weights by the trainer's.
 
         Args:
-            weights: (name, tensor) under the names of the Hugging Face model (see
-                ``reads_files``), matrices in this sampler's dtype; a tied output head is sent as
-                well, under its own name. To be read to its end on every rank, because each step of
-                it may gather a sharded tensor.
+            weights: (name, tensor) with Hugging Face names (see ``reads_files``), matrices in this
+                sampler's dtype. A tied output head is included under its own name. Every rank must
+                iterate to the end, because each item may be gathered from all ranks.
         """
 
     @abstractmethod
     def generate(
         self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
-        """Draw ``config.n`` completions for each prompt, in the order of the prompts.
+        """Sample ``config.n`` completions for each prompt, in the order of the prompts.
 
-        Sample j of a prompt draws from a generator of its own, seeded by ``prompt.seed`` + j, so
-        its random numbers do not depend on the other prompts or on earlier calls. Its tokens do
-        not either on a CPU. On a GPU the kernels round differently at another batch size, and one
-        token that differs changes all later ones: equal seeds give equally distributed completions
-        there, and equal ones only in a batch-invariant engine (``VLLMSampler.batch_invariant``).
-        The log-probabilities returned are of the distribution that was sampled from.
+        Sample j of a prompt has its own generator with seed ``prompt.seed`` + j, so its random
+        numbers do not depend on other prompts or earlier calls. On a CPU, neither do its tokens. On
+        a GPU, kernels round differently at another batch size, and one different token changes all
+        later ones: equal seeds give equal tokens only in a batch-invariant engine
+        (``VLLMSampler.batch_invariant``). The distribution is the same in any case. The
+        log-probabilities returned are those of the distribution that was sampled from.
 
         Args:
             prompts: to complete.
-            config: how.
-            on_progress: called in this process while it goes on, from any thread.
+            config: of the sampling.
+            on_progress: called in this process during sampling, from any thread.
         """
 
     @abstractmethod
     def stop(self) -> None:
-        """Give the engine's memory back; ``start`` may be called again.
+        """Free the engine's memory; ``start`` may be called again.
 
-        Also called after a ``start`` that has failed and, where ``is_concurrent``, while
-        ``generate`` runs in another thread, which it ends.
+        Also called after a failed ``start``. If ``is_concurrent``, it may be called while
+        ``generate`` runs in another thread, and ends that call.
         """
 
 
 def local_rank() -> int:
-    """Place of this process among the trainer's on its machine, however they were launched."""
+    """Return this process's rank among the trainer's on its machine, for any launcher."""
     if not distributed.is_initialized():
         return 0
     return distributed.get_node_local_rank(int(os.environ.get("SLURM_LOCALID", 0)))

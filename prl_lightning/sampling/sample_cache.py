@@ -1,4 +1,4 @@
-"""SampleCache: the completions of an evaluation in files, so that none is sampled twice."""
+"""SampleCache: completions of evaluations in files, so that none is sampled twice."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from prl_lightning.runs.tables import read_table, write_table
 from prl_lightning.sampling.base import Sampler, SamplingConfig
 from prl_lightning.types import Completion, Prompt
 
-ENTRIES = 4096  # hashed per tensor: an update changes nearly all, so these identify the weights
-PART = 2048  # completions per file: the most that an interruption can cost
+ENTRIES = 4096  # hashed per tensor; an update changes nearly all, so these identify the weights
+PART = 2048  # completions per file, the most that an interruption can lose
 
 
 def fingerprint(
     weights: Iterator[tuple[str, Tensor]], sampler: Sampler, config: SamplingConfig
 ) -> str:
-    """Hash everything but the prompt that completions depend on: weights, engine and settings.
+    """Hash what completions depend on besides the prompt: weights, engine and settings.
 
     Args:
-        weights: of the policy; a collective under FSDP.
+        weights: of the policy; iterating is a collective under FSDP.
         sampler: the engine.
         config: of the sampling.
     """
@@ -40,11 +40,11 @@ def fingerprint(
 
 
 class SampleCache:
-    """Completions of one fingerprint, in Parquet files that all ranks add to.
+    """Completions of one fingerprint, in Parquet files that all ranks write.
 
     Args:
         folder: of this fingerprint.
-        rank: of this process, part of the names of the files that it writes.
+        rank: of this process; part of the names of its files.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -55,7 +55,7 @@ class SampleCache:
             groups: dict[str, list[Completion]] = {}
             for row in read_table(file):
                 groups.setdefault(row.pop("prompt"), []).append(Completion(**row))
-            # Two evaluations at once may both have sampled a prompt: the groups are not joined.
+            # Two concurrent evaluations may both have sampled a prompt; keep one group.
             self._groups.update(groups)
 
     def __contains__(self, prompt: Prompt) -> bool:
@@ -67,11 +67,11 @@ class SampleCache:
         return self._groups[_key(prompt)]
 
     def add(self, prompts: Sequence[Prompt], groups: Sequence[list[Completion]]) -> None:
-        """Write the completions of some prompts to a new file.
+        """Write completions to a new file.
 
         Args:
             prompts: at least one.
-            groups: the completions of each.
+            groups: completions of each prompt.
         """
         keys = [_key(prompt) for prompt in prompts]
         rows = [
@@ -79,13 +79,12 @@ class SampleCache:
             for key, group in zip(keys, groups, strict=True)
             for completion in group
         ]
-        names = (f"part-{self.rank:05d}-{number:05d}.parquet" for number in count())
-        free = next(name for name in names if not (self.folder / name).exists())
-        write_table(self.folder / free, rows)
+        files = (self.folder / f"part-{self.rank:05d}-{number:05d}.parquet" for number in count())
+        write_table(next(file for file in files if not file.exists()), rows)
         self._groups.update(zip(keys, groups, strict=True))
 
 
 def _key(prompt: Prompt) -> str:
-    """Hash what decides a prompt's completions: its tokens and its seed."""
+    """Hash what the completions of a prompt depend on: its tokens and its seed."""
     text = json.dumps([prompt.token_ids, prompt.seed])
     return hashlib.sha256(text.encode()).hexdigest()[:32]

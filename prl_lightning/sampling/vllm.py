@@ -1,4 +1,4 @@
-"""vLLM inside the trainer's process. The only file that imports vllm."""
+"""VLLMSampler: vLLM in the trainer's process. No other file imports vllm."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from prl_lightning.sampling.base import Progress, Sampler, SamplingConfig, local_rank
-from prl_lightning.sampling.vllm_requirements import missing_requirements, refuse_several_processes
+from prl_lightning.sampling.vllm_requirements import missing_requirements, refuse_multi_process
 from prl_lightning.types import Completion, Prompt
 
 
 class VLLMSampler(Sampler):
-    """Sample with vLLM, in this process, with weights handed over in memory.
+    """Sample with vLLM in this process; weights are passed in memory.
 
     Args:
-        dtype: the engine's precision; by default float32, and on a GPU the trainer's if that is
-            half. Equal to the trainer's gives the smallest engine gap.
-        gpu_memory_utilization: share of a GPU's memory the engine may take (weights and cache).
-        cache_gib: memory of the key-value cache on a machine without a GPU.
-        sleeps: give the GPU memory back after each sampling; the weights wait in main memory.
-        enforce_eager: False compiles the model and records CUDA graphs: faster, but slower to
-            start. By default that is done on a GPU and not on a CPU.
-        batch_invariant: on a GPU, the same tokens for the same seed whatever else is sampled in the
-            same batch, by slower kernels (Hopper or newer).
-        engine_args: anything else ``vllm.LLM`` accepts, by its name there.
+        dtype: precision of the engine; by default float32, or on a GPU the trainer's half
+            precision. The engine gap is smallest if it equals the trainer's.
+        gpu_memory_utilization: fraction of the GPU's memory for the engine, weights and cache.
+        cache_gib: size of the key-value cache without a GPU.
+        sleeps: free the GPU memory after sampling; the weights wait in main memory.
+        enforce_eager: False compiles the model and records CUDA graphs, which is faster but starts
+            more slowly. By default False on a GPU and True without one.
+        batch_invariant: on a GPU (Hopper or newer), make the tokens of a seed independent of the
+            rest of the batch, with slower kernels.
+        engine_args: other arguments of ``vllm.LLM``.
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: an engine argument that would spread it over several processes.
+        ValueError: an engine argument asks for several processes.
     """
 
     reads_files = True
@@ -64,12 +64,12 @@ class VLLMSampler(Sampler):
         self.enforce_eager = enforce_eager
         self.batch_invariant = batch_invariant
         self.engine_args = engine_args or {}
-        refuse_several_processes(self.engine_args)
+        refuse_multi_process(self.engine_args)
         self._llm: Any = None
         self._is_asleep = False
 
     def identity(self) -> str:
-        """See ``Sampler.identity``: an argument may be a quantization."""
+        """See ``Sampler.identity``; the engine's arguments may include a quantization."""
         return f"{super().identity()} {sorted(self.engine_args.items())}"
 
     def missing_requirements(self) -> list[str]:
@@ -80,7 +80,7 @@ class VLLMSampler(Sampler):
         """See ``Sampler.start``.
 
         Raises:
-            ValueError: something is missing, see ``missing_requirements``.
+            ValueError: see ``missing_requirements``.
         """
         if missing := self.missing_requirements():
             raise ValueError(" ".join(missing))
@@ -88,39 +88,36 @@ class VLLMSampler(Sampler):
         from vllm import LLM
 
         has_gpu = torch.cuda.is_available()
-        memory: dict[str, Any] = (
-            {"gpu_memory_utilization": self.gpu_memory_utilization}
-            if has_gpu
-            else {
-                "kv_cache_memory_bytes": int(self.cache_gib * 2**30),
-                # Small blocks, so that a short prompt fills one that its group can share.
-                "block_size": 32,
-                # vLLM rewinds the generator of a seeded request whose prompt it has read in part,
-                # which torch's CPU generator cannot do: prompts are read whole.
-                "enable_chunked_prefill": False,
-            }
-        )
-        with _place_among_ranks() as place:
-            arguments: dict[str, Any] = {
-                "model": model,
-                # Random weights until load_weights: an update that fails cannot go unnoticed.
-                "load_format": "dummy",
-                "skip_tokenizer_init": True,
-                "max_model_len": max_model_tokens,
-                "dtype": self.dtype,
-                "enforce_eager": not has_gpu if self.enforce_eager is None else self.enforce_eager,
-                # After temperature and top-p: what was sampled from, comparable with the trainer's.
-                "logprobs_mode": "processed_logprobs",
-                "disable_log_stats": True,
-                "enable_sleep_mode": self.sleeps,
-            }
-            self._llm = LLM(**arguments | place | memory | self.engine_args)
+        arguments: dict[str, Any] = {
+            "model": model,
+            # Random weights until load_weights, so that a failed update is noticed.
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "max_model_len": max_model_tokens,
+            "dtype": self.dtype,
+            "enforce_eager": not has_gpu if self.enforce_eager is None else self.enforce_eager,
+            # After temperature and top-p: the sampled distribution, as the trainer computes it.
+            "logprobs_mode": "processed_logprobs",
+            "disable_log_stats": True,
+            "enable_sleep_mode": self.sleeps,
+        }
+        if has_gpu:
+            arguments["gpu_memory_utilization"] = self.gpu_memory_utilization
+        else:
+            arguments["kv_cache_memory_bytes"] = int(self.cache_gib * 2**30)
+            # Small blocks: a short prompt fills one, and its group can share it.
+            arguments["block_size"] = 32
+            # After reading a part of a prompt, vLLM rewinds the generator of a seeded request.
+            # torch's CPU generator cannot be rewound, so prompts must be read whole.
+            arguments["enable_chunked_prefill"] = False
+        with _rank_environment() as executor:
+            self._llm = LLM(**arguments | self.engine_args | executor)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See ``Sampler.load_weights``."""
         self._wake()
         if not torch.cuda.is_available():
-            self._llm.apply_model(_forget_packed_experts)
+            self._llm.apply_model(_unpack_experts)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         # Cached keys and values belong to the old weights.
         self._llm.reset_prefix_cache()
@@ -138,7 +135,7 @@ class VLLMSampler(Sampler):
                 top_p=config.top_p,
                 max_tokens=config.max_new_tokens,
                 stop_token_ids=list(config.stop_token_ids),
-                # The stop tokens alone decide, not also what the model's files call its end.
+                # Stop at the stop tokens only, not at the model's own end-of-sequence token.
                 ignore_eos=True,
                 seed=prompt.seed,  # vLLM adds j for sample j
                 logprobs=0,
@@ -147,17 +144,19 @@ class VLLMSampler(Sampler):
             for prompt in prompts
         ]
         self._wake()
-        reported = on_progress and _reported(self._llm.llm_engine, on_progress)
-        with reported or nullcontext():
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": prompt.token_ids} for prompt in prompts],
-                params,
-                use_tqdm=False,
-            )
+        inputs = [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
+        self._llm.enqueue(inputs, params, use_tqdm=False)
+        outputs: dict[int, list[Completion]] = {}
+        while self._llm.llm_engine.has_unfinished_requests():
+            for output in filter(lambda one: one.finished, self._llm.llm_engine.step()):
+                group = [_completion(sample) for sample in output.outputs]
+                outputs[int(output.request_id)] = group
+                if on_progress is not None:
+                    on_progress(1, sum(completion.length for completion in group))
         if self.sleeps:
             self._llm.sleep(level=1)
             self._is_asleep = True
-        return [[_completion(sample) for sample in output.outputs] for output in outputs]
+        return [group for _, group in sorted(outputs.items())]
 
     def stop(self) -> None:
         """See ``Sampler.stop``."""
@@ -165,32 +164,32 @@ class VLLMSampler(Sampler):
         self._is_asleep = False
 
     def _set_environment(self) -> None:
-        """What vLLM and Triton read when they are imported."""
-        # In this process: weights are handed over by reference and no port is opened.
+        """Set what vLLM and Triton read when they are imported."""
+        # Run in this process: weights are passed by reference, and no port is opened.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if self.batch_invariant:
             os.environ["VLLM_BATCH_INVARIANT"] = "1"
         if self.dtype in ("float32", "float"):
-            # The attention kernels for float32 name no precision, and Triton's own default is TF32,
-            # with ten bits of mantissa: a gap of 1e-4 to 1e-3 to the trainer.
+            # The float32 attention kernels leave the precision to Triton, whose default is TF32
+            # with 10 bits of mantissa. That gives an engine gap of 1e-4 to 1e-3.
             os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
     def _wake(self) -> None:
         if self._is_asleep:
-            # The engine maps its memory past torch's allocator, which still holds what the update
-            # has freed.
+            # The engine allocates outside of torch's allocator, which still holds the memory that
+            # the update has freed.
             gc.collect()
             torch.cuda.empty_cache()
             self._llm.wake_up()
             self._is_asleep = False
 
 
-def _forget_packed_experts(model: nn.Module) -> None:
-    """Have the experts of a mixture packed again when they are loaded again.
+def _unpack_experts(model: nn.Module) -> None:
+    """Make the engine pack the experts of a mixture again at the next load.
 
-    The build for CPUs packs them when their kernel is made, and later loads reuse the kernel.
+    vLLM's CPU build packs them when it creates their kernel, and later loads reuse the kernel.
     """
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
@@ -199,56 +198,39 @@ def _forget_packed_experts(model: nn.Module) -> None:
 
 
 @contextmanager
-def _reported(engine: Any, on_progress: Progress) -> Iterator[None]:
-    """Tell of each prompt that a step of the engine finishes; its own bar knows no other bars."""
-    step = engine.step
+def _rank_environment() -> Iterator[dict[str, Any]]:
+    """Let this rank start its own engine inside this context.
 
-    def step_and_tell() -> Any:
-        outputs = step()
-        for output in outputs:
-            if output.finished:
-                on_progress(1, sum(len(sample.token_ids) for sample in output.outputs))
-        return outputs
-
-    engine.step = step_and_tell
-    try:
-        yield
-    finally:
-        engine.step = step
-
-
-@contextmanager
-def _place_among_ranks() -> Iterator[dict[str, Any]]:
-    """Give each rank of the trainer an engine of its own.
-
-    The engine finds the trainer's process group and joins it instead of opening a port; its place
-    there it reads from the environment, which Lightning's launchers leave in part unset.
+    The engine joins the trainer's process group instead of opening a port. It reads its rank from
+    the environment, which Lightning's launchers do not set completely.
 
     Yields:
-        Arguments for the engine, to be started inside.
+        Arguments for the engine.
     """
     if not distributed.is_initialized():
-        # vLLM makes process groups of this one process, whose transport (gloo) listens: on loopback
-        # and not on the network.
+        # vLLM creates process groups of this one process. Their transport (gloo) listens on a port:
+        # bind it to loopback.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
         yield {}
         return
     from vllm.distributed import parallel_state
 
-    # At the end of an engine vLLM takes down every process group, the trainer's as well.
+    # When an engine ends, vLLM would destroy every process group, including the trainer's.
     parallel_state.destroy_distributed_environment = lambda: None
     device = torch.cuda.current_device() if torch.cuda.is_available() else local_rank()
-    before = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    os.environ["RANK"] = str(distributed.get_rank())
-    os.environ["LOCAL_RANK"] = str(device)
-    os.environ["WORLD_SIZE"] = str(distributed.get_world_size())
+    place = {
+        "RANK": str(distributed.get_rank()),
+        "LOCAL_RANK": str(device),
+        "WORLD_SIZE": str(distributed.get_world_size()),
+    }
+    before = {name: os.environ[name] for name in place if name in os.environ}
+    os.environ.update(place)
     try:
         yield {"distributed_executor_backend": "external_launcher"}
     finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+        for name in place:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _completion(sample: Any) -> Completion:

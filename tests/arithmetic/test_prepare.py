@@ -19,7 +19,7 @@ from prl_lightning.arithmetic import (
     draw_problems,
     make_tokenizer,
 )
-from prl_lightning.models.causal_lm import stop_token_ids
+from prl_lightning.models.loading import stop_token_ids
 
 TINY = ArithmeticTask(
     folder="", train_problems=40, heldout_problems=10, base_steps=2, hidden_size=32, layers=1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prl_lightning.cli import main
 from prl_lightning.evaluation.metrics import MeanAtN, PassAtK
-from prl_lightning.models.causal_lm import load_tokenizer
+from prl_lightning.models.loading import load_tokenizer
 from prl_lightning.runs.files import read_evaluations
 from prl_lightning.runs.tables import read_table
 from prl_lightning.sampling import (

@@ -16,7 +16,7 @@ from prl_lightning.checks.contradictions import longest_row
 from prl_lightning.data import PromptDataModule
 from prl_lightning.evaluation import Evaluation
 from prl_lightning.functional import outcome_advantages
-from prl_lightning.models.causal_lm import max_model_tokens
+from prl_lightning.models.loading import max_model_tokens
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.sampling import HFSampler

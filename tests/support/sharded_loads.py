@@ -1,4 +1,4 @@
-"""What each rank sees of loads under FSDP2: the memory they take, the weights, and a failure."""
+"""Load models under FSDP2 on two ranks, and record the memory, the weights and a failure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from prl_lightning.models.causal_lm import load_causal_lm, load_policy
+from prl_lightning.models.loading import load_causal_lm, load_policy
 from prl_lightning.models.sharding import Sharding, full, load_on_ranks
 
 
 def peak_mib() -> float:
-    """Most that this process had in memory since it was last reset; Linux counts it."""
+    """Peak memory of this process since the last reset, counted by Linux."""
     status = Path("/proc/self/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
@@ -31,7 +31,7 @@ def load(folder: str, lora: dict[str, Any] | None = None) -> nn.Module:
 
 
 def compared(model: nn.Module, folder: str) -> dict[str, Any]:
-    """Which weights and buffers are not those of the folder."""
+    """Names of weights and buffers that differ from those of the folder."""
     theirs = load_causal_lm(folder)
     found = dict(model.state_dict()) | dict(model.named_buffers())
     ours = {
@@ -47,9 +47,11 @@ def compared(model: nn.Module, folder: str) -> dict[str, Any]:
     }
 
 
-def main(folder: str, without_weights: str, out: str) -> None:
-    distributed.init_process_group("gloo")
-    load_policy(folder, with_weights=False)  # what a first load of anything imports
+def main(rank: str, folder: str, without_weights: str, out: str) -> None:
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{out}.store", rank=int(rank), world_size=2
+    )
+    load_policy(folder, with_weights=False)  # the first load imports modules
     distributed.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak_mib()
@@ -61,7 +63,8 @@ def main(folder: str, without_weights: str, out: str) -> None:
         load(without_weights)
     except Exception as error:
         found["failure"] = f"{type(error).__name__}: {error}"
-    Path(f"{out}.{distributed.get_rank()}").write_text(json.dumps(found))
+    Path(f"{out}.{rank}").write_text(json.dumps(found))
+    distributed.barrier()
 
 
 if __name__ == "__main__":
