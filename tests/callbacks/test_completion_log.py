@@ -155,8 +155,7 @@ def test_mlflow_gets_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     pytest.importorskip("mlflow", reason="needs the extra loggers")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs all of mlflow
     logger = MLFlowLogger(
-        tracking_uri=f"file:{tmp_path}/mlruns",
-        artifact_location=str(tmp_path / "artifacts"),
+        tracking_uri=f"file:{tmp_path}/mlruns", artifact_location=str(tmp_path / "artifacts")
     )
     logger.log_metrics({"train/loss": 0.5}, step=1)
     log_table(logger, "epoch=00000", ROWS, step=1)

@@ -190,10 +190,7 @@ def test_other_rewards_score_the_same_samples(
 
 
 def test_an_interrupted_evaluation_goes_on(
-    tied_model: str,
-    tmp_path: Path,
-    counted: type[CountingSampler],
-    monkeypatch: pytest.MonkeyPatch,
+    tied_model: str, tmp_path: Path, counted: type[CountingSampler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()

@@ -332,10 +332,7 @@ def test_a_row_may_be_as_long_as_the_model_takes(tied_model: str, tmp_path: Path
                 longest_row(PRLModule(tied_model), data, rollout.settings)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("max_new_tokens", 0), ("temperature", 0.0)],
-)
+@pytest.mark.parametrize(("field", "value"), [("max_new_tokens", 0), ("temperature", 0.0)])
 def test_what_nothing_can_be_sampled_with_is_an_error(field: str, value: float) -> None:
     settings: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=rf"rollout\.{field}={value}"):

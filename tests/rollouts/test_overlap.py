@@ -90,9 +90,7 @@ def run(
 ) -> tuple[PRLModule, Watch]:
     prompts = str(write_prompts(folder / "train.jsonl"))
     module = PRLModule(
-        model,
-        Objective(beta=0.1),
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.5),
+        model, Objective(beta=0.1), optimizer=lambda params: torch.optim.SGD(params, lr=0.5)
     )
     data = PromptDataModule(
         model,

@@ -30,11 +30,7 @@ def test_failures_are_counted_and_their_prompts_kept(
 ) -> None:
     overrides = tiny_overrides(tied_model, tmp_path)
     with pytest.warns(UserWarning, match=r"limits\.failure_value=0\.125"):
-        fit(
-            *overrides,
-            HALF_OF_THEM,
-            "--rollout.limits={max_failures: 1.0, failure_value: 0.125}",
-        )
+        fit(*overrides, HALF_OF_THEM, "--rollout.limits={max_failures: 1.0, failure_value: 0.125}")
     metrics = metrics_of(tmp_path)
     odd = [16 * (1 - even) for even in metrics["rollout/reward/even_digits"]]
     assert metrics["rollout/reward_failures/raises_on_odd"] == pytest.approx(odd)
