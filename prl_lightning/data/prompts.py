@@ -22,7 +22,7 @@ from prl_lightning.models.loading import load_tokenizer
 from prl_lightning.runs.progress import hide_library_bars
 from prl_lightning.types import Prompt
 
-# Part of every seed: prompts of training and of evaluation never share one.
+# Part of every seed, so that training and evaluation never use the same seed.
 TRAIN, EVAL = 0, 1
 
 
@@ -44,7 +44,7 @@ class PromptDataModule(LightningDataModule):
         updates_per_epoch: optimizer updates per epoch.
         max_prompt_tokens: longer prompts are dropped and counted.
         seed: of the order of the prompts and of the sampling.
-        prepare: called once on every node before anything is read, to create or fetch the data.
+        prepare: called once per node before any prompt is read, to create or download the data.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PromptDataModule(LightningDataModule):
         self._pass: int | None = None  # number of the pass over the data that _order belongs to
 
     def prepare_data(self) -> None:
-        """Create or fetch the data, once on every node."""
+        """Create or download the data, once per node."""
         if self.prepare is not None:
             self.prepare()
 
@@ -96,48 +96,44 @@ class PromptDataModule(LightningDataModule):
             self.eval_rollouts[name] = RolloutBuffer(num_updates=len(self.eval_prompts[name]))
 
     def _share_of(self, name: str, prompts: PromptSet) -> list[Prompt]:
-        """Return this rank's prompts of an evaluation set, as many as every other rank's.
+        """Return this rank's prompts of an evaluation set, the same number on every rank.
 
-        All ranks take the same number of steps, so the last prompt is repeated as padding.
+        All ranks must take the same number of steps, so the last prompt is repeated as padding.
         """
         last = len(prompts) - 1
-        share = [
-            replace(
-                prompts[min(row, last)],
-                seed=_seed(self.seed, EVAL, row, *name.encode()),
-                is_padding=row > last,
-            )
-            for row in range(last + self._ranks)
+        rows = range(self._rank, last + self._ranks, self._ranks)[: last // self._ranks + 1]
+        seeds = [_seed(self.seed, EVAL, row, *name.encode()) for row in rows]
+        return [
+            replace(prompts[min(row, last)], seed=seed, is_padding=row > last)
+            for row, seed in zip(rows, seeds, strict=True)
         ]
-        return share[self._rank :: self._ranks][: last // self._ranks + 1]
 
     def _setup_train(self) -> None:
         if not self.train_sources:
             raise ValueError("data.train is missing: name the prompts to train on.")
         sets = [self._prompt_set(source, "data.train") for source in self.train_sources]
         self._train_prompts: ConcatDataset[Prompt] = ConcatDataset(sets)
-        self._train_columns = set.intersection(*(part.column_names for part in sets))
+        self._train_columns = set.intersection(*(set(part[0].columns) for part in sets))
         if len(self._train_prompts) < self.prompts_per_epoch:
             raise ValueError(
                 f"data.prompts_per_epoch={self.prompts_per_epoch}, but data.train has "
                 f"{len(self._train_prompts)} prompts. Lower it, or add prompts."
             )
         sizes = self.sizes(self.trainer)
-        rank_zero_info(f"An epoch: {sizes}")
+        rank_zero_info(f"Epoch: {sizes}")
         self.train_rollouts = RolloutBuffer(self.updates_per_epoch, sizes.micro_batches)
 
     def sizes(self, trainer: Trainer | None) -> EpochSizes:
         """Return how an epoch is cut.
 
         Args:
-            trainer: number of ranks and of micro-batches; None for one of each.
+            trainer: has the number of ranks and of micro-batches; None means one of each.
 
         Raises:
             ValueError: one size is not a multiple of another.
         """
-        ranks, accumulate = (
-            (1, 1) if trainer is None else (trainer.world_size, trainer.accumulate_grad_batches)
-        )
+        ranks = 1 if trainer is None else trainer.world_size
+        accumulate = 1 if trainer is None else trainer.accumulate_grad_batches
         return EpochSizes(
             self.prompts_per_epoch, self.group_size, self.updates_per_epoch, ranks, accumulate
         )
@@ -155,9 +151,9 @@ class PromptDataModule(LightningDataModule):
 
     @property
     def reward_columns(self) -> dict[str, set[str]]:
-        """The columns that reward functions can read of each set of prompts, by its field.
+        """Columns that reward functions can read, by the field of each set of prompts.
 
-        The last entry has the columns shared by all sets, which are rewarded in one call.
+        The last entry has the columns that all sets share: they are rewarded in one call.
         """
         sets = {f"evaluation.sets.{name}": prompts for name, prompts in self.eval_prompts.items()}
         columns = {where: set(some[0].columns) for where, some in sets.items() if some}
@@ -176,31 +172,27 @@ class PromptDataModule(LightningDataModule):
         ]
 
     def advance(self) -> None:
-        """Move to the next prompts, once the rollouts of the current ones are collected."""
+        """Move to the next epoch's prompts, after the rollouts of this epoch are collected."""
         self.prompts_seen += self.prompts_per_epoch
 
     def _prompt(self, position: int) -> Prompt:
-        """Return the prompt at a position of the endless stream."""
-        prompt = self._train_prompts[self._row(position)]
-        return replace(prompt, seed=_seed(self.seed, TRAIN, position))
-
-    def _row(self, position: int) -> int:
-        """Return the row at a position of the endless stream; each pass has its own order."""
+        """Return the prompt at a position of the endless stream; each pass has its own order."""
         size = len(self._train_prompts)
         number, place = divmod(position, size)
         if self._pass != number:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            self._pass, self._order = number, torch.randperm(size, generator=generator)
-        return int(self._order[place])
+            self._pass, self._order = number, torch.randperm(size, generator=generator).tolist()
+        prompt = self._train_prompts[self._order[place]]
+        return replace(prompt, seed=_seed(self.seed, TRAIN, position))
 
     def train_dataloader(self) -> RolloutLoader:
-        """Return a loader of micro-batches; the callback fills it before it is read."""
+        """Return a loader of micro-batches; the callback fills the buffer before it is read."""
         if self.train_rollouts is None:
-            raise RuntimeError("setup('fit') comes first")
+            raise RuntimeError("the training data is not set up: call setup('fit') first")
         return RolloutLoader(self.train_rollouts, self._rank, self._ranks)
 
     def val_dataloader(self) -> Sequence[RolloutLoader]:
-        """Return one loader per evaluation set; an item is the group of one prompt."""
+        """Return one loader per evaluation set; each batch is the group of one prompt."""
         return [RolloutLoader(buffer) for buffer in self.eval_rollouts.values()]
 
     test_dataloader = val_dataloader
@@ -211,10 +203,10 @@ class PromptDataModule(LightningDataModule):
         return {"prompts_seen": self.prompts_seen}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue at the position of a checkpoint."""
+        """Continue at the saved position."""
         self.prompts_seen = state_dict["prompts_seen"]
 
 
 def _seed(*entropy: int) -> int:
-    """Return a distinct seed per place in the data, below 2^62 to leave room for samples."""
+    """Return a seed for a position in the data, below 2^62 to leave room for samples."""
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(2))

@@ -12,18 +12,24 @@ from prl_lightning.models.packing import Packing
 from prl_lightning.types import Rollout, RolloutBatch
 
 
+def equal_parts(rollouts: Sequence[Rollout], parts: int) -> list[Sequence[Rollout]]:
+    """Cut rollouts into parts of the same number of rollouts, in order."""
+    size = len(rollouts) // parts
+    return [rollouts[i * size : (i + 1) * size] for i in range(parts)]
+
+
 def split_by_tokens(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]]:
-    """Cut rollouts into exactly ``parts`` micro-batches of balanced size.
+    """Cut rollouts into ``parts`` micro-batches of balanced size.
 
     The order is kept, so that a group stays together and its prompt is computed once. The largest
-    micro-batch has as few tokens as the order allows, because it decides the peak memory.
+    micro-batch decides the peak memory, so it has as few tokens as the order allows.
 
     Args:
-        rollouts: groups one after the other.
+        rollouts: groups contiguous.
         parts: number of micro-batches, at most ``len(rollouts)``.
 
     Returns:
-        The rollouts of each micro-batch, none of them empty.
+        The rollouts of each micro-batch, at least one in each.
     """
 
     def cut(limit: int) -> list[list[Rollout]]:
@@ -61,35 +67,36 @@ def collate(rollouts: Sequence[Rollout], update_tokens: int, update_sequences: i
     """Pad rollouts into one batch.
 
     Args:
-        rollouts: B of them, sampled at one temperature.
-        update_tokens: sampled tokens of the update they belong to.
-        update_sequences: completions of that update.
+        rollouts: B rollouts, sampled at one temperature.
+        update_tokens: sampled tokens of the whole optimizer update.
+        update_sequences: completions of the whole update.
 
     Returns:
         A batch on the CPU; see RolloutBatch for shapes.
     """
+    own = [rollout.completion for rollout in rollouts]
     prompts = [torch.tensor(rollout.prompt.token_ids) for rollout in rollouts]
-    completions = [torch.tensor(rollout.completion.token_ids) for rollout in rollouts]
-    is_sampled = [torch.tensor(rollout.completion.is_sampled) for rollout in rollouts]
-    rows = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
+    completions = [torch.tensor(completion.token_ids) for completion in own]
+    is_sampled = [torch.tensor(completion.is_sampled) for completion in own]
     advantages = [rollout.outcome_advantage for rollout in rollouts]
+    answers = [rollout.answer for rollout in rollouts]
     return RolloutBatch(
-        input_ids=_pad(rows),
+        input_ids=_pad([torch.cat(row) for row in zip(prompts, completions, strict=True)]),
         prompt_lengths=torch.tensor([len(ids) for ids in prompts]),
         completion_ids=_pad(completions),
-        completion_lengths=torch.tensor([rollout.completion.length for rollout in rollouts]),
+        completion_lengths=torch.tensor([completion.length for completion in own]),
         completion_mask=_pad(is_sampled),
         packing=Packing(prompts, completions, is_sampled),
         temperature=rollouts[0].temperature,
-        rollout_logprobs=_pad([torch.tensor(r.completion.logprobs) for r in rollouts]),
+        rollout_logprobs=_pad([torch.tensor(completion.logprobs) for completion in own]),
         rewards=torch.tensor([rollout.reward for rollout in rollouts]),
-        finished=torch.tensor([rollout.completion.finished for rollout in rollouts]),
+        finished=torch.tensor([completion.finished for completion in own]),
         outcome_advantages=_pad(advantages) if advantages[0].ndim else torch.stack(advantages),
         old_logprobs=_pad_if_known([rollout.old_logprobs for rollout in rollouts]),
         ref_logprobs=_pad_if_known([rollout.ref_logprobs for rollout in rollouts]),
         update_tokens=update_tokens,
         update_sequences=update_sequences,
-        answers=_numbers_if_known([rollout.answer for rollout in rollouts]),
+        answers=None if None in answers else torch.tensor(answers),
         is_padding=all(rollout.prompt.is_padding for rollout in rollouts),
     )
 
@@ -103,23 +110,18 @@ def _pad_if_known(rows: Sequence[Tensor | None]) -> Tensor | None:
     return _pad(known) if len(known) == len(rows) else None
 
 
-def _numbers_if_known(answers: Sequence[int | None]) -> Tensor | None:
-    known = [answer for answer in answers if answer is not None]
-    return torch.tensor(known) if len(known) == len(answers) else None
-
-
 class RolloutBuffer:
     """An epoch's rollouts as micro-batches, replaced each epoch.
 
-    Its length is fixed before it is filled. Lightning reads a loader without a length ahead of
-    ``on_train_epoch_start``, which would make the first micro-batch stale.
+    The length is known before the buffer is filled: Lightning prefetches from a loader without a
+    length before ``on_train_epoch_start``, so the first micro-batch would be stale.
 
     Args:
-        num_updates: optimizer updates per epoch; for evaluation, prompts.
+        num_updates: optimizer updates per epoch, or prompts of an evaluation set.
         micro_batches: micro-batches per update on this rank.
 
     Attributes:
-        position: micro-batches handed out since the last fill.
+        position: number of micro-batches read since the last fill.
     """
 
     def __init__(self, num_updates: int, micro_batches: int = 1) -> None:
@@ -139,17 +141,15 @@ class RolloutBuffer:
 
         Args:
             rollouts: of this rank, ready to train on, the same number for each update.
-            sum_over_ranks: adds up the (num_updates, 2) tokens and sequences of all ranks.
+            sum_over_ranks: adds up the (num_updates, 2) numbers of sampled tokens and completions
+                of all ranks.
         """
-        size = len(rollouts) // self.num_updates
+        updates = equal_parts(rollouts, self.num_updates)
+        parts = [split_by_tokens(update, self.micro_batches) for update in updates]
+        totals = [[sum(r.completion.num_sampled for r in all_), len(all_)] for all_ in updates]
         self.rollouts = rollouts
-        self.micro_batch_rollouts = []
+        self.micro_batch_rollouts = [chunk for chunks in parts for chunk in chunks]
         self.position = 0
-        totals = []
-        for index in range(self.num_updates):
-            update = rollouts[index * size : (index + 1) * size]
-            totals.append([sum(r.completion.num_sampled for r in update), size])
-            self.micro_batch_rollouts += split_by_tokens(update, self.micro_batches)
         self._totals = sum_over_ranks(torch.tensor(totals))
 
     def __len__(self) -> int:
@@ -160,7 +160,7 @@ class RolloutBuffer:
         """Return micro-batch ``index``; an update takes ``micro_batches`` consecutive ones.
 
         Raises:
-            RuntimeError: the buffer was not filled yet.
+            RuntimeError: the buffer is not filled yet.
         """
         if not self.micro_batch_rollouts:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""A training run as one HTML page: curves, evaluations and who got which credit, token by token."""
+"""A training run as one HTML page: curves, evaluations, and the credit of each token."""
 
 from prl_lightning.report.page import write_report
 

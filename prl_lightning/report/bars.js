@@ -1,8 +1,8 @@
 // Histograms.
 
-const FEW = 8; // different values, each with a bar of its own
+const FEW = 8; // up to this many distinct values, each gets a bar
 
-// Bars of one value each if there are few different ones, else of equal width.
+// One bar per value if there are few distinct values, otherwise bars of equal width.
 function binsOf(values) {
   const distinct = [...new Set(values.filter(isNumber))].sort((a, b) => a - b);
   if (distinct.length <= FEW) {

@@ -1,4 +1,4 @@
-"""Stored completions of one epoch, in groups, with what every token was given."""
+"""The stored completions of one epoch, in groups, with the values of each token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from prl_lightning.runs.tables import read_table
 
-# Of one epoch, in whole groups: twelve epochs of this are some 20 MB.
+# Per epoch, in whole groups: twelve epochs of this size take about 20 MB.
 MAX_TOKENS = 30_000
 
 
@@ -18,11 +18,11 @@ def read_epoch(file: Path) -> dict[str, Any]:
     """Read the completions of one epoch.
 
     Args:
-        file: a row a completion, the groups contiguous; some may be without their tokens.
+        file: one row per completion, groups contiguous; some groups have no tokens.
 
     Returns:
-        Rewards and lengths of all completions, and the groups whose tokens are there, those with
-        most signal first. What is beyond ``MAX_TOKENS`` is counted, not kept.
+        Rewards and lengths of all completions, and the groups with tokens in order of decreasing
+        signal. Groups beyond ``MAX_TOKENS`` are counted but left out.
     """
     rows = read_table(file)
     whole = [row for row in rows if row["tokens"] is not None]
@@ -60,7 +60,7 @@ def _group(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _completion(row: dict[str, Any]) -> dict[str, Any]:
-    """Differences are taken here: of rounded numbers they would be noise."""
+    """Return one completion. Differences are taken here, before numbers are rounded."""
     policy, reference = row["policy_logprobs"], row["ref_logprobs"]
     advantages, process = row["advantages"], row["process_rewards"]
     tokens = row["tokens"]
@@ -71,30 +71,27 @@ def _completion(row: dict[str, Any]) -> dict[str, Any]:
         "length": row["length"],
         "finished": row["finished"],
         "tokens": tokens,
-        "step_ends": ends if len(ends) < len(tokens) else [],  # every token its own step: no marks
+        "step_ends": ends if len(ends) < len(tokens) else [],  # no marks if each token is a step
         "policy": policy,
         "reference": reference,
-        "log_ratio": policy and reference and _differences(policy, reference),
+        "log_ratio": reference and _less(policy, reference),
         "advantage": advantages,
-        # What is left is the process term's, also where the outcome's own is one a token.
+        # The outcome advantage is one number per token if the KL is part of the reward.
         "advantage_part": _less(
             advantages, row.get("outcome_advantages") or row["outcome_advantage"]
         ),
         "process": process,
         "process_part": _less(process, row["reward"]),
     }
-    # A token alone may be a part of a character, or lose its space; the end token is not text.
+    # A single token may decode to a part of a character or lose its space.
     if row["completion"] not in "".join(tokens):
         completion["text"] = row["completion"]
     return completion
 
 
-def _differences(values: list[float], others: list[float]) -> list[float]:
-    return [value - other for value, other in zip(values, others, strict=True)]
-
-
 def _less(values: list[float] | None, other: list[float] | float) -> list[float] | None:
+    """Subtract one number, or one number per token."""
     if not values:
         return values
     others = other if isinstance(other, list) else [other] * len(values)
-    return _differences(values, others)
+    return [value - own for value, own in zip(values, others, strict=True)]

@@ -1,4 +1,4 @@
-"""The folder of a run as plain data: what the page shows, and a sentence for what is not there."""
+"""Read the folder of a run for its page, with a note for each file that is missing."""
 
 from __future__ import annotations
 
@@ -19,62 +19,57 @@ from prl_lightning.runs.files import (
     read_metrics,
 )
 
-# A page of more opens slowly.
+# A page with more of them opens slowly.
 MAX_EPOCHS = 12
 MAX_POINTS = 1000
 
-HOW_TO_GET = {
-    METRICS: "there are no curves; prl fit writes it into the folder of every run.",
-    EVALUATIONS: "evaluations have no intervals and no curve over k; every validation of prl fit "
-    "and prl validate adds its line to it.",
-    COMPLETIONS: "no completion can be shown; prl fit stores some groups there, by its setting "
-    "completions.every_n_epochs.",
-    CONFIG: "the settings are not known; prl fit writes it into the folder of every run.",
+NOTE_IF_MISSING = {
+    METRICS: "there are no curves. prl fit writes this file.",
+    EVALUATIONS: "evaluations have no intervals and no curve over k. prl fit and prl validate "
+    "write this file.",
+    COMPLETIONS: "no completion can be shown. prl fit writes them every "
+    "completions.every_n_epochs epochs.",
+    CONFIG: "the settings are unknown. prl fit writes this file.",
 }
 
 
 def find_run(run_dir: str) -> Path:
-    """Find the folder that has the files of a run.
+    """Return the folder that has the files of a run.
 
     Args:
-        run_dir: that folder, or the one above it, whose newest ``version_*`` is taken: of those
-            that have trained, if any has.
-
-    Returns:
-        The folder.
+        run_dir: that folder, or the one above it: then the newest ``version_*`` that has trained
+            is used, or the newest of all if none has trained.
 
     Raises:
-        FileNotFoundError: neither has anything to show.
+        FileNotFoundError: neither folder has anything to show.
     """
     folder = Path(run_dir)
     candidates = [path for path in (folder, *_versions(folder)) if _has_something(path)]
     if candidates:
         return next(filter(_has_trained, candidates), candidates[0])
     raise FileNotFoundError(
-        f"run_dir={run_dir}: has none of {', '.join(HOW_TO_GET)}, nor has a version_* folder in "
-        "it. Name the folder of a run, such as runs/prl/version_0."
+        f"run_dir={run_dir}: neither it nor a version_* folder in it has any of "
+        f"{', '.join(NOTE_IF_MISSING)}. Name the folder of a run, such as runs/prl/version_0."
     )
 
 
 def _versions(folder: Path) -> list[Path]:
-    """The newest first."""
+    """Return the ``version_*`` folders, newest first."""
     versions = [path for path in folder.glob("version_*") if path.name[8:].isdecimal()]
     return sorted(versions, key=lambda path: int(path.name[8:]), reverse=True)
 
 
 def _has_something(folder: Path) -> bool:
-    return any((folder / name).exists() for name in HOW_TO_GET)
+    return any((folder / name).exists() for name in NOTE_IF_MISSING)
 
 
 def _evaluated_later(folder: Path) -> list[str]:
-    """A sentence where prl validate, test or predict have left folders after this one."""
+    """Return a note if prl validate, test or predict have written newer folders."""
     versions = _versions(folder.resolve().parent)
     newer = versions[: versions.index(folder.resolve())] if folder.resolve() in versions else []
-    others = [path for path in newer if _has_something(path) and not _has_trained(path)]
-    if not others:
-        return []
-    names = ", ".join(path.name for path in reversed(others))
-    return [f"Evaluated or sampled later, each with a report of its own (prl report DIR): {names}."]
+    others = [path.name for path in newer if _has_something(path) and not _has_trained(path)]
+    names = ", ".join(reversed(others))
+    return [f"Later evaluations and predictions (prl report DIR): {names}."] if others else []
 
 
 def _has_trained(folder: Path) -> bool:
@@ -83,20 +78,18 @@ def _has_trained(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read all that the page shows.
+    """Read everything that the page shows.
 
     Args:
         folder: of a run; any of its files may be missing.
 
     Returns:
-        What JSON can hold: numbers with four significant digits, null for what is not finite.
+        Data for JSON: numbers have four significant digits, NaN and infinity are None.
     """
-    notes = [
-        f"No {name}: {how}" for name, how in HOW_TO_GET.items() if not (folder / name).exists()
-    ]
-    notes += _evaluated_later(folder)
-    curves = _read_curves(folder / METRICS)
-    evaluations = _read_evaluations(folder / EVALUATIONS, notes)
+    missing = [name for name in NOTE_IF_MISSING if not (folder / name).exists()]
+    notes = [f"No {name}: {NOTE_IF_MISSING[name]}" for name in missing] + _evaluated_later(folder)
+    curves = {} if METRICS in missing else read_metrics(folder / METRICS)
+    evaluations = [] if EVALUATIONS in missing else _read_evaluations(folder / EVALUATIONS, notes)
     epochs = _read_epochs(folder, notes)
     updates, iterations = _progress(curves, evaluations)
     config = folder / CONFIG
@@ -105,23 +98,23 @@ def read_run(folder: Path) -> dict[str, Any]:
         "name": f"{path.parent.name}/{path.name}" if path.name[:8] == "version_" else path.name,
         "updates": updates,
         "iterations": iterations,
-        "curves": {name: _thin_out(curve) for name, curve in curves.items()},
+        "curves": {
+            name: [evenly_spread(values, MAX_POINTS) for values in curve]
+            for name, curve in curves.items()
+        },
         "sets": _by_set(evaluations or _without_intervals(curves)),
         "epochs": epochs,
-        "config": config.read_text(encoding="utf-8", errors="replace") if config.exists() else None,
+        "config": None if CONFIG in missing else config.read_text("utf-8", errors="replace"),
         "notes": notes,
     }
     return tidy(run)
 
 
 def tidy(value: Any) -> Any:
-    """Round every number to four significant digits.
+    """Round all numbers to four significant digits, and replace NaN and infinity by None.
 
     Args:
-        value: of dictionaries, sequences, strings and numbers.
-
-    Returns:
-        The same, with None for a number that is not finite.
+        value: made of dictionaries, sequences, strings and numbers.
 
     Example:
         >>> tidy({"loss": [0.123456, float("nan"), 2.0, True]})
@@ -140,14 +133,11 @@ def tidy(value: Any) -> Any:
 
 
 def evenly_spread(items: Sequence[Any], count: int) -> list[Any]:
-    """Keep some items, always the first and the last.
+    """Return at most ``count`` items in order, always the first and the last.
 
     Args:
         items: any number of them.
-        count: to keep, at least 2.
-
-    Returns:
-        At most ``count``, in their order.
+        count: at least 2.
 
     Example:
         >>> evenly_spread(range(10), 4)
@@ -158,26 +148,14 @@ def evenly_spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def _read_curves(file: Path) -> dict[str, Curve]:
-    if not file.exists():
-        return {}
-    return read_metrics(file)
-
-
-def _thin_out(curve: Curve) -> list[list[Any]]:
-    return [evenly_spread(numbers, MAX_POINTS) for numbers in curve]
-
-
 def _read_evaluations(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-    if not file.exists():
-        return []
     evaluations, broken = read_evaluations(file)
     notes += [f"{EVALUATIONS}: line {number} cannot be read and is left out." for number in broken]
     return sorted(evaluations, key=lambda evaluation: evaluation["step"])
 
 
 def _without_intervals(curves: dict[str, Curve]) -> list[dict[str, Any]]:
-    """Evaluations as far as ``metrics.csv`` has them."""
+    """Return the evaluations that ``metrics.csv`` has: means alone."""
     found: dict[int, dict[str, Any]] = {}
     for name, (steps, values) in curves.items():
         stage, _, rest = name.partition("/")
@@ -191,7 +169,7 @@ def _without_intervals(curves: dict[str, Curve]) -> list[dict[str, Any]]:
 
 
 def _by_set(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """For each set its evaluations, the last of each step, and the metrics to show first."""
+    """Return the evaluations of each set, the last one of each step, and its main metrics."""
     sets: dict[str, dict[int, dict[str, Any]]] = {}
     for evaluation in evaluations:
         for name, result in evaluation["sets"].items():
@@ -205,7 +183,7 @@ def _by_set(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _main_metrics(points: dict[int, dict[str, Any]]) -> list[str]:
-    """Mean, vote and the pass@k of the largest k."""
+    """Return the names of the mean, the majority vote and the pass@k, each of the largest k."""
     names = {name for point in points.values() for name in point["metrics"] if "@" in name}
     largest: dict[str, str] = {}
     for name in sorted(names, key=lambda name: int(name.partition("@")[2])):
@@ -218,8 +196,8 @@ def _read_epochs(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     chosen = evenly_spread(files, MAX_EPOCHS)
     if len(chosen) < len(files):
         notes.append(
-            f"Completions of {len(chosen)} of the {len(files)} stored epochs are shown, evenly "
-            f"spread, so that this page stays small; {COMPLETIONS}/ has the others."
+            f"Completions of {len(chosen)} of the {len(files)} stored epochs are shown, to keep "
+            f"this page small. {COMPLETIONS}/ has all of them."
         )
     epochs = []
     for file in chosen:
@@ -233,7 +211,7 @@ def _read_epochs(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
 def _progress(
     curves: dict[str, Curve], evaluations: list[dict[str, Any]]
 ) -> tuple[int | None, int | None]:
-    """Updates and epochs so far. A row of training has the number of updates before its own."""
+    """Return the number of updates and epochs. A row of training counts earlier updates only."""
     done = [1 + max(steps) for name, (steps, _) in curves.items() if name.startswith("train/")]
     done += [evaluation["step"] for evaluation in evaluations]
     rollouts, _ = curves.get("rollout/reward", ([], []))

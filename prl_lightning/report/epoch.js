@@ -1,4 +1,4 @@
-// Completions of the chosen epoch: how they were rewarded, their groups, and each of them.
+// Completions of the chosen epoch: histograms, groups, single completions.
 
 const rewardRange = RUN.epochs.flatMap((epoch) => epoch.rewards).filter(isNumber);
 const lowestReward = rewardRange.reduce((a, b) => Math.min(a, b), 0);
@@ -75,9 +75,9 @@ function showGroup(group) {
 
 function epochFacts({ step, rewards, groups, groups_stored: stored, groups_sampled: sampled }) {
   const facts = [`Sampled at step ${step}: ${rewards.length} completions in ${sampled} groups.`];
-  if (stored < sampled) facts.push(`The plots are of all; ${stored} groups are stored with their tokens.`);
+  if (stored < sampled) facts.push(`The plots show all of them; ${stored} groups are stored with their tokens.`);
   if (groups.length < stored) {
-    facts.push(`The ${groups.length} with most signal are shown, so that this page stays small.`);
+    facts.push(`To keep this page small, only the ${groups.length} groups with most signal are shown.`);
   }
   return facts.join(" ");
 }
@@ -93,7 +93,7 @@ function showEpoch(epoch) {
   const detail = document.getElementById("group");
   const chooseAndShow = (i) => {
     choose(i);
-    // On a phone it is below the list.
+    // On a phone the details are below the list.
     if (detail.getBoundingClientRect().top > innerHeight * 0.6) detail.scrollIntoView();
   };
   const buttons = epoch.groups.map((group, i) => groupButton(group, () => chooseAndShow(i)));

@@ -1,6 +1,6 @@
-// Lines over x, with intervals, a line that stays and one that follows the pointer.
+// Line plots with intervals, a marked x and one that follows the pointer.
 
-const RAW_POINTS = 150; // a curve of more also gets its moving average
+const RAW_POINTS = 150; // longer curves also get a moving average
 
 function pathThrough(xs, ys) {
   let path = "";
@@ -48,7 +48,7 @@ function drawSeries(svg, series, toX, toY) {
 }
 
 /* options: title, xName, series [{name, x, y, low, high, colour, exact}], log2, range (of y), height,
-   stops (x that can be picked), rules (thin marks at x), onPick(x), onHover(x). */
+   stops (x values that can be picked), rules (thin marks at x), onPick(x), onHover(x). */
 class LinePlot {
   constructor(holder, options) {
     this.options = options;
@@ -156,7 +156,7 @@ class LinePlot {
     this.readout.textContent = this.series.length > 1 ? where : `${where}: ${texts[0]}`;
   }
 
-  // As text; under the pointer also as a dot.
+  // Returns the value as text, and draws a dot if it is under the pointer.
   valueAt({ x, y, low, high, colour }, at) {
     const i = nearestIndex(x, at);
     if (x[i] !== at || !isNumber(y[i])) return "–";
@@ -164,7 +164,7 @@ class LinePlot {
       const { toX, toY } = this.scales;
       this.overlay.append(shape("circle", { class: `series c${colour}`, cx: toX(at), cy: toY(y[i]), r: 4 }));
     }
-    const interval = isNumber(low?.[i]) && this.series.length < 3; // of more there is no room
+    const interval = isNumber(low?.[i]) && this.series.length < 3; // there is no room for more
     return show(y[i], 3) + (interval ? ` [${show(low[i], 3)}, ${show(high[i], 3)}]` : "");
   }
 }

@@ -1,12 +1,12 @@
-// The page from top to bottom, and the epoch that all parts of it show.
+// The page from top to bottom, and the epoch that all its parts show.
 
 const PANELS = [
   ["Reward", ["rollout/reward"]],
-  ["KL to the reference, a token", ["train/kl_ref", "train/kl_ref_k3"]],
-  ["Entropy, a token", ["train/entropy"]],
-  ["Completion length, tokens", ["rollout/completion_length"]],
+  ["KL to the reference per token", ["train/kl_ref", "train/kl_ref_k3"]],
+  ["Entropy per token", ["train/entropy"]],
+  ["Completion length in tokens", ["rollout/completion_length"]],
   ["Gradient norm", ["train/grad_norm"]],
-  ["Groups without signal, share", ["rollout/groups_without_signal"]],
+  ["Share of groups without signal", ["rollout/groups_without_signal"]],
   ["Process term", ["train/process_term_mean", "train/process_term_std"]],
 ];
 const SHORT = {
@@ -26,7 +26,7 @@ function chooseEpoch(index) {
   press([...document.querySelectorAll(".epochs button.epoch")], index);
   const marked = document.getElementById("marked");
   marked.replaceChildren("Marked: ", element("a", { href: "#epoch" }, `epoch ${epoch.epoch}`));
-  marked.append(". Click on a curve to see the completions of the nearest stored epoch (▲).");
+  marked.append(". Click on a curve to see completions of the nearest stored epoch (▲).");
   for (const plot of curvePlots) plot.mark(epoch.step);
   showEpoch(epoch);
 }
@@ -84,7 +84,7 @@ function fillOthers() {
   const details = document.getElementById("others");
   details.hidden = !rest.length;
   details.querySelector("summary").textContent = `${rest.length} other metrics`;
-  // Drawn when first opened: a long run has many.
+  // Drawn on first opening: a long run has many curves.
   details.addEventListener("toggle", () => {
     for (const name of rest) curvePanel(details.querySelector(".grid"), name, seriesOf([name]));
     if (RUN.epochs.length) curvePlots.forEach((plot) => plot.mark(RUN.epochs[chosenEpoch].step));
@@ -143,7 +143,7 @@ function fillEpochs() {
     button.addEventListener("click", () => chooseEpoch(chosenEpoch + by));
     return button;
   };
-  nav.append(step("‹", "Epoch before", -1), step("›", "Epoch after", 1));
+  nav.append(step("‹", "Previous epoch", -1), step("›", "Next epoch", 1));
   RUN.epochs.forEach(({ epoch }, i) => {
     const button = element("button", { type: "button", className: "epoch", "aria-label": `Epoch ${epoch}` }, String(epoch));
     button.addEventListener("click", () => chooseEpoch(i));

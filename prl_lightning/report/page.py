@@ -1,9 +1,8 @@
-"""A run's data in the template: one HTML file that needs nothing beside it."""
+"""Put a run's data into the template: one self-contained HTML file."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from base64 import b64encode
 from hashlib import sha256
@@ -11,40 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from prl_lightning.report.data import find_run, read_run
+from prl_lightning.runs.tables import replacing
 
 HERE = Path(__file__).parent
 SCRIPTS = ("plot.js", "lines.js", "bars.js", "tokens.js", "epoch.js", "page.js")
 
-# As JSON escapes; raw, they could end the script element that holds the data, or a line of it.
+# Written as JSON escapes: unescaped, they could end the script element or a line of script.
 ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 
 
 def write_report(run_dir: str, output: str | None = None) -> None:
     """Write a training run as one HTML page that opens without a network.
 
-    It has the curves, the evaluations with their intervals, and, for epochs whose completions are
-    stored, every completion with its process rewards, token by token.
+    The page has the curves, the evaluations with their intervals, and the stored completions with
+    the process reward of each token.
 
     Args:
-        run_dir: the folder of the run, with metrics.csv; or the one above it, whose newest
-            version_* that has trained is taken. That of a prl validate, test or predict, too.
-        output: the file to write, by default report.html in that folder. One that is there is
-            replaced.
+        run_dir: the folder of a run, with metrics.csv, also of prl validate, test or predict. Or
+            the folder above it: the newest version_* that has trained is used.
+        output: the file to write or replace; by default report.html in the folder of the run.
 
     Raises:
-        FileNotFoundError: there is nothing to show in ``run_dir``.
+        FileNotFoundError: ``run_dir`` has nothing to show.
     """
     folder = find_run(run_dir)
     file = folder / "report.html" if output is None else Path(output)
     page = fill_template(read_run(folder))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    try:
-        # Half of a pair of surrogates can be in JSON, but not in a file.
+    with replacing(file) as part:
+        # JSON can hold a lone surrogate, but UTF-8 cannot.
         part.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
     print(file)
 
 
@@ -52,10 +46,10 @@ def fill_template(run: dict[str, Any]) -> str:
     """Put style, script and data into ``page.html``.
 
     Args:
-        run: as ``read_run`` gives it.
+        run: returned by ``read_run``.
 
     Returns:
-        The page. Its policy lets only this style and this script run.
+        The page. Its content security policy allows only this style and this script.
     """
     style = (HERE / "page.css").read_text(encoding="utf-8")
     script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
@@ -67,18 +61,18 @@ def fill_template(run: dict[str, Any]) -> str:
         "script": script,
     }
     template = (HERE / "page.html").read_text(encoding="utf-8")
-    # In one go: what is put in is not searched.
+    # In one pass, so that a marker inside the data is not replaced.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
 def escaped_json(value: Any) -> str:
-    r"""JSON that nothing in a ``script`` element can end or open.
+    r"""Return JSON that can stand in a ``script`` element: it holds no markup.
 
     Args:
-        value: what JSON can hold; a number that is not finite is an error.
+        value: made of JSON's types; numbers must be finite.
 
-    Returns:
-        JSON of the same value.
+    Raises:
+        ValueError: a number is NaN or infinite.
 
     Example:
         >>> escaped_json({"text": "</script>"})

@@ -1,5 +1,5 @@
 "use strict";
-// Elements, numbers and axes. Text from the run only ever becomes text nodes.
+// Elements, numbers and axes. Text from the run becomes text nodes only, never markup.
 
 const RUN = JSON.parse(document.getElementById("data").textContent);
 
@@ -40,7 +40,7 @@ function niceTicks(low, high, count, whole = false) {
   return ticks;
 }
 
-// The smallest range that holds the values, from zero if zero is near.
+// The smallest range that holds the values; it starts at zero if zero is near.
 function rangeOf(values) {
   const finite = values.filter(isNumber);
   if (!finite.length) return [0, 1];
@@ -62,7 +62,7 @@ function figure(holder, title, label) {
   return { svg, legend, readout };
 }
 
-// Axes with labels. Returns the scales.
+// Draws labelled axes and returns the scales.
 function axes(svg, width, height, x, y) {
   const left = 12 + 6.6 * Math.max(...y.ticks.map((tick) => show(tick).length));
   const box = { left, right: width - 10, top: 8, bottom: height - 38 };

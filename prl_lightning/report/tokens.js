@@ -1,9 +1,9 @@
-// One completion, token by token: who got which credit.
+// One completion and the credit of each of its tokens.
 
 const QUANTITIES = [
   {
     key: "process_part",
-    name: "process reward less outcome, rₜ − r",
+    name: "process reward minus outcome, rₜ − r",
     about:
       "What the process term adds to the outcome reward for the prefix up to this token: " +
       "−β times the log-ratios of all tokens after it.",
@@ -12,17 +12,17 @@ const QUANTITIES = [
     key: "process",
     name: "process reward, rₜ",
     about:
-      "Outcome reward and process term together, of the prefix up to this token; " +
+      "Sum of outcome reward and process term for the prefix up to this token; " +
       "at the last token it is the outcome reward.",
   },
   {
     key: "advantage",
     name: "advantage, Aₜ",
-    about: "How much this token was made more likely (above zero) or less likely (below zero).",
+    about: "Above zero: the update made this token more likely. Below zero: less likely.",
   },
   {
     key: "advantage_part",
-    name: "advantage less outcome advantage, Aₜ − A",
+    name: "advantage minus outcome advantage, Aₜ − A",
     about: "What the process term adds to the token's outcome advantage.",
   },
   {
@@ -33,7 +33,7 @@ const QUANTITIES = [
   {
     key: "policy",
     name: "policy log-probability, log π",
-    about: "Near zero: the policy was sure of this token.",
+    about: "Near zero: the policy was confident in this token.",
   },
 ];
 
@@ -47,11 +47,11 @@ const FIELDS = [
   ["log_ratio", "log-ratio"],
 ];
 
-let chosenQuantity = null; // kept from one completion to the next
+let chosenQuantity = null; // stays the same for the next completion
 
 const has = (completion, key) => completion[key]?.some(isNumber) ?? false;
 
-// Completions of a group share one scale, so that they can be compared; the largest 2% saturate.
+// The completions of a group share one scale, so they can be compared; the largest 2% saturate.
 function scaleOf(group, key) {
   const sizes = group.completions.flatMap((one) => one[key] ?? []).filter(isNumber).map(Math.abs);
   sizes.sort((a, b) => a - b);
@@ -146,22 +146,22 @@ function missingReasons(completion) {
   const reasons = [];
   if (!has(completion, "reference")) {
     reasons.push(
-      "No reference model in this run, so there are no log-ratios and no process rewards: " +
-        "only advantage and policy log-probability can be shown.",
+      "No reference model in this run, so there are no log-ratios and no process rewards. " +
+        "Only advantage and policy log-probability can be shown.",
     );
   } else if (!has(completion, "process")) {
-    reasons.push("No process rewards are stored with this epoch.");
+    reasons.push("This epoch has no process rewards.");
   }
   if ("text" in completion) {
     reasons.push(
-      "One by one the tokens are not quite the text: some are parts of a character, or lose " +
-        "their space. The text as a whole is below.",
+      "Decoded one by one, some tokens are parts of a character or lose a space. " +
+        "The whole text is below.",
     );
   }
   return reasons.map((reason) => element("p", { className: "muted small" }, reason));
 }
 
-// Hover, tap and focus point at a token; left and right move between tokens.
+// Hover, tap and focus select a token; left and right move between tokens.
 function followTokens(text, spans, onToken) {
   const placeOf = (event) => {
     const span = event.target.closest(".token");
@@ -179,7 +179,7 @@ function followTokens(text, spans, onToken) {
     const place = placeOf(event);
     if (!move || place === null) return;
     event.preventDefault();
-    event.stopPropagation(); // here the arrows do not move the epoch
+    event.stopPropagation(); // otherwise the arrows would change the epoch
     const next = spans[place + move];
     if (!next) return;
     spans[place].tabIndex = -1;
@@ -191,7 +191,7 @@ function followTokens(text, spans, onToken) {
 function showCompletion(holder, group, completion) {
   holder.replaceChildren();
   const spans = tokenSpans(completion);
-  const label = "Tokens of the completion; left and right arrow move";
+  const label = "Tokens of the completion; move with the left and right arrow keys";
   const text = element("div", { className: "tokens", role: "group", "aria-label": label }, ...spans);
   const strip = tokenStrip(completion);
   const legend = colourLegend();
@@ -206,14 +206,14 @@ function showCompletion(holder, group, completion) {
   const select = quantityChooser(completion, shade);
   const chooser = element("label", {}, "Shade by ", select);
   holder.append(
-    element("h3", {}, "Who got which credit"),
+    element("h3", {}, "Credit of each token"),
     element("div", { className: "controls" }, chooser, legend.node),
     about,
     ...missingReasons(completion),
-    element("div", {}, text, strip.node), // the strip stays in sight as long as the text is
+    element("div", {}, text, strip.node), // the strip stays visible while the text is
   );
   if ("text" in completion) {
-    holder.append(element("details", {}, element("summary", {}, "Text as a whole"), element("pre", {}, completion.text)));
+    holder.append(element("details", {}, element("summary", {}, "Whole text"), element("pre", {}, completion.text)));
   }
   let plot = null;
   let last = null;

@@ -1,10 +1,9 @@
-"""The files of a run's folder: their names, and how the metrics among them are read."""
+"""The files of a run's folder: their names, and readers for the metrics among them."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,22 @@ Curve = tuple[list[int], list[float]]
 
 
 def read_metrics(file: Path) -> dict[str, Curve]:
-    """Read a ``metrics.csv`` of Lightning's CSVLogger, without the half row that a kill leaves.
+    """Read the ``metrics.csv`` of Lightning's CSVLogger.
 
     Args:
-        file: rows of step and metrics, each row with some of them.
+        file: a partial last line, as a killed process leaves it, is ignored.
 
     Returns:
         Steps and values of every metric, in the order of the rows.
     """
-    curves: dict[str, Curve] = defaultdict(lambda: ([], []))
+    curves: dict[str, Curve] = {}
     for step, row in metrics_rows(file):
         for name, value in row.items():
             if name != "epoch":
-                steps, values = curves[name]
+                steps, values = curves.setdefault(name, ([], []))
                 steps.append(step)
                 values.append(value)
-    return dict(curves)
+    return curves
 
 
 def metrics_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -43,26 +42,24 @@ def metrics_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         file: see ``read_metrics``.
 
     Yields:
-        Step and metrics of each whole row.
+        The step and the metrics of each complete row.
     """
-    for row in csv.DictReader(_whole_lines(file)):
-        yield (
-            int(row["step"]),
-            {name: float(value) for name, value in row.items() if value and name != "step"},
-        )
+    for row in csv.DictReader(_complete_lines(file)):
+        step = int(row.pop("step"))
+        yield step, {name: float(value) for name, value in row.items() if value}
 
 
 def read_evaluations(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Read an ``evaluations.jsonl``, without the half line that a kill leaves.
+    """Read an ``evaluations.jsonl``.
 
     Args:
-        file: a line an evaluation.
+        file: one evaluation per line; a partial last line is ignored.
 
     Returns:
-        The evaluations in the order of the lines, and the numbers of lines that cannot be read.
+        The evaluations in order, and the numbers of the lines that are not JSON.
     """
     evaluations, broken = [], []
-    for number, line in enumerate(_whole_lines(file), start=1):
+    for number, line in enumerate(_complete_lines(file), start=1):
         try:
             if line.strip():
                 evaluations.append(json.loads(line))
@@ -71,19 +68,16 @@ def read_evaluations(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
     return evaluations, broken
 
 
-def _whole_lines(file: Path) -> list[str]:
-    """What ends with an end of line; the rest is being written, or was cut by a kill."""
+def _complete_lines(file: Path) -> list[str]:
+    """Return the lines that end in a newline; a last line without one is still being written."""
     return file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 
 
 def completion_files(folder: Path) -> list[Path]:
-    """List the stored epochs of a run.
+    """Return the completion files of a run, ordered by epoch.
 
     Args:
         folder: of the run.
-
-    Returns:
-        Files in the order of their epochs.
     """
     files = (folder / COMPLETIONS).glob("epoch=*.parquet")
     return sorted(files, key=lambda file: (len(file.name), file.name))

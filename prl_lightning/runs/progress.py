@@ -14,22 +14,22 @@ from tqdm.auto import tqdm
 
 from prl_lightning.sampling import Progress
 
-# A shorter task shows no bar.
-SECONDS_BEFORE_A_BAR = 3.0
+# A task that ends earlier shows no bar.
+DELAY_SECONDS = 3.0
 
-# Called with the number of newly finished items and a note such as the speed.
+# Takes the number of newly finished items and a note, such as the speed.
 Advance = Callable[[int, str], None]
 
 
 def is_interactive(stream: TextIO) -> bool:
-    """Whether output is seen at once: in a terminal (TTY) or a notebook, not in a file or pipe."""
+    """Whether a person sees the stream: a terminal (TTY) or a notebook, not a file or pipe."""
     return stream.isatty() or "ipykernel" in sys.modules
 
 
 def hide_library_bars() -> None:
     """Disable the bars of ``datasets`` and ``transformers`` if stderr is not interactive.
 
-    This holds for the whole process: neither library has a narrower switch.
+    The whole process is affected: neither library has a narrower switch.
     """
     if is_interactive(sys.stderr):
         return
@@ -44,7 +44,7 @@ def hide_trainer_bar(trainer: Trainer) -> None:
     """Disable the Trainer's bar if stdout is not interactive: it would fill a log file.
 
     Args:
-        trainer: before it starts its bar.
+        trainer: must not have started its bar yet.
     """
     bar = trainer.progress_bar_callback
     if bar is not None and not is_interactive(sys.stdout):
@@ -52,54 +52,48 @@ def hide_trainer_bar(trainer: Trainer) -> None:
 
 
 @contextmanager
-def progress_bar(trainer: Trainer, what: str, total: int) -> Iterator[Advance]:
+def progress_bar(trainer: Trainer, label: str, total: int) -> Iterator[Advance]:
     """Show a bar that disappears at the end: a line of the RichProgressBar, or a tqdm bar.
 
     A tqdm bar below a rich display would print a new line for each update.
 
     Args:
         trainer: only its first rank shows the bar, and only if it has a progress bar itself.
-        what: label of the bar.
+        label: of the bar.
         total: number of items.
 
     Yields:
-        A function to call with the number of finished items, from any thread.
+        A function to call with the number of newly finished items and a note, from any thread.
     """
     bar = trainer.progress_bar_callback
     if bar is None or not trainer.is_global_zero:
-        yield _show_nothing
+        yield lambda count, note: None
     elif isinstance(bar, RichProgressBar) and bar.progress and bar.progress.live.is_started:
-        with _line_of(bar, bar.progress, what, total) as advance:
+        with _rich_line(bar, bar.progress, label, total) as advance:
             yield advance
     else:
         hidden = not is_interactive(sys.stderr)
-        with tqdm(
-            total=total, desc=what, delay=SECONDS_BEFORE_A_BAR, leave=False, disable=hidden
-        ) as shown:
+        with tqdm(total=total, desc=label, delay=DELAY_SECONDS, leave=False, disable=hidden) as own:
 
-            def advance(count: int, note: str = "") -> None:
-                shown.set_postfix_str(note, refresh=False)
-                shown.update(count)
+            def advance(count: int, note: str) -> None:
+                own.set_postfix_str(note, refresh=False)
+                own.update(count)
 
             yield advance
 
 
-def _show_nothing(count: int, note: str) -> None:
-    pass
-
-
 @contextmanager
-def _line_of(bar: RichProgressBar, progress: Any, what: str, total: int) -> Iterator[Advance]:
-    # One task per label, shown again each time. Removing it would shift the indices by which
-    # Lightning finds its own tasks.
-    known = [task.id for task in progress.tasks if task.fields.get("what") == what]
-    task = known[0] if known else progress.add_task(what, total=total, visible=False, what=what)
-    progress.reset(task, total=total, visible=False, description=what)
+def _rich_line(bar: RichProgressBar, progress: Any, label: str, total: int) -> Iterator[Advance]:
+    # A label keeps its task. Removing a task would shift the indices by which Lightning finds its
+    # own tasks.
+    known = [task.id for task in progress.tasks if task.fields.get("label") == label]
+    task = known[0] if known else progress.add_task(label, total=total, visible=False, label=label)
+    progress.reset(task, total=total, visible=False, description=label)
     start = time.monotonic()
 
-    def advance(count: int, note: str = "") -> None:
-        is_long = time.monotonic() - start >= SECONDS_BEFORE_A_BAR
-        text = f"{what} {note}".rstrip()
+    def advance(count: int, note: str) -> None:
+        is_long = time.monotonic() - start >= DELAY_SECONDS
+        text = f"{label} {note}".rstrip()
         progress.update(task, advance=count, description=text, visible=is_long)
         bar.refresh()
 

@@ -1,4 +1,4 @@
-"""Look through a sharded checkpoint before it is loaded: torch unpickles what is in it."""
+"""Check a sharded checkpoint for code before it is loaded: torch unpickles parts of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 METADATA = ".metadata"
-# What torch itself writes into it: descriptions of tensors, and where they lie.
+# The classes that torch itself pickles into it: descriptions of tensors and of their storage.
 HARMLESS = {
     *(("torch.distributed.checkpoint.metadata", name) for name, kind in vars(dcp).items()
       if isinstance(kind, type) and kind.__module__ == dcp.__name__),
@@ -33,14 +33,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def refuse_code(checkpoint: Path) -> None:
-    """Refuse a folder of torch.distributed.checkpoint with anything but values in it.
+    """Refuse a folder of torch.distributed.checkpoint if loading it could run code.
 
-    ``weights_only`` reaches neither its ``.metadata`` nor the options of its optimizers, which
-    torch (2.13) unpickles whatever they are. The tensors and a checkpoint of one file are left to
-    torch, which does heed it.
+    torch (2.13) ignores ``weights_only`` for ``.metadata`` and for the options of the optimizers:
+    it unpickles any object in them. It respects ``weights_only`` for tensors and for checkpoints in
+    one file, so they are not checked here.
 
     Args:
-        checkpoint: a folder; nothing is looked at where it is none.
+        checkpoint: a folder; a file is not checked.
 
     Raises:
         pickle.UnpicklingError: loading it could run code.
@@ -60,6 +60,6 @@ def refuse_code(checkpoint: Path) -> None:
                 torch.load(io.BytesIO(file.read(where.length)), weights_only=True)
     except pickle.UnpicklingError as error:
         raise pickle.UnpicklingError(
-            f"{checkpoint} is not loaded, for it could run code: {error}. If you know where it is "
-            "from, prl fit and prl validate load it all the same with --weights_only=false."
+            f"{checkpoint} is not loaded because it could run code: {error}. If you trust its "
+            "source, load it with --weights_only=false in prl fit or prl validate."
         ) from error

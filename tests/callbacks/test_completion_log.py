@@ -1,4 +1,4 @@
-"""The log of completions against what the loss has, and in every logger that can show it."""
+"""The stored completions against the method's equations, and tables in the loggers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from prl_lightning.cli import main
 from prl_lightning.runs.tables import read_table
 from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
+BETA = 0.01
+NAMES = ["epoch=00000.parquet", "epoch=00002.parquet"]
 HOSTILE = "a|b `c`\n</script><script>alert(1)</script>"
 ROWS = [
     {"prompt": "1+1?", "completion": text, "reward": 1.0, "outcome_advantage": 0.5, "length": 3}
@@ -25,19 +27,37 @@ ROWS = [
 ]
 
 
-def test_a_fit_keeps_the_first_and_the_last_epoch(tied_model: str, tmp_path: Path) -> None:
-    fit(*tiny_overrides(tied_model, tmp_path), "--trainer.max_epochs=3", "--completions.groups=2")
-    folder = tmp_path / "run" / "version_0" / "completions"
-    names = ["epoch=00000.parquet", "epoch=00002.parquet"]
-    assert sorted(file.name for file in folder.iterdir()) == names
-    whole = read_table(folder / names[0])
-    assert [row["group"] for row in whole] == [group for group in range(4) for _ in range(4)]
-    rows = [row for row in whole if row["tokens"] is not None]
-    assert [row["group"] for row in rows] == [0] * 4 + [1] * 4
-    rewards = [row["reward"] for row in whole]
-    assert metrics_of(tmp_path)["rollout/reward"][0] == pytest.approx(sum(rewards) / 16)
-    # The reference is the policy as it starts, so nothing but the outcome is a reward yet.
-    for row in rows:
+def fitted(model: str, folder: Path, *args: str) -> Path:
+    """Three epochs, of which the first and the last are stored, at a high learning rate."""
+    folder.mkdir(exist_ok=True)
+    overrides = [*tiny_overrides(model, folder), "--completions.groups=2"]
+    fit(*overrides, "--trainer.max_epochs=3", "--model.optimizer.init_args.lr=1e-2", *args)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fitted(tied_model, tmp_path_factory.mktemp("completions"))
+
+
+def stored(folder: Path, epoch: int) -> list[dict[str, Any]]:
+    return read_table(folder / f"run/version_0/completions/epoch={epoch:05d}.parquet")
+
+
+def with_tokens(folder: Path, epoch: int) -> list[dict[str, Any]]:
+    return [row for row in stored(folder, epoch) if row["tokens"] is not None]
+
+
+def test_a_fit_stores_the_first_and_the_last_epoch(run: Path) -> None:
+    folder = run / "run" / "version_0" / "completions"
+    assert sorted(file.name for file in folder.iterdir()) == NAMES
+    rows = stored(run, 0)
+    assert [row["group"] for row in rows] == [group for group in range(4) for _ in range(4)]
+    assert [row["group"] for row in with_tokens(run, 0)] == [0] * 4 + [1] * 4
+    mean = sum(row["reward"] for row in rows) / 16
+    assert metrics_of(run)["rollout/reward"][0] == pytest.approx(mean)
+    # The reference is the initial policy, so there are no process rewards yet.
+    for row in with_tokens(run, 0):
         assert len(row["tokens"]) == row["length"] == len(row["policy_logprobs"])
         assert row["policy_logprobs"] == pytest.approx(row["ref_logprobs"], abs=1e-6)
         assert row["process_rewards"] == pytest.approx([row["reward"]] * row["length"], abs=1e-6)
@@ -45,38 +65,34 @@ def test_a_fit_keeps_the_first_and_the_last_epoch(tied_model: str, tmp_path: Pat
         assert re.sub(r"<\w+>", "", "".join(row["tokens"])) == row["completion"]
 
 
-def test_credit_is_the_sum_over_the_rest_of_the_completion(tied_model: str, tmp_path: Path) -> None:
+def test_credit_is_the_sum_over_the_rest_of_the_completion(run: Path) -> None:
     """Eq. 5.4 written out; the advantage of a token also answers for its own log-ratio."""
-    overrides = tiny_overrides(tied_model, tmp_path)
-    fit(*overrides, "--trainer.max_epochs=3", "--model.optimizer.init_args.lr=1e-2")
-    beta = 0.01
     moved = 0.0
-    for row in read_table(tmp_path / "run/version_0/completions/epoch=00002.parquet"):
-        ratios = [
-            policy - ref
-            for policy, ref in zip(row["policy_logprobs"], row["ref_logprobs"], strict=True)
-        ]
+    for row in with_tokens(run, 2):
+        pairs = zip(row["policy_logprobs"], row["ref_logprobs"], strict=True)
+        ratios = [policy - ref for policy, ref in pairs]
         for token, credit in enumerate(row["process_rewards"]):
-            assert credit == pytest.approx(
-                row["reward"] - beta * sum(ratios[token + 1 :]), abs=1e-5
+            later = sum(ratios[token + 1 :])
+            assert credit == pytest.approx(row["reward"] - BETA * later, abs=1e-5)
+            assert row["outcome_advantage"] - row["advantages"][token] == pytest.approx(
+                BETA * (ratios[token] + later), abs=1e-5
             )
-        falls = [row["outcome_advantage"] - advantage for advantage in row["advantages"]]
-        steps = [falls[t] - falls[t + 1] for t in range(len(falls) - 1)]
-        assert steps == pytest.approx([beta * ratio for ratio in ratios[:-1]], abs=1e-5)
         moved += sum(map(abs, ratios))
     assert moved > 1
 
 
-def test_an_outcome_of_each_token_is_kept(tied_model: str, tmp_path: Path) -> None:
-    """With the KL inside the reward it is all that the advantage is."""
-    overrides = tiny_overrides(tied_model, tmp_path)
-    fit(
-        *overrides,
-        "--trainer.max_epochs=3",
-        "--model.objective.kl=reward_step",
-        "--model.optimizer.init_args.lr=1e-2",
-    )
-    rows = read_table(tmp_path / "run/version_0/completions/epoch=00002.parquet")
+def test_storing_does_not_change_the_run(run: Path, tied_model: str, tmp_path: Path) -> None:
+    none = fitted(tied_model, tmp_path, "--completions.every_n_epochs=0")
+    assert not (none / "run" / "version_0" / "completions").exists()
+    assert metrics_of(none)["train/loss"] == metrics_of(run)["train/loss"]
+    with pytest.raises(ValueError, match=r"completions\.every_n_epochs=-1"):
+        CompletionLog(every_n_epochs=-1)
+
+
+def test_an_outcome_advantage_per_token_is_stored(tied_model: str, tmp_path: Path) -> None:
+    """With the KL inside the reward it is the whole advantage."""
+    fitted(tied_model, tmp_path, "--model.objective.kl=reward_step")
+    rows = with_tokens(tmp_path, 2)
     for row in rows:
         assert row["outcome_advantages"] == pytest.approx(row["advantages"])
     assert any(len(set(row["outcome_advantages"])) > 1 for row in rows)
@@ -84,7 +100,7 @@ def test_an_outcome_of_each_token_is_kept(tied_model: str, tmp_path: Path) -> No
 
 def test_predict_writes_every_group_with_its_advantages(tied_model: str, tmp_path: Path) -> None:
     main(["predict", "--config", str(QUICKSTART), *tiny_overrides(tied_model, tmp_path)])
-    rows = read_table(tmp_path / "run" / "version_0" / "completions" / "epoch=00000.parquet")
+    rows = stored(tmp_path, 0)
     assert [row["group"] for row in rows] == [group for group in range(5) for _ in range(4)]
     rewards = torch.tensor([row["reward"] for row in rows]).view(5, 4)
     advantages = torch.tensor([row["outcome_advantage"] for row in rows]).view(5, 4)
@@ -92,32 +108,16 @@ def test_predict_writes_every_group_with_its_advantages(tied_model: str, tmp_pat
     assert torch.equal(advantages > 0, rewards > rewards.mean(1, keepdim=True))
 
 
-def test_no_epoch_is_kept_where_none_is_asked_for(tied_model: str, tmp_path: Path) -> None:
-    fit(*tiny_overrides(tied_model, tmp_path), "--completions.every_n_epochs=0")
-    assert not (tmp_path / "run" / "version_0" / "completions").exists()
-    with pytest.raises(ValueError, match=r"completions\.every_n_epochs=-1"):
-        CompletionLog(every_n_epochs=-1)
+# Loggers
 
 
-def test_logging_does_not_change_the_run(tied_model: str, tmp_path: Path) -> None:
-    curves = []
-    for every in (0, 1):
-        folder = tmp_path / str(every)
-        folder.mkdir()
-        overrides = tiny_overrides(tied_model, folder)
-        fit(*overrides, f"--completions.every_n_epochs={every}")
-        curves.append(metrics_of(folder)["train/loss"])
-    assert curves[0] == curves[1]
-
-
-def test_tensorboard_is_the_default_and_gets_a_text(tied_model: str, tmp_path: Path) -> None:
-    fit(*tiny_overrides(tied_model, tmp_path))
-    events = EventAccumulator(str(tmp_path / "run" / "version_0"))
+def test_tensorboard_is_the_default_and_gets_a_text(run: Path) -> None:
+    events = EventAccumulator(str(run / "run" / "version_0"))
     events.Reload()
     tags = events.Tags()
     assert {"train/loss", "rollout/reward", "val/tiny/mean@4"} <= set(tags["scalars"])
     rewards = [event.value for event in events.Scalars("rollout/reward")]
-    assert rewards == pytest.approx(metrics_of(tmp_path)["rollout/reward"])
+    assert rewards == pytest.approx(metrics_of(run)["rollout/reward"])
     assert "completions/text_summary" in tags["tensors"]
 
 
@@ -138,30 +138,25 @@ def test_model_text_cannot_leave_its_cell(tmp_path: Path) -> None:
     assert cell.count("`") == 2
 
 
-def test_weights_and_biases_gets_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="needs the extra loggers")
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_other_loggers_get_a_table(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pytest.importorskip(name, reason="needs the extra loggers")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    logger = WandbLogger(save_dir=str(tmp_path), offline=True)
-    logger.log_metrics({"train/loss": 0.5}, step=1)
-    log_table(logger, "epoch=00000", ROWS, step=1)
-    logger.experiment.finish()
-    file = next(tmp_path.rglob("completions*.table.json"))
-    table: dict[str, Any] = json.loads(file.read_text())
-    assert table["columns"] == list(SHOWN)
-    assert table["data"][1][1] == HOSTILE
-
-
-def test_mlflow_gets_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mlflow", reason="needs the extra loggers")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs all of mlflow
-    logger = MLFlowLogger(
-        tracking_uri=f"file:{tmp_path}/mlruns",
-        artifact_location=str(tmp_path / "artifacts"),
-    )
+    if name == "wandb":
+        logger: Any = WandbLogger(save_dir=str(tmp_path), offline=True)
+    else:
+        logger = MLFlowLogger(
+            tracking_uri=f"file:{tmp_path}/mlruns", artifact_location=str(tmp_path / "artifacts")
+        )
     logger.log_metrics({"train/loss": 0.5}, step=1)
     log_table(logger, "epoch=00000", ROWS, step=1)
-    file = next(tmp_path.rglob("epoch=00000.json"))
-    table: dict[str, Any] = json.loads(file.read_text())
+    if name == "wandb":
+        module.finish()
+    pattern = "completions*.table.json" if name == "wandb" else "epoch=00000.json"
+    table: dict[str, Any] = json.loads(next(tmp_path.rglob(pattern)).read_text())
     assert table["columns"] == list(SHOWN)
     assert table["data"][1][1] == HOSTILE
 

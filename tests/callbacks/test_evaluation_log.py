@@ -1,12 +1,14 @@
-"""What an evaluation leaves behind, and that no completion is drawn twice."""
+"""The files of an evaluation, and the cache that keeps completions from being sampled twice."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -31,26 +33,27 @@ from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
 CONFIG = SamplingConfig(n=2, temperature=1.0, max_new_tokens=4, stop_token_ids=(1,))
 
 
-class CountingSampler(HFSampler):
-    """Counts what it draws; fails on request, as a machine that is taken away does."""
+EVEN, ODD = "sample_rewards.even_digits", "sample_rewards.odd_digits"
+MATH = "prl_lightning.rewards.MathReward"
+LAST_DIGIT = (
+    "{class_path: prl_lightning.rewards.RegexMatch, init_args: {pattern: '([0-4])[^0-9]*$'}}"
+)
+REWARDS = [EVEN, ODD, MATH, LAST_DIGIT]
 
-    drawn: list[int] = []
+
+class CountingSampler(HFSampler):
+    """Record the number of prompts of each call; fail on request, as a preempted machine does."""
+
+    sampled: list[int] = []
     fails_after: int | None = None
 
     def generate(
         self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
-        if len(self.drawn) == self.fails_after:
+        if len(self.sampled) == self.fails_after:
             raise KeyboardInterrupt
-        self.drawn.append(len(prompts))
+        self.sampled.append(len(prompts))
         return super().generate(prompts, config, on_progress)
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> type[CountingSampler]:
-    monkeypatch.setattr(CountingSampler, "drawn", [])
-    monkeypatch.setattr(CountingSampler, "fails_after", None)
-    return CountingSampler
 
 
 def validate(model: str, folder: Path, *args: str) -> None:
@@ -64,29 +67,43 @@ def results(folder: Path, version: int) -> dict[str, Any]:
     return found
 
 
-def test_validate_writes_results_table_and_samples(
-    tied_model: str,
-    tmp_path: Path,
-    counted: type[CountingSampler],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    validate(tied_model, tmp_path, "--rollout.rewards=[prl_lightning.rewards.MathReward]")
-    run = tmp_path / "run" / "version_0"
-    found = results(tmp_path, 0)
+def samples(folder: Path, version: int) -> list[dict[str, Any]]:
+    return read_table(folder / "run" / f"version_{version}" / "samples.parquet")
+
+
+class Evaluated(NamedTuple):
+    folder: Path
+    sampled: list[int]  # prompts of each call of the engine
+    output: str
+
+
+@pytest.fixture(scope="module")
+def evaluated(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    """Evaluations of the same weights: one for each entry of REWARDS."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
+        patch.setattr(CountingSampler, "sampled", [])
+        for rewards in REWARDS:
+            validate(tied_model, folder, f"--rollout.rewards=[{rewards}]")
+        return Evaluated(folder, CountingSampler.sampled, output.getvalue())
+
+
+def test_validate_writes_results_table_and_samples(evaluated: Evaluated, tied_model: str) -> None:
+    folder, version = evaluated.folder, REWARDS.index(MATH)
+    found = results(folder, version)
     assert set(found["metrics"]) == {"mean@4", "pass@2", "maj@4", "no_answer", "length"}
-    table = (run / "evaluation.md").read_text()
-    assert table in capsys.readouterr().out
-    assert (
-        table.splitlines()[0] == "| set | problems | mean@4 | pass@2 | maj@4 | no_answer | length |"
-    )
-    rows = read_table(run / "samples.parquet")
-    assert len(rows) == 5 * 4
+    table = (folder / "run" / f"version_{version}" / "evaluation.md").read_text()
+    assert table in evaluated.output
+    columns = "| set | problems | mean@4 | pass@2 | maj@4 | no_answer | length |"
+    assert table.splitlines()[0] == columns
+    rows = samples(folder, version)
     lengths = torch.tensor([row["length"] for row in rows]).double()
     assert found["metrics"]["length"][0] == pytest.approx(lengths.mean().item())
     assert [(row["set"], row["problem"], row["sample"]) for row in rows] == [
         ("tiny", problem, sample) for problem in range(5) for sample in range(4)
     ]
-    asked = [json.loads(line) for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    asked = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
     assert [row["reference_answer"] for row in rows[::4]] == [one["answer"] for one in asked]
     tokenizer = load_tokenizer(tied_model)
     for row in rows:
@@ -94,14 +111,10 @@ def test_validate_writes_results_table_and_samples(
         assert (text, len(row["token_ids"])) == (row["completion"], row["length"])
 
 
-def test_votes_and_missing_answers_are_those_of_the_samples(
-    tied_model: str, tmp_path: Path, counted: type[CountingSampler]
-) -> None:
-    """Counted here by a loop, with ties counting their share."""
-    pattern = "{pattern: '([0-4])[^0-9]*$'}"
-    last_digit = f"{{class_path: prl_lightning.rewards.RegexMatch, init_args: {pattern}}}"
-    validate(tied_model, tmp_path, f"--rollout.rewards=[{last_digit}]")
-    rows = read_table(tmp_path / "run/version_0/samples.parquet")
+def test_votes_and_missing_answers_are_those_of_the_samples(evaluated: Evaluated) -> None:
+    """Counted here by a loop; a tie counts as a share."""
+    version = REWARDS.index(LAST_DIGIT)
+    rows = samples(evaluated.folder, version)
     votes = []
     for problem in range(5):
         group = [row for row in rows if row["problem"] == problem and row["answer_group"] >= 0]
@@ -110,32 +123,69 @@ def test_votes_and_missing_answers_are_those_of_the_samples(
         right = {row["answer_group"] for row in group if row["reward"] >= 0.5}
         votes.append(len(right & set(first)) / len(first) if first else 0.0)
     without = sum(row["answer_group"] < 0 for row in rows) / len(rows)
-    found = results(tmp_path, 0)["metrics"]
+    found = results(evaluated.folder, version)["metrics"]
     assert 0 < without < 1
     assert 0 < sum(votes) < 5
     assert found["no_answer"][0] == pytest.approx(without)
     assert found["maj@4"][0] == pytest.approx(sum(votes) / 5)
 
 
-def test_an_evaluation_says_what_it_evaluated(
-    tied_model: str, tmp_path: Path, counted: type[CountingSampler]
-) -> None:
+def test_results_are_those_of_the_samples(evaluated: Evaluated) -> None:
+    rewards = [row["reward"] for row in samples(evaluated.folder, 0)]
+    correct = (torch.tensor(rewards).view(5, 4) >= 0.5).sum(1)
+    assert 0 < correct.sum() < 20
+    for name, metric in (("mean@4", MeanAtN()), ("pass@2", PassAtK(2))):
+        metric.update(correct, 4)
+        expected = [metric.compute().item(), *metric.interval().tolist()]
+        assert results(evaluated.folder, 0)["metrics"][name] == pytest.approx(expected)
+
+
+def test_other_rewards_score_the_same_samples(evaluated: Evaluated) -> None:
+    assert evaluated.sampled == [5]
+    texts = [[row["completion"] for row in samples(evaluated.folder, v)] for v in (0, 1, 2, 3)]
+    assert all(some == texts[0] for some in texts)
+    first, second = (results(evaluated.folder, v)["metrics"]["mean@4"][0] for v in (0, 1))
+    assert second == pytest.approx(1 - first)  # one is right where the other is wrong
+
+
+def test_an_interrupted_evaluation_continues_and_other_settings_are_sampled_anew(
+    evaluated: Evaluated, tied_model: str, untied_model: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(CountingSampler, "sampled", [])
+    monkeypatch.setattr("prl_lightning.rollouts.engine_link.PART", 8)  # two prompts of four
+    monkeypatch.setattr(CountingSampler, "fails_after", 1)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        validate(tied_model, tmp_path)
+    monkeypatch.setattr(CountingSampler, "fails_after", None)
+    validate(tied_model, tmp_path)
+    assert CountingSampler.sampled == [2, 2, 1]
+    assert results(tmp_path, 1) == results(evaluated.folder, 0)
+    validate(tied_model, tmp_path, "--evaluation.temperature=0.9")
+    validate(untied_model, tmp_path)
+    assert CountingSampler.sampled == [2, 2, 1] * 3
+
+
+def test_an_evaluation_records_what_it_evaluated(tied_model: str, tmp_path: Path) -> None:
     fit(*tiny_overrides(tied_model, tmp_path))
+    assert not (tmp_path / "run" / "version_0" / "samples.parquet").exists()
+    assert not (tmp_path / "run" / "samples").exists()
     checkpoint = next((tmp_path / "run").rglob("last.ckpt"))
     link = tmp_path / "link.ckpt"
     link.symlink_to(checkpoint)
     validate(tied_model, tmp_path, f"--ckpt_path={link}", "--evaluation.top_p=0.9")
     validate(tied_model, tmp_path)
-    read = [
-        json.loads((tmp_path / f"run/version_{v}/evaluations.jsonl").read_text().splitlines()[-1])
-        for v in (0, 1, 2)
+    lines = [
+        json.loads(line)
+        for version in (0, 1, 2)
+        for line in (tmp_path / f"run/version_{version}/evaluations.jsonl").read_text().splitlines()
     ]
-    for evaluation in read:
+    for evaluation in lines:
         del evaluation["sets"]
     sampling = {"n": 4, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8}
-    fitted = {
-        "step": 2,
-        "epoch": 1,
+    base = {
+        "step": 0,
+        "epoch": 0,
         "stage": "val",
         "policy": tied_model,
         "checkpoint": None,
@@ -144,11 +194,13 @@ def test_an_evaluation_says_what_it_evaluated(
         "solved_at": 0.5,
     }
     loaded = {
-        "epoch": 2,  # the next one, as the end of a run has it
+        "step": 2,
+        "epoch": 2,  # a checkpoint of the end of a run names the next epoch
         "checkpoint": str(checkpoint.resolve()),
         "sampling": sampling | {"top_p": 0.9},
     }
-    assert read == [fitted, fitted | loaded, fitted | {"step": 0, "epoch": 0}]
+    during_fit = [base, base | {"step": 1}, base | {"step": 2, "epoch": 1}]
+    assert lines == [*during_fit, base | loaded, base]
 
 
 def test_a_sanity_check_of_some_batches_is_not_an_evaluation(
@@ -161,73 +213,7 @@ def test_a_sanity_check_of_some_batches_is_not_an_evaluation(
     assert len(metrics_of(tmp_path)["val/tiny/mean@4"]) == 2
 
 
-def test_results_are_those_of_the_samples(
-    tied_model: str, tmp_path: Path, counted: type[CountingSampler]
-) -> None:
-    validate(tied_model, tmp_path)
-    rewards = [row["reward"] for row in read_table(tmp_path / "run/version_0/samples.parquet")]
-    correct = (torch.tensor(rewards).view(5, 4) >= 0.5).sum(1)
-    assert 0 < correct.sum() < 20
-    for name, metric in (("mean@4", MeanAtN()), ("pass@2", PassAtK(2))):
-        metric.update(correct, 4)
-        expected = [metric.compute().item(), *metric.interval().tolist()]
-        assert results(tmp_path, 0)["metrics"][name] == pytest.approx(expected)
-
-
-def test_other_rewards_score_the_same_samples(
-    tied_model: str, tmp_path: Path, counted: type[CountingSampler]
-) -> None:
-    validate(tied_model, tmp_path)
-    validate(tied_model, tmp_path, "--rollout.rewards=[sample_rewards.odd_digits]")
-    assert counted.drawn == [5]
-    texts = [
-        [row["completion"] for row in read_table(tmp_path / f"run/version_{v}/samples.parquet")]
-        for v in (0, 1)
-    ]
-    assert texts[0] == texts[1]
-    first, second = (results(tmp_path, v)["metrics"]["mean@4"][0] for v in (0, 1))
-    assert second == pytest.approx(1 - first)  # one is right where the other is wrong
-
-
-def test_an_interrupted_evaluation_goes_on(
-    tied_model: str,
-    tmp_path: Path,
-    counted: type[CountingSampler],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    validate(tied_model, whole)
-    counted.drawn.clear()
-    monkeypatch.setattr("prl_lightning.rollouts.engine_link.PART", 8)  # two prompts of four
-    monkeypatch.setattr(counted, "fails_after", 1)
-    with pytest.raises((SystemExit, KeyboardInterrupt)):
-        validate(tied_model, tmp_path)
-    monkeypatch.setattr(counted, "fails_after", None)
-    validate(tied_model, tmp_path)
-    assert counted.drawn == [2, 2, 1]
-    assert results(tmp_path, 1) == results(whole, 0)
-
-
-def test_other_weights_and_other_settings_are_drawn_anew(
-    tied_model: str, untied_model: str, tmp_path: Path, counted: type[CountingSampler]
-) -> None:
-    validate(tied_model, tmp_path)
-    validate(tied_model, tmp_path, "--evaluation.temperature=0.9")
-    validate(untied_model, tmp_path)
-    assert counted.drawn == [5, 5, 5]
-
-
-def test_a_fit_writes_a_line_an_evaluation(tied_model: str, tmp_path: Path) -> None:
-    fit(*tiny_overrides(tied_model, tmp_path))
-    run = tmp_path / "run" / "version_0"
-    lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["stage"]) for line in lines] == [(0, "val"), (1, "val"), (2, "val")]
-    assert not (run / "samples.parquet").exists()
-    assert not (tmp_path / "run" / "samples").exists()
-
-
-def test_one_entry_of_the_weights_makes_another_fingerprint() -> None:
+def test_the_fingerprint_changes_with_one_weight_or_the_engine() -> None:
     def weights(change: float) -> Iterable[tuple[str, Tensor]]:
         yield "first", torch.zeros(3)
         yield "second", torch.tensor([1.0, 2.0 + change])
@@ -236,14 +222,14 @@ def test_one_entry_of_the_weights_makes_another_fingerprint() -> None:
     same = [fingerprint(iter(weights(0)), sampler, CONFIG) for _ in range(2)]
     assert same[0] == same[1]
     assert fingerprint(iter(weights(1e-6)), sampler, CONFIG) != same[0]
-    # A process around an engine changes nothing, and another engine does.
+    # A subprocess changes nothing, another engine does.
     assert fingerprint(iter(weights(0)), SubprocessSampler(sampler), CONFIG) == same[0]
     plain, quantized = VLLMSampler(), VLLMSampler(engine_args={"quantization": "fp8"})
     others = [fingerprint(iter(weights(0)), other, CONFIG) for other in (plain, quantized)]
     assert len({same[0], *others}) == 3
 
 
-def test_what_is_kept_comes_back_whole(tmp_path: Path) -> None:
+def test_the_cache_returns_what_was_added(tmp_path: Path) -> None:
     prompts = [Prompt([3, 4], "a", seed=1), Prompt([3, 4], "a", seed=2)]
     groups = [
         [Completion([5, 1], [-0.1, -1.2345678901234567], finished=True)] * 2,
@@ -258,7 +244,7 @@ def test_what_is_kept_comes_back_whole(tmp_path: Path) -> None:
         "part-00000-00000.parquet",
         "part-00001-00000.parquet",
     ]
-    # Two evaluations at once have both drawn a prompt's: it has no more than one of them.
-    drawn = tmp_path / "part-00000-00000.parquet"
-    drawn.with_name("part-00000-00001.parquet").write_bytes(drawn.read_bytes())
+    # Two concurrent evaluations have both sampled a prompt: it keeps one group.
+    part = tmp_path / "part-00000-00000.parquet"
+    part.with_name("part-00000-00001.parquet").write_bytes(part.read_bytes())
     assert SampleCache(tmp_path, rank=0)[prompts[0]] == groups[0]

@@ -1,16 +1,16 @@
-"""A signal: the run saves at the end of the update, leaves, and goes on where it stopped."""
+"""After a signal the run saves at the end of the update, exits, and can be continued."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from interruptions import Command, Settings, callback, differing
+from interruptions import Command, Settings, differing
+from prl_lightning.callbacks import save_on_signal
 from prl_lightning.cli import main
 from tiny_runs import QUICKSTART
 
@@ -61,19 +61,6 @@ def test_sigterm_saves_after_the_update_and_the_run_goes_on(
     assert differing(command.last(), alone) == []
 
 
-def test_sigterm_for_the_first_of_two_ranks_stops_both(tied_model: str, tmp_path: Path) -> None:
-    command = Command(tied_model, tmp_path, ranks=2)
-    code, output = command.run(
-        callbacks=(callback("SignalAt", hook="on_train_batch_start", call=5),)
-    )
-    assert code == 0, output
-    assert "Continue with the same command and --ckpt_path last" in output
-    assert "Traceback" not in output
-    checkpoint = command.last()
-    assert checkpoint["global_step"] == 3
-    assert len(checkpoint["prl_lightning"]) == 2
-
-
 @pytest.mark.parametrize(
     ("signum", "env", "job"),
     [
@@ -107,21 +94,21 @@ def test_slurm_is_asked_for_another_turn(
     assert (calls.read_text() if calls.exists() else "") == job
 
 
-@pytest.mark.parametrize("before", [[], ["signal.SIGUSR1"]], ids=["alone", "after SLURM's"])
-def test_a_second_sigterm_ends_the_process_but_an_echo_does_not(before: list[str]) -> None:
-    script = f"""
-import os, signal, time
-import prl_lightning.callbacks.save_on_signal as preemption
-preemption.SAME_REQUEST_SECONDS = 0.5
-callback = preemption.SaveOnSignal()
-signal.signal(signal.SIGTERM, callback._note)
-for signum in [{", ".join(before)}]:
-    callback._record(signum, None)
-for wait in (0.0, 0.0, 1.0):
-    time.sleep(wait)
-    os.kill(os.getpid(), signal.SIGTERM)
-    print("alive", flush=True)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGTERM, done.stderr
-    assert done.stdout == "alive\nalive\n"
+@pytest.mark.parametrize("before", [[], [signal.SIGUSR1]], ids=["alone", "after SLURM's"])
+def test_a_second_sigterm_kills_the_process_but_an_echo_does_not(
+    before: list[signal.Signals], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    done: list[Any] = []
+    monkeypatch.setattr(save_on_signal.time, "monotonic", lambda: now)
+    monkeypatch.setattr(save_on_signal.signal, "signal", lambda *args: done.append(args))
+    monkeypatch.setattr(save_on_signal.os, "kill", lambda *args: done.append(args))
+    callback = save_on_signal.SaveOnSignal()
+    for signum in [*before, signal.SIGTERM]:
+        callback._record(signum, None)
+    now = save_on_signal.SAME_REQUEST_SECONDS  # a launcher forwards the signal to its children
+    callback._record(signal.SIGTERM, None)
+    assert done == []
+    now += 0.1
+    callback._record(signal.SIGTERM, None)
+    assert done == [(signal.SIGTERM, signal.SIG_DFL), (os.getpid(), signal.SIGTERM)]

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 
@@ -7,11 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import MakeRollout
 from prl_lightning.data import RolloutBuffer, collate
 from prl_lightning.data.rollouts import split_by_tokens
 from prl_lightning.types import Completion, Prompt, Rollout
 
-MakeRollout = Callable[[list[int], list[int]], Rollout]
+LENGTHS = st.integers(1, 30)
+GROUPS = st.lists(st.tuples(LENGTHS, st.lists(LENGTHS, min_size=1, max_size=4)), min_size=1)
 
 
 # split_by_tokens
@@ -19,15 +20,8 @@ MakeRollout = Callable[[list[int], list[int]], Rollout]
 
 @st.composite
 def rollouts_and_parts(draw: st.DrawFn, max_rows: int) -> tuple[list[Rollout], int]:
-    groups = draw(
-        st.lists(
-            st.tuples(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=4)),
-            min_size=1,
-            max_size=max_rows,
-        )
-    )
     rollouts = []
-    for prompt_length, lengths in groups:
+    for prompt_length, lengths in draw(GROUPS):
         prompt = Prompt([5] * prompt_length, "")
         rollouts += [Rollout(prompt, Completion([3] * n, [0.0] * n, True), "") for n in lengths]
     rollouts = rollouts[:max_rows]
@@ -43,7 +37,7 @@ def packed_tokens(rollouts: list[Rollout]) -> int:
 
 @settings(deadline=None)
 @given(rollouts_and_parts(max_rows=40))
-def test_rows_are_partitioned_into_exactly_so_many_parts(case: tuple[list[Rollout], int]) -> None:
+def test_rollouts_are_partitioned_into_so_many_parts(case: tuple[list[Rollout], int]) -> None:
     rollouts, parts = case
     chunks = split_by_tokens(rollouts, parts)
     assert len(chunks) == parts
@@ -77,71 +71,79 @@ def example() -> list[Rollout]:
             Prompt([7, 8, 9], "p"),
             Completion([3, 1], [-0.5, -0.25], finished=True),
             text="x",
+            temperature=0.5,
             reward=1.0,
             outcome_advantage=torch.tensor(0.75),
             old_logprobs=torch.tensor([-0.5, -0.125]),
         ),
         Rollout(
             Prompt([6], "q"),
-            Completion([4, 5, 2], [-1.0, -2.0, -3.0], finished=False),
+            Completion([4, 5, 2], [-1.0, -2.0, -3.0], False, [True, False, True]),
             text="y",
+            temperature=0.5,
             reward=-2.0,
             outcome_advantage=torch.tensor(-0.75),
             old_logprobs=torch.tensor([-1.0, -2.0, -4.0]),
             ref_logprobs=torch.tensor([-1.5, -2.5, -3.5]),
+            answer=1,
         ),
     ]
 
 
 def test_a_batch_by_hand() -> None:
     batch = collate(example(), update_tokens=50, update_sequences=20)
-    assert batch.input_ids.tolist() == [[7, 8, 9, 3, 1], [6, 4, 5, 2, 0]]
-    assert batch.prompt_lengths.tolist() == [3, 1]
-    assert batch.completion_ids.tolist() == [[3, 1, 0], [4, 5, 2]]
-    assert batch.completion_mask.tolist() == [[True, True, False], [True, True, True]]
-    assert batch.rollout_logprobs.tolist() == [[-0.5, -0.25, 0.0], [-1.0, -2.0, -3.0]]
-    assert batch.rewards.tolist() == [1.0, -2.0]
-    assert batch.finished.tolist() == [True, False]
-    assert batch.outcome_advantages.tolist() == [0.75, -0.75]
-    assert batch.old_logprobs is not None
-    assert batch.old_logprobs.tolist() == [[-0.5, -0.125, 0.0], [-1.0, -2.0, -4.0]]
-    # One of the two has none: half a reference is none.
-    assert batch.ref_logprobs is None
-    assert (batch.update_tokens, batch.update_sequences) == (50, 20)
+    found = {
+        name: value.tolist() if isinstance(value, torch.Tensor) else value
+        for name, value in vars(batch).items()
+        if name != "packing"
+    }
+    assert found == {
+        "input_ids": [[7, 8, 9, 3, 1], [6, 4, 5, 2, 0]],
+        "prompt_lengths": [3, 1],
+        "completion_ids": [[3, 1, 0], [4, 5, 2]],
+        "completion_lengths": [2, 3],
+        "completion_mask": [[True, True, False], [True, False, True]],
+        "temperature": 0.5,
+        "rollout_logprobs": [[-0.5, -0.25, 0.0], [-1.0, -2.0, -3.0]],
+        "rewards": [1.0, -2.0],
+        "finished": [True, False],
+        "outcome_advantages": [0.75, -0.75],
+        "old_logprobs": [[-0.5, -0.125, 0.0], [-1.0, -2.0, -4.0]],
+        # Only one of the two rollouts has these.
+        "ref_logprobs": None,
+        "answers": None,
+        "update_tokens": 50,
+        "update_sequences": 20,
+        "is_padding": False,
+    }
 
 
-def test_what_only_some_rollouts_have() -> None:
-    first, second = example()
-    first.answer, second.answer = None, 1
-    padding = replace(first, prompt=replace(first.prompt, is_padding=True))
-    mixed = collate([padding, second], 1, 1)
-    assert mixed.answers is None
-    assert not mixed.is_padding
-    assert collate([padding, padding], 1, 1).is_padding
-
-
-def test_advantages_per_token_are_padded() -> None:
+def test_padding_prompts_answers_and_advantages_per_token() -> None:
     first, second = example()
     first.outcome_advantage = torch.tensor([0.5, 0.25])
     second.outcome_advantage = torch.tensor([1.0, 2.0, 3.0])
-    batch = collate([first, second], 5, 2)
-    assert batch.outcome_advantages.tolist() == [[0.5, 0.25, 0.0], [1.0, 2.0, 3.0]]
+    padding = replace(first, prompt=replace(first.prompt, is_padding=True), answer=0)
+    mixed = collate([padding, second], 5, 2)
+    assert mixed.outcome_advantages.tolist() == [[0.5, 0.25, 0.0], [1.0, 2.0, 3.0]]
+    assert mixed.answers is not None
+    assert mixed.answers.tolist() == [0, 1]
+    assert not mixed.is_padding
+    assert collate([padding, padding], 1, 1).is_padding
 
 
 def test_a_batch_moves_with_all_its_tensors() -> None:
     batch = collate(example(), 50, 20)
     moved = batch.to("meta")
-    for name in ("input_ids", "prompt_lengths", "completion_ids", "completion_mask",
-                 "rollout_logprobs", "rewards", "finished", "outcome_advantages",
-                 "old_logprobs"):  # fmt: skip
-        assert getattr(moved, name).device.type == "meta", name
-        assert getattr(batch, name).device.type == "cpu", name
+    for name, value in vars(batch).items():
+        other = getattr(moved, name)
+        if isinstance(value, torch.Tensor):
+            assert (value.device.type, other.device.type) == ("cpu", "meta"), name
+        elif name != "packing":
+            assert value == other, name
     for name, value in vars(moved.packing).items():
         values = value if isinstance(value, list) else [value]
         assert all(tensor.device.type == "meta" for tensor in values), name
-    assert moved.ref_logprobs is None
     assert moved.num_tokens == batch.num_tokens == int(batch.completion_mask.sum())
-    assert (moved.update_tokens, moved.update_sequences) == (50, 20)
     assert batch.to("cpu").rewards.tolist() == [1.0, -2.0]
 
 
@@ -149,7 +151,7 @@ def test_a_batch_moves_with_all_its_tensors() -> None:
 
 
 def epoch(make_rollout: MakeRollout) -> list[Rollout]:
-    """Two updates of four completions, of 1 to 4 and of 5 to 8 tokens; each starts with its own."""
+    """Two updates of four completions; each token of a completion is the completion's length."""
     return [make_rollout([50], [length] * length) for length in range(1, 9)]
 
 
@@ -159,15 +161,16 @@ def test_micro_batches_follow_the_order_of_the_updates(
 ) -> None:
     buffer = RolloutBuffer(2, micro_batches)
     assert len(buffer) == 2 * micro_batches  # before it is filled
-    buffer.fill(epoch(make_rollout))
+    with pytest.raises(RuntimeError, match=r"prl_lightning\.callbacks\.RolloutCallback"):
+        buffer[0]
+    buffer.fill(epoch(make_rollout)[::-1])
+    buffer.fill(epoch(make_rollout))  # replaces everything
     batches = [buffer[index] for index in range(len(buffer))]
     for update, lengths in enumerate([[1, 2, 3, 4], [5, 6, 7, 8]]):
         own = batches[update * micro_batches : (update + 1) * micro_batches]
-        seen = [row[0] for batch in own for row in batch.completion_ids.tolist()]
-        assert sorted(seen) == lengths
-        for batch in own:
-            assert batch.update_tokens == sum(lengths)
-            assert batch.update_sequences == 4
+        assert [row[0] for batch in own for row in batch.completion_ids.tolist()] == lengths
+        totals = {(batch.update_tokens, batch.update_sequences) for batch in own}
+        assert totals == {(sum(lengths), 4)}
 
 
 def test_totals_are_summed_over_ranks(make_rollout: MakeRollout) -> None:
@@ -176,16 +179,3 @@ def test_totals_are_summed_over_ranks(make_rollout: MakeRollout) -> None:
     buffer.fill(epoch(make_rollout), lambda totals: totals + other_rank)
     totals = [(buffer[i].update_tokens, buffer[i].update_sequences) for i in range(4)]
     assert totals == [(110, 8), (110, 8), (226, 8), (226, 8)]
-
-
-def test_filling_again_replaces_everything(make_rollout: MakeRollout) -> None:
-    buffer = RolloutBuffer(1)
-    buffer.fill(epoch(make_rollout))
-    buffer.fill([make_rollout([1], [9, 9])])
-    assert buffer[0].completion_ids.tolist() == [[9, 9]]
-    assert (buffer[0].update_tokens, buffer[0].update_sequences) == (2, 1)
-
-
-def test_an_empty_buffer_names_the_callback() -> None:
-    with pytest.raises(RuntimeError, match=r"prl_lightning\.callbacks\.RolloutCallback"):
-        RolloutBuffer(1)[0]

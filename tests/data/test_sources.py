@@ -14,6 +14,11 @@ from .tokenizers import CHAT_TEMPLATE, character_tokenizer
 
 Rows = list[dict[str, Any]]
 ROWS: Rows = [{"prompt": "1+1?", "answer": "2"}, {"prompt": "2+3?", "answer": "5"}]
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "1+1?"},
+]
 EVALUATION_SETS = Path(__file__).parents[3] / "shared" / "data" / "eval"
 
 
@@ -23,7 +28,8 @@ def write(file: Path, rows: Rows) -> str:
     elif file.suffix == ".json":
         file.write_text(json.dumps(rows))
     else:
-        pq.write_table(pa.Table.from_pylist(rows), file)
+        schema = None if rows else pa.schema([("prompt", pa.string())])
+        pq.write_table(pa.Table.from_pylist(rows, schema), file)
     return str(file)
 
 
@@ -48,41 +54,26 @@ def rendered(form: PromptFormat, source: Any, chat_template: str | None = None) 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
 def test_text_prompts_are_read_from_every_format(tmp_path: Path, name: str) -> None:
     prompts = prompt_set(write(tmp_path / name, ROWS))
-    assert [prompts[row].source for row in range(len(prompts))] == ["1+1?", "2+3?"]
-    assert [prompts[row].columns for row in range(len(prompts))] == [
-        {"answer": "2"},
-        {"answer": "5"},
+    assert [(prompts[row].source, prompts[row].columns) for row in range(len(prompts))] == [
+        ("1+1?", {"answer": "2"}),
+        ("2+3?", {"answer": "5"}),
     ]
     tokenizer = character_tokenizer()
     assert prompts[1].token_ids == [0, *tokenizer.convert_tokens_to_ids(list("2+3?"))]
-    assert prompts.column_names == {"answer"}
-
-
-def test_chat_prompts_keep_their_messages_for_the_rewards(tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "1+1?"}]
-    path = write(tmp_path / "rows.jsonl", [{"prompt": messages, "answer": "2"}])
-    prompt = prompt_set(path, PromptFormat(template="Solve {prompt}"), CHAT_TEMPLATE)[0]
-    assert prompt.source == messages
-    text = character_tokenizer().decode(prompt.token_ids)
-    assert text == "<s>[user]Solve 1+1?[assistant]"
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
 def test_verl_rows_give_their_ground_truth_as_the_answer(tmp_path: Path, name: str) -> None:
     row = {
         "data_source": "math",
-        "prompt": [{"role": "user", "content": "1+1?"}],
+        "prompt": CHAT[:1],
         "reward_model": {"style": "rule", "ground_truth": "2"},
     }
     prompt = prompt_set(write(tmp_path / name, [row]), chat_template=CHAT_TEMPLATE)[0]
-    assert prompt.columns["answer"] == prompt.columns["ground_truth"] == "2"
-    assert prompt.columns["data_source"] == "math"
-    assert prompt.columns["reward_model"] == row["reward_model"]
-
-
-def test_an_answer_beside_verls_reward_model_is_kept(tmp_path: Path) -> None:
-    row = {"prompt": "1+1?", "answer": "two", "reward_model": {"ground_truth": "2"}}
-    assert prompt_set(write(tmp_path / "rows.jsonl", [row]))[0].columns["answer"] == "two"
+    assert prompt.source == row.pop("prompt")
+    assert prompt.columns == row | {"answer": "2", "ground_truth": "2"}
+    own = {"prompt": "1+1?", "answer": "two", "reward_model": {"ground_truth": "2"}}
+    assert prompt_set(write(tmp_path / "own.jsonl", [own]))[0].columns["answer"] == "two"
 
 
 @pytest.mark.parametrize(
@@ -111,10 +102,8 @@ def test_the_papers_evaluation_sets_load(name: str, column: str) -> None:
 @pytest.mark.parametrize(
     ("text", "source"),
     [
-        ("data/train.jsonl", Source("data/train.jsonl")),
         ("/a/b/c/train.parquet", Source("/a/b/c/train.parquet")),
         ("gsm8k", Source("gsm8k")),
-        ("openai/gsm8k", Source("openai/gsm8k")),
         ("openai/gsm8k:test", Source("openai/gsm8k", split="test")),
         ("openai/gsm8k/main", Source("openai/gsm8k", name="main")),
         ("openai/gsm8k/main:test[:50]", Source("openai/gsm8k", name="main", split="test[:50]")),
@@ -125,7 +114,7 @@ def test_the_short_form_of_a_source(text: str, source: Source) -> None:
 
 
 @pytest.mark.parametrize("name", ["folder", "rows.csv"])
-def test_what_is_there_is_not_taken_for_a_name_on_the_hub(tmp_path: Path, name: str) -> None:
+def test_a_local_path_is_not_a_name_on_the_hub(tmp_path: Path, name: str) -> None:
     there = tmp_path / name
     there.touch() if "." in name else there.mkdir()
     assert Source.parse(str(there)) == Source(str(there))
@@ -134,99 +123,132 @@ def test_what_is_there_is_not_taken_for_a_name_on_the_hub(tmp_path: Path, name: 
 # Columns
 
 
-def test_columns_are_mapped_and_others_are_kept(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"problem": "1+1?", "solution": "2", "level": 3}])
-    form = PromptFormat(columns={"prompt": "problem", "answer": "solution"})
-    prompt = prompt_set(path, form)[0]
-    assert (prompt.source, prompt.columns) == ("1+1?", {"answer": "2", "level": 3})
+@pytest.mark.parametrize(
+    ("columns", "row", "source", "others"),
+    [
+        (
+            {"prompt": "problem", "answer": "solution"},
+            {"problem": "1+1?", "solution": "2", "level": 3},
+            "1+1?",
+            {"answer": "2", "level": 3},
+        ),
+        ({"prompt": "problem"}, {"prompt": "old", "problem": "new"}, "new", {}),
+        (
+            {"prompt": ["problem", "question"], "answer": ["answer", "solution"]},
+            {"problem": "1+1?", "answer": "2", "solution": "It is 2."},
+            "1+1?",
+            {"answer": "2", "solution": "It is 2."},
+        ),
+        (
+            {"prompt": ["problem", "question"], "answer": ["answer", "solution"]},
+            {"question": "1+1?", "solution": "2"},
+            "1+1?",
+            {"answer": "2"},
+        ),
+        (
+            {"prompt": "answer", "answer": "prompt"},
+            {"prompt": "2", "answer": "1+1?"},
+            "1+1?",
+            {"answer": "2"},
+        ),
+    ],
+    ids=["others are kept", "replaces one", "first name", "second name", "swapped"],
+)
+def test_columns_are_renamed(
+    columns: Any, row: dict[str, Any], source: str, others: dict[str, Any], tmp_path: Path
+) -> None:
+    form = PromptFormat(columns=columns)
+    prompt = prompt_set(write(tmp_path / "rows.jsonl", [row]), form)[0]
+    assert (prompt.source, prompt.columns) == (source, others)
 
 
-def test_a_mapped_column_replaces_one_of_its_name(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"prompt": "old", "problem": "new"}])
-    prompt = prompt_set(path, PromptFormat(columns={"prompt": "problem"}))[0]
-    assert (prompt.source, prompt.columns) == ("new", {})
-
-
-def test_of_several_names_the_first_that_is_there_is_taken(tmp_path: Path) -> None:
-    form = PromptFormat(
-        columns={"prompt": ["problem", "question"], "answer": ["answer", "solution"]}
-    )
-    worked = {"problem": "1+1?", "answer": "2", "solution": "It is 2."}
-    prompt = prompt_set(write(tmp_path / "a.jsonl", [worked]), form)[0]
-    assert (prompt.source, prompt.columns) == ("1+1?", {"answer": "2", "solution": "It is 2."})
-    prompt = prompt_set(write(tmp_path / "b.jsonl", [{"question": "1+1?", "solution": "2"}]), form)[
-        0
-    ]
-    assert (prompt.source, prompt.columns) == ("1+1?", {"answer": "2"})
-    with pytest.raises(
-        ValueError, match=r"no column 'answer' or 'solution'; it has \['question'\]"
-    ):
-        prompt_set(write(tmp_path / "c.jsonl", [{"question": "1+1?"}]), form)
-
-
-def test_two_columns_can_change_places(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"prompt": "2", "answer": "1+1?"}])
-    prompt = prompt_set(path, PromptFormat(columns={"prompt": "answer", "answer": "prompt"}))[0]
-    assert (prompt.source, prompt.columns) == ("1+1?", {"answer": "2"})
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {},
+            r"data\.train \(.*rows\.jsonl\).*'prompt'.*\['problem', 'solution'\].*format\.columns",
+        ),
+        ({"prompt": "problem", "answer": ["gold", "best"]}, "'gold' or 'best'.*{answer: "),
+        ({"prompt": "problem", "answer": "problem"}, r"data\.format\.columns=.*'problem'"),
+    ],
+)
+def test_missing_and_repeated_columns_are_errors(
+    columns: Any, message: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"problem": "1+1?", "solution": "2"}])
+    with pytest.raises(ValueError, match=message):
+        prompt_set(path, PromptFormat(columns=columns))
 
 
 # Rendering, by hand
 
 
 @pytest.mark.parametrize(
-    ("form", "chat_template", "expected"),
+    ("options", "source", "chat_template", "expected"),
     [
-        (PromptFormat(), None, "<s>1+1?"),
-        (PromptFormat(template="Q: {prompt}\nA:"), None, "<s>Q: 1+1?\nA:"),
-        (PromptFormat(template="{prompt}{prompt}"), None, "<s>1+1?1+1?"),
-        (PromptFormat(system_prompt="Think."), None, "<s>Think.\n\n1+1?"),
+        ({}, "1+1?", None, "<s>1+1?"),
+        ({"template": "Q: {prompt}\nA:"}, "1+1?", None, "<s>Q: 1+1?\nA:"),
+        ({"template": "{prompt}{prompt}"}, "1+1?", None, "<s>1+1?1+1?"),
+        ({"template": "{prompt}!"}, "{x} {prompt}", None, "<s>{x} {prompt}!"),
         (
-            PromptFormat(system_prompt="Think.", template="{prompt} In \\boxed{}."),
+            {"system_prompt": "Think.", "template": "{prompt} In \\boxed{}."},
+            "1+1?",
             None,
             "<s>Think.\n\n1+1? In \\boxed{}.",
         ),
-        (PromptFormat(), CHAT_TEMPLATE, "<s>[user]1+1?[assistant]"),
-        (PromptFormat(chat_template=False), CHAT_TEMPLATE, "<s>1+1?"),
+        ({}, "1+1?", CHAT_TEMPLATE, "<s>[user]1+1?[assistant]"),
+        ({"chat_template": False}, "1+1?", CHAT_TEMPLATE, "<s>1+1?"),
         (
-            PromptFormat(chat_template_args={"enable_thinking": False}),
+            {"chat_template_args": {"enable_thinking": False}},
+            "1+1?",
             "{{ messages[0].content }}{% if not enable_thinking %}!{% endif %}",
             "1+1?!",
         ),
         (
-            PromptFormat(system_prompt="Think.", template="Q: {prompt}"),
+            {"system_prompt": "Think.", "template": "Q: {prompt}"},
+            CHAT,
             CHAT_TEMPLATE,
-            "<s>[system]Think.[user]Q: 1+1?[assistant]",
+            "<s>[system]Think.[user]Hi[assistant]Yes?[user]Q: 1+1?[assistant]",
+        ),
+        (
+            {"system_prompt": "Think.", "chat_template": False},
+            [{"role": "system", "content": "Own."}, *CHAT[2:]],
+            CHAT_TEMPLATE,
+            "<s>[system]Own.[user]1+1?[assistant]",
         ),
     ],
 )
-def test_a_text_prompt_is_rendered(
-    form: PromptFormat, chat_template: str | None, expected: str
+def test_a_prompt_is_rendered(
+    options: dict[str, Any], source: Any, chat_template: str | None, expected: str
 ) -> None:
-    assert rendered(form, "1+1?", chat_template) == expected
+    before = json.dumps(source)
+    assert rendered(PromptFormat(**options), source, chat_template) == expected
+    assert json.dumps(source) == before
 
 
-def test_a_chat_prompt_is_rendered_with_the_template_around_its_last_message() -> None:
-    messages = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Yes?"},
-        {"role": "user", "content": "1+1?"},
-    ]
-    form = PromptFormat(system_prompt="Think.", template="Q: {prompt}")
-    expected = "<s>[system]Think.[user]Hi[assistant]Yes?[user]Q: 1+1?[assistant]"
-    assert rendered(form, messages, CHAT_TEMPLATE) == expected
-    # The data's messages are as they were.
-    assert messages[2]["content"] == "1+1?"
-    assert len(messages) == 3
-
-
-def test_braces_of_a_problem_are_not_a_template() -> None:
-    assert rendered(PromptFormat(template="{prompt}!"), "{x} {prompt}") == "<s>{x} {prompt}!"
+@pytest.mark.parametrize(
+    ("options", "source", "chat_template", "message"),
+    [
+        ({}, CHAT, None, r"data\.format\.chat_template"),
+        ({"chat_template": True}, "1+1?", None, r"data\.format\.chat_template"),
+        ({}, None, CHAT_TEMPLATE, r"prompt=None.*data\.format\.columns"),
+        ({}, 3, CHAT_TEMPLATE, r"prompt=3.*data\.format\.columns"),
+        ({}, [], CHAT_TEMPLATE, r"prompt=\[\].*data\.format\.columns"),
+        ({"template": "Solve:"}, "1+1?", None, r"data\.format\.template='Solve:'.*{prompt}"),
+    ],
+)
+def test_a_prompt_that_cannot_be_rendered_is_an_error(
+    options: dict[str, Any], source: Any, chat_template: str | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        rendered(PromptFormat(**options), source, chat_template)
 
 
 # Limits
 
 
-def test_too_long_prompts_are_left_out_and_counted(
+def test_too_long_prompts_are_dropped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     messages: list[str] = []
@@ -235,97 +257,38 @@ def test_too_long_prompts_are_left_out_and_counted(
     path = write(tmp_path / "rows.jsonl", rows)
     prompts = prompt_set(path, max_prompt_tokens=5)  # "<s>" is one of the five
     assert [prompts[row].columns["answer"] for row in range(len(prompts))] == ["4", "3"]
+    assert len(prompt_set(path, max_prompt_tokens=10)) == 4
     (message,) = messages
     assert "data.train: 2 of 4 prompts" in message
     assert "data.max_prompt_tokens=5" in message
-    messages.clear()
-    assert len(prompt_set(path, max_prompt_tokens=10)) == 4
-    assert not messages
-
-
-def test_only_too_long_prompts_are_an_error_with_the_shortest(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(ValueError, match=r"data\.max_prompt_tokens=4; the shortest has 5"):
-        prompt_set(path, max_prompt_tokens=4)
+    with pytest.raises(ValueError, match=r"data\.max_prompt_tokens=3.* 4 tokens"):
+        prompt_set(path, max_prompt_tokens=3)
 
 
 # Errors
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    path = str(tmp_path / "nowhere.jsonl")
-    with pytest.raises(FileNotFoundError) as error:
-        Source(path).load()
-    assert path in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
-def test_an_empty_file_is_named(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path / name, [])
-    with pytest.raises(ValueError, match="has no rows") as error:
-        Source(path).load()
-    assert path in str(error.value)
-
-
-def test_an_empty_parquet_file_is_named(tmp_path: Path) -> None:
-    path = str(tmp_path / "rows.parquet")
-    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path)
-    with pytest.raises(ValueError, match="has no rows") as error:
-        Source(path).load()
-    assert path in str(error.value)
-
-
-def test_a_broken_file_is_named_with_the_cause(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "1+1?"}\n{"prompt": \n')
-    with pytest.raises(ValueError, match=r"read as json: .*JSON") as error:
-        Source(str(file)).load()
-    assert str(file) in str(error.value)
-
-
-def test_a_file_of_another_format_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
-    file = tmp_path / "rows.csv"
-    file.write_text("prompt,answer\n1+1?,2\n")
-    with pytest.raises(ValueError, match=r"rows\.csv.*\.json, \.jsonl, \.parquet"):
-        Source(str(file)).load()
-
-
-def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"problem": "1+1?", "solution": "2"}])
-    with pytest.raises(ValueError, match="no column 'prompt'") as error:
-        prompt_set(path)
-    for part in (path, "data.train", "['problem', 'solution']", "data.format.columns"):
-        assert part in str(error.value)
-    with pytest.raises(ValueError, match="no column 'gold'.*{answer: "):
-        prompt_set(path, PromptFormat(columns={"prompt": "problem", "answer": "gold"}))
-
-
-def test_a_column_mapped_twice_is_an_error(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"problem": "1+1?"}])
-    with pytest.raises(ValueError, match=r"data\.format\.columns=.*twice"):
-        prompt_set(path, PromptFormat(columns={"prompt": "problem", "answer": "problem"}))
-
-
-def test_a_template_without_the_problem_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"data\.format\.template='Solve:' lacks '{prompt}'"):
-        PromptFormat(template="Solve:")
-
-
 @pytest.mark.parametrize(
-    ("form", "source"),
+    ("name", "text", "message"),
     [
-        (PromptFormat(), [{"role": "user", "content": "1+1?"}]),
-        (PromptFormat(chat_template=True), "1+1?"),
+        ("rows.json", "[]", r"rows\.json'.* no rows"),
+        ("rows.jsonl", "", r"rows\.jsonl'.* no rows"),
+        ("rows.jsonl", '{"prompt": "1+1?"}\n{"prompt": \n', r"rows\.jsonl'.* json: .*JSON"),
+        ("rows.csv", "prompt,answer\n1+1?,2\n", r"rows\.csv'.*\.json, \.jsonl, \.parquet"),
     ],
-    ids=["messages", "chat_template is true"],
 )
-def test_a_chat_without_a_chat_template_is_an_error(form: PromptFormat, source: Any) -> None:
-    with pytest.raises(ValueError, match=r"tokenizer has no chat template\. Use"):
-        rendered(form, source)
+def test_a_file_without_readable_rows_is_named(
+    name: str, text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Source(str(tmp_path / name)).load()
 
 
-@pytest.mark.parametrize("source", [None, 3, []], ids=str)
-def test_a_row_without_a_prompt_says_what_it_holds(source: Any) -> None:
-    with pytest.raises(ValueError, match="prompt is neither text nor chat messages") as error:
-        rendered(PromptFormat(), source, CHAT_TEMPLATE)
-    assert repr(source) in str(error.value)
+def test_an_empty_table_and_a_missing_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rows\.parquet'.* no rows"):
+        Source(write(tmp_path / "rows.parquet", [])).load()
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
+        Source(str(tmp_path / "nowhere.jsonl")).load()
+    with pytest.raises(ValueError, match=r"rows\.parquet:test"):
+        Source(str(tmp_path / "rows.parquet"), split="test").load()

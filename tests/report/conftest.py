@@ -1,4 +1,4 @@
-"""One made-up run, its page, and a browser, for all tests of the report."""
+"""A synthetic run, its page, and a browser, for the tests of the report."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with all its files; not to be changed."""
+    """A run folder with all its files. Tests must not change it."""
     return make_run(tmp_path_factory.mktemp("runs") / "arithmetic" / "version_0")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """The system's Chromium, without a window."""
+    """The system's Chromium, headless."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
-    # The sandbox does not start as root.
+    # The sandbox does not start for root.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=arguments)
@@ -40,7 +40,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of the made-up run."""
+    """The page of the synthetic run."""
     file = tmp_path_factory.mktemp("report") / "report.html"
     write_report(str(run_dir), str(file))
     return file
@@ -48,7 +48,7 @@ def report(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Any]:
-    """Open a file; at the end nothing may have been logged, and nothing but the file asked for."""
+    """Open a file. The page must log nothing and request nothing but the file."""
     said: list[str] = []
     asked: list[str] = []
     contexts = []

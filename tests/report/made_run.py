@@ -1,4 +1,4 @@
-"""A run folder as `prl fit` leaves it, made up: 30 epochs, four of them with their completions."""
+"""A synthetic run folder like that of `prl fit`: 30 epochs, four of them with completions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from prl_lightning.runs.tables import write_table
 
 BETA = 0.05
 EPOCHS = 30
@@ -22,31 +21,26 @@ HOSTILE = (
     "<!-- <script> & \u2028 \u2029 ]]> {{data}} ${1} \\u003c ' \" `",
 )
 
-FIELDS = pa.schema(
-    [
-        ("set", pa.string()),
-        ("epoch", pa.int64()),
-        ("step", pa.int64()),
-        ("group", pa.int64()),
-        ("prompt", pa.string()),
-        ("completion", pa.string()),
-        ("reward", pa.float64()),
-        ("outcome_advantage", pa.float64()),
-        ("length", pa.int64()),
-        ("finished", pa.bool_()),
-        ("tokens", pa.list_(pa.string())),
-        ("policy_logprobs", pa.list_(pa.float64())),
-        ("ref_logprobs", pa.list_(pa.float64())),
-        ("process_rewards", pa.list_(pa.float64())),
-        ("advantages", pa.list_(pa.float64())),
-        ("outcome_advantages", pa.list_(pa.float64())),
-        ("step_ends", pa.list_(pa.bool_())),
-    ]
-)
+# First value, change while the policy learns, and noise.
+METRICS = {
+    "rollout/reward": (0.12, 0.5, 0.03),
+    "rollout/completion_length": (92, -14, 2),
+    "rollout/groups_without_signal": (0.35, -0.3, 0.05),
+    "rollout/cut_at_limit": (0.04, -0.03, 0.01),
+    "rollout/engine_gap": (3e-7, 0, 3e-8),
+    "rollout/tokens_per_second": (5200, 0, 400),
+    "train/kl_ref": (0, 0.08, 0.002),
+    "train/kl_ref_k3": (0, 0.085, 0.003),
+    "train/entropy": (0.26, -0.17, 0.008),
+    "train/grad_norm": (0.14, 0, 0.05),
+    "train/loss": (0, 0, 0.01),
+    "train/process_term_mean": (0, 0.4, 0.03),
+    "train/process_term_std": (0, 0.5, 0.03),
+}
 
 
 def make_run(folder: Path, seed: int = 0, reference: bool = True) -> Path:
-    """All files of a run; the same ones for the same seed."""
+    """Write all files of a run; the same files for the same seed."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_metrics(folder / "metrics.csv", rng)
@@ -54,7 +48,7 @@ def make_run(folder: Path, seed: int = 0, reference: bool = True) -> Path:
     for epoch in STORED:
         rows = [row for g in range(4) for row in make_group(epoch, g, rng, reference)]
         rows += [row for g in range(4, SAMPLED) for row in make_outcomes(epoch, g, rng)]
-        write_completions(folder / "completions" / f"epoch={epoch:05d}.parquet", rows)
+        write_table(folder / "completions" / f"epoch={epoch:05d}.parquet", rows)
     (folder / "config.yaml").write_text(
         "seed_everything: 0\nmodel:\n  policy: runs/arithmetic/base\n"
         "  objective: {kl: process, beta: 0.05}\n# </pre><script>window.stolen = true</script>\n"
@@ -62,43 +56,18 @@ def make_run(folder: Path, seed: int = 0, reference: bool = True) -> Path:
     return folder
 
 
-def write_completions(file: Path, rows: list[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=FIELDS), file)
-
-
 def write_metrics(file: Path, rng: random.Random) -> None:
     rows: list[dict[str, Any]] = []
     for epoch in range(EPOCHS):
         learnt = 1 - math.exp(-epoch / 10)
-
-        def near(value: float, noise: float) -> float:
-            return max(0.0, value + rng.gauss(0, noise))
-
-        rows.append(
-            {
-                "epoch": epoch,
-                "step": epoch,
-                "rollout/reward": near(0.12 + 0.5 * learnt, 0.03),
-                "rollout/completion_length": near(92 - 14 * learnt, 2),
-                "rollout/groups_without_signal": near(0.35 - 0.3 * learnt, 0.05),
-                "rollout/cut_at_limit": near(0.04 - 0.03 * learnt, 0.01),
-                "rollout/engine_gap": near(3e-7, 3e-8),
-                "rollout/tokens_per_second": near(5200, 400),
-                "train/kl_ref": near(0.08 * learnt, 0.002),
-                "train/kl_ref_k3": near(0.085 * learnt, 0.003),
-                "train/entropy": near(0.26 - 0.17 * learnt, 0.008),
-                "train/grad_norm": near(0.14, 0.05),
-                "train/loss": rng.gauss(0, 0.01),
-                "train/clip_fraction": 0.0,
-                "train/process_term_mean": near(0.4 * learnt, 0.03),
-                "train/process_term_std": near(0.5 * learnt, 0.03),
-                "train/ratio_max": "nan" if epoch == 3 else 1.0,
-                "train/advantage": rng.gauss(0, 0.004),
-            }
-        )
+        row = {
+            name: max(0.0, first + change * learnt + rng.gauss(0, noise))
+            for name, (first, change, noise) in METRICS.items()
+        }
+        at = {"epoch": epoch, "step": epoch}
+        rows.append(at | row | {"train/ratio_max": "nan" if epoch == 3 else 1.0})
         if epoch == 0 or (epoch + 1) % 10 == 0:
-            rows.append({"epoch": epoch, "step": epoch, "val/longer/mean@16": 0.1 + 0.3 * learnt})
+            rows.append(at | {"val/longer/mean@16": 0.1 + 0.3 * learnt})
     names = sorted({name for row in rows for name in row})
     with file.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, names)
@@ -118,30 +87,23 @@ def write_evaluations(file: Path, rng: random.Random) -> None:
             passes = [
                 with_interval(0.04 + 0.92 * (1 - (1 - p) ** (0.55 * k))) for k in range(1, 17)
             ]
-            sets[name] = {
-                "problems": 256,
-                "samples": 16,
-                "metrics": {
-                    "mean@16": with_interval(p),
-                    "maj@16": with_interval(min(0.95, p * 1.25)),
-                    "pass@4": passes[3],
-                    "pass@16": passes[15],
-                    "no_answer": with_interval(0.05),
-                    "length": [90.0, 88.0, 92.0],
-                },
-                "pass_curve": {
-                    "k": list(range(1, 17)),
-                    "pass": [value for value, _, _ in passes],
-                    "low": [low for _, low, _ in passes],
-                    "high": [high for _, _, high in passes],
-                },
+            curve = dict(zip(("pass", "low", "high"), zip(*passes, strict=True), strict=True))
+            metrics = {
+                "mean@16": with_interval(p),
+                "maj@16": with_interval(min(0.95, p * 1.25)),
+                "pass@4": passes[3],
+                "pass@16": passes[15],
+                "no_answer": with_interval(0.05),
+                "length": [90.0, 88.0, 92.0],
             }
+            pass_curve = {"k": list(range(1, 17))} | curve
+            sets[name] = {"problems": 256, "metrics": metrics, "pass_curve": pass_curve}
         lines.append({"step": step, "epoch": step, "stage": "val", "sets": sets})
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def make_group(epoch: int, group: int, rng: random.Random, reference: bool) -> list[dict[str, Any]]:
-    """Eight completions each of three problems that are solved at times, and of one that is not."""
+    """Eight completions of one of three problems with some solutions, or of one without any."""
     right = [0.35, 0.5, 0.7, 0.0][group]
     operations = 12 + 2 * group
     digits = [rng.randrange(10) for _ in range(operations + 1)]
@@ -160,7 +122,7 @@ def make_group(epoch: int, group: int, rng: random.Random, reference: bool) -> l
     for number, reward in enumerate(rewards):
         tokens = arithmetic_tokens(digits, signs, reward == 1.0, rng)
         advantage = (reward - mean) / std if std else 0.0
-        if reward == 0.0:  # rambles on, or is cut
+        if reward == 0.0:  # longer, perhaps cut
             tokens = tokens * 2
             del tokens[rng.randint(60, 120) :]
         if group == 1:
@@ -187,7 +149,7 @@ def make_group(epoch: int, group: int, rng: random.Random, reference: bool) -> l
 
 
 def make_outcomes(epoch: int, group: int, rng: random.Random) -> list[dict[str, Any]]:
-    """A group without its tokens."""
+    """A group that is stored without its tokens."""
     learnt = 1 - math.exp(-epoch / 10)
     rewards = [float(rng.random() < 0.12 + 0.5 * learnt) for _ in range(8)]
     lengths = [rng.gauss(92 - 14 * learnt, 14) for _ in rewards]
@@ -222,7 +184,7 @@ def arithmetic_tokens(
 def token_numbers(
     tokens: list[str], reward: float, advantage: float, epoch: int, rng: random.Random
 ) -> dict[str, Any]:
-    """Log-probabilities of a policy that moved from its reference, and what follows from them."""
+    """Log-probabilities of a policy that has moved from its reference, and the credit."""
     moved = 0.25 * (1 - math.exp(-epoch / 10))
     policy = [-rng.expovariate(12 if token in "+-*=\n" else 3) for token in tokens]
     ref = [

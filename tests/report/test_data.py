@@ -1,4 +1,4 @@
-"""A run folder is read as it is, whatever is missing from it."""
+"""Read run folders, also incomplete ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from prl_lightning.report import completions
 from prl_lightning.report.completions import read_epoch
 from prl_lightning.report.data import MAX_EPOCHS, find_run, read_run
 from prl_lightning.runs.tables import write_table
-from report.made_run import write_completions
 
 METRICS = """epoch,rollout/reward,step,train/loss,val/same/mean@16,val/same/pass@4,val/same/pass@16
 0,,0,,0.25,0.5,0.75
@@ -64,16 +63,21 @@ def row(epoch: int = 0, group: int = 0, reward: float = 1.0, **changes: Any) -> 
 
 def stored(folder: Path, rows: list[dict[str, Any]], epoch: int = 0) -> Path:
     file = folder / "completions" / f"epoch={epoch:05d}.parquet"
-    write_completions(file, rows)
+    write_table(file, rows)
     return file
 
 
+def first_completion(folder: Path, *rows: dict[str, Any]) -> dict[str, Any]:
+    completion: dict[str, Any] = read_epoch(stored(folder, [*rows]))["groups"][0]["completions"][0]
+    return completion
+
+
 def test_metrics_become_curves_and_evaluations_without_intervals(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text(METRICS)
+    (tmp_path / "metrics.csv").write_text(METRICS + "2,0.29,2,-0.7,,,\n3,0.3")  # a partial row
     run = read_run(tmp_path)
-    assert run["curves"]["rollout/reward"] == [[0, 1], [0.1235, 0.2]]
-    assert run["curves"]["train/loss"] == [[0, 1], [None, -0.5]]
-    assert (run["updates"], run["iterations"]) == (2, 2)
+    assert run["curves"]["rollout/reward"] == [[0, 1, 2], [0.1235, 0.2, 0.29]]
+    assert run["curves"]["train/loss"] == [[0, 1, 2], [None, -0.5, -0.7]]
+    assert (run["updates"], run["iterations"]) == (3, 3)
     assert run["sets"]["same"]["main"] == ["mean@16", "pass@16"]
     assert run["sets"]["same"]["points"][1] == {
         "step": 1,
@@ -85,40 +89,19 @@ def test_metrics_become_curves_and_evaluations_without_intervals(tmp_path: Path)
     }
 
 
-def test_half_a_row_of_metrics_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text(METRICS + "2,0.29,2,-0.7,,,\n3,0.3")
-    assert read_run(tmp_path)["curves"]["rollout/reward"] == [[0, 1, 2], [0.1235, 0.2, 0.29]]
-
-
 def test_evaluations_with_intervals_come_first(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(METRICS)
-    second = FIRST | {"step": 5}
-    text = json.dumps(second) + "\n" + json.dumps(FIRST) + "\n" + json.dumps(FIRST)[:-7]
-    (tmp_path / "evaluations.jsonl").write_text(text)
+    lines = [FIRST | {"step": 5}, FIRST, FIRST | {"stage": "test", "step": 7}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "evaluations.jsonl").write_text('{"step": 0, "se\n' + text + text[:-7])
     run = read_run(tmp_path)
+    assert list(run["sets"]) == ["same", "test/same"]
     first, last = run["sets"]["same"]["points"]
-    assert (first["step"], last["step"], run["updates"]) == (0, 5, 5)
+    assert (first["step"], last["step"], run["updates"]) == (0, 5, 7)
     assert first["metrics"]["mean@16"] == [0.25, 0.1235, 0.5]
-    assert first["pass_curve"] == {
-        "k": [1, 2],
-        "pass": [0.25, 0.5],
-        "low": [0.1, 0.2],
-        "high": [0.4, 0.7],
-    }
-    assert not any("line" in note for note in run["notes"])
-
-
-def test_a_broken_line_that_is_not_the_last_is_named(tmp_path: Path) -> None:
-    (tmp_path / "evaluations.jsonl").write_text('{"step": 0, "se\n' + json.dumps(FIRST) + "\n")
-    run = read_run(tmp_path)
-    assert len(run["sets"]["same"]["points"]) == 1
-    assert "evaluations.jsonl: line 1 cannot be read and is left out." in run["notes"]
-
-
-def test_other_stages_are_sets_of_their_own(tmp_path: Path) -> None:
-    lines = [FIRST, FIRST | {"stage": "test", "step": 7}]
-    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert list(read_run(tmp_path)["sets"]) == ["same", "test/same"]
+    assert first["pass_curve"] == FIRST["sets"]["same"]["pass_curve"]  # type: ignore[index]
+    broken = [note for note in run["notes"] if note.startswith("evaluations.jsonl")]
+    assert [note.partition(" cannot")[0] for note in broken] == ["evaluations.jsonl: line 1"]
 
 
 def test_completions_in_groups_with_most_signal_first(tmp_path: Path) -> None:
@@ -127,8 +110,8 @@ def test_completions_in_groups_with_most_signal_first(tmp_path: Path) -> None:
     assert (epoch["epoch"], epoch["step"], epoch["groups_stored"]) == (3, 6, 2)
     assert epoch["rewards"] == [1.0, 1.0, 1.0, 0.0]
     assert epoch["finished"] == [True, True, True, False]
-    assert [group["prompt"] for group in epoch["groups"]] == ["prompt 1", "prompt 0"]
-    assert [group["std"] for group in epoch["groups"]] == [0.5, 0.0]
+    groups = [(group["set"], group["prompt"], group["std"]) for group in epoch["groups"]]
+    assert groups == [("train", "prompt 1", 0.5), ("train", "prompt 0", 0.0)]
     completion = epoch["groups"][1]["completions"][0]
     assert completion["tokens"] == ["1", "\n", "2"]
     assert completion["step_ends"] == [1, 2]
@@ -146,14 +129,8 @@ def test_a_difference_survives_the_rounding(tmp_path: Path) -> None:
 
 
 def test_without_a_reference_and_with_partial_characters(tmp_path: Path) -> None:
-    odd = row(
-        ref_logprobs=None,
-        process_rewards=None,
-        completion="é",
-        tokens=["\ufffd"] * 2,
-        reward=float("nan"),
-    )
-    stored(tmp_path, [odd])
+    missing = {"ref_logprobs": None, "process_rewards": None, "reward": float("nan")}
+    stored(tmp_path, [row(**missing, completion="é", tokens=["\ufffd"] * 2)])
     epoch = read_run(tmp_path)["epochs"][0]
     completion = epoch["groups"][0]["completions"][0]
     assert completion["reference"] is completion["log_ratio"] is completion["process_part"] is None
@@ -161,14 +138,26 @@ def test_without_a_reference_and_with_partial_characters(tmp_path: Path) -> None
     assert epoch["rewards"] == [None]
 
 
-def test_an_end_token_is_not_a_difference(tmp_path: Path) -> None:
-    file = stored(tmp_path, [row(tokens=["1", "\n", "2<|im_end|>"])])
-    assert "text" not in read_epoch(file)["groups"][0]["completions"][0]
+@pytest.mark.parametrize(
+    ("changes", "name", "expected"),
+    [
+        ({"tokens": ["1", "\n", "2<|im_end|>"]}, "text", None),  # an end token is no difference
+        ({"step_ends": [True] * 3}, "step_ends", []),  # steps of one token are not marked
+        ({"step_ends": None}, "step_ends", []),
+        # The rest is the process term's: nothing with the KL inside the reward.
+        ({"outcome_advantages": [0.5, 0.51, 0.5]}, "advantage_part", [0.0, 0.0, 0.0]),
+    ],
+    ids=["end token", "steps of one token", "no steps", "an outcome per token"],
+)
+def test_a_completion(changes: dict[str, Any], name: str, expected: Any, tmp_path: Path) -> None:
+    assert first_completion(tmp_path, row(**changes)).get(name) == expected
 
 
-def test_steps_of_one_token_are_not_marked(tmp_path: Path) -> None:
-    file = stored(tmp_path, [row(step_ends=[True, True, True]), row(step_ends=None)])
-    assert [c["step_ends"] for c in read_epoch(file)["groups"][0]["completions"]] == [[], []]
+def test_a_file_of_the_first_version_is_read(tmp_path: Path) -> None:
+    """It has no set and no outcome advantage per token."""
+    old = row()
+    del old["set"], old["outcome_advantages"]
+    assert first_completion(tmp_path, old)["advantage_part"] == pytest.approx([0, 0.01, 0])
 
 
 def test_groups_beyond_the_limit_are_counted(
@@ -178,7 +167,7 @@ def test_groups_beyond_the_limit_are_counted(
     rows = [row(group=number // 2, reward=float(number in (5, 8))) for number in range(10)]
     epoch = read_epoch(stored(tmp_path, rows))
     assert (epoch["groups_stored"], len(epoch["rewards"])) == (5, 10)
-    # Those with a signal, which are not the first of the file.
+    # The groups with a signal, which are not the first of the file.
     assert [group["prompt"] for group in epoch["groups"]] == ["prompt 2", "prompt 4"]
 
 
@@ -188,91 +177,57 @@ def test_completions_without_tokens_are_in_the_plots_alone(tmp_path: Path) -> No
     rows = [row(group=0), row(group=1, reward=0.5, length=7, finished=False, **nothing)]
     epoch = read_epoch(stored(tmp_path, rows))
     assert (epoch["groups_sampled"], epoch["groups_stored"], len(epoch["groups"])) == (2, 1, 1)
-    assert (epoch["rewards"], epoch["lengths"], epoch["finished"]) == (
-        [1.0, 0.5],
-        [3, 7],
-        [True, False],
-    )
+    plots = (epoch["rewards"], epoch["lengths"], epoch["finished"])
+    assert plots == ([1.0, 0.5], [3, 7], [True, False])
 
 
-def test_an_outcome_that_is_one_a_token_is_taken_from_each(tmp_path: Path) -> None:
-    """What is left is the process term's, which is nothing with the KL inside the reward."""
-    per_token = row(outcome_advantages=[0.5, 0.51, 0.5])
-    completion = read_epoch(stored(tmp_path, [per_token]))["groups"][0]["completions"][0]
-    assert completion["advantage_part"] == [0.0, 0.0, 0.0]
-
-
-def test_a_file_of_the_first_version_is_read(tmp_path: Path) -> None:
-    """Without a set, and with the tokens of every completion."""
-    old = row()
-    del old["set"], old["outcome_advantages"]
-    file = tmp_path / "completions" / "epoch=00000.parquet"
-    write_table(file, [old])
-    epoch = read_epoch(file)
-    assert epoch["groups"][0]["set"] == "train"
-    assert epoch["groups"][0]["completions"][0]["advantage_part"] == pytest.approx([0, 0.01, 0])
-
-
-def test_few_of_many_epochs_first_and_last_among_them(tmp_path: Path) -> None:
+def test_some_of_many_epochs_are_shown_and_broken_files_named(tmp_path: Path) -> None:
     for epoch in range(30):
         stored(tmp_path, [row(epoch)], epoch)
     run = read_run(tmp_path)
     shown = [epoch["epoch"] for epoch in run["epochs"]]
     assert (len(shown), shown[0], shown[-1]) == (MAX_EPOCHS, 0, 29)
-    assert any("12 of the 30 stored epochs" in note for note in run["notes"])
-
-
-def test_a_broken_file_is_named(tmp_path: Path) -> None:
-    stored(tmp_path, [row(1)], 1)
-    (tmp_path / "completions" / "epoch=00002.parquet").write_bytes(b"PAR1")
+    assert any("12 of the 30" in note for note in run["notes"])
+    (tmp_path / "completions" / "epoch=00000.parquet").write_bytes(b"PAR1")
     run = read_run(tmp_path)
-    assert [epoch["epoch"] for epoch in run["epochs"]] == [1]
-    assert "completions/epoch=00002.parquet cannot be read and is left out." in run["notes"]
+    assert [epoch["epoch"] for epoch in run["epochs"]] == shown[1:]
+    assert any(note.startswith("completions/epoch=00000.parquet") for note in run["notes"])
 
 
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed_everything: 0\n")
     run = read_run(tmp_path)
-    assert [note.partition(":")[0] for note in run["notes"]] == [
-        "No metrics.csv",
-        "No evaluations.jsonl",
-        "No completions",
-    ]
-    assert run["config"] == "seed_everything: 0\n"
-    assert run["curves"] == run["sets"] == {}
-    assert run["epochs"] == []
-    assert run["updates"] is run["iterations"] is None
+    notes = [note.partition(":")[0] for note in run.pop("notes")]
+    assert notes == ["No metrics.csv", "No evaluations.jsonl", "No completions"]
+    assert run == {
+        "name": tmp_path.name,
+        "config": "seed_everything: 0\n",
+        "curves": {},
+        "sets": {},
+        "epochs": [],
+        "updates": None,
+        "iterations": None,
+    }
 
 
-def test_the_newest_version_of_a_run(tmp_path: Path) -> None:
-    for version in (2, 10):
-        (tmp_path / f"version_{version}").mkdir()
-        (tmp_path / f"version_{version}" / "config.yaml").touch()
-    (tmp_path / "version_11").mkdir()  # has nothing
-    assert find_run(str(tmp_path)).name == "version_10"
-    assert read_run(tmp_path / "version_10")["name"] == f"{tmp_path.name}/version_10"
+def test_the_newest_version_that_has_trained_is_found(tmp_path: Path) -> None:
+    versions = {number: tmp_path / f"version_{number}" for number in (2, 10, 11, 12, 13)}
+    for folder in versions.values():
+        folder.mkdir()
+    for number in (2, 10):  # only version_2 and version_10 have any file
+        (versions[number] / "config.yaml").touch()
+    assert find_run(str(tmp_path)) == versions[10]
+    assert read_run(versions[10])["name"] == f"{tmp_path.name}/version_10"
+    for number, column in ((2, "train/loss"), (10, "train/loss"), (11, "val/x")):
+        (versions[number] / "metrics.csv").write_text(f"step,{column}\n0,1\n")
+    stored(versions[12], [row()])
+    assert find_run(str(tmp_path)) == versions[10]
+    assert find_run(str(versions[11])) == versions[11]
+    note = "(prl report DIR): version_11, version_12."
+    assert any(note in line for line in read_run(versions[10])["notes"])
+    assert not any("prl report DIR" in line for line in read_run(versions[12])["notes"])
 
 
-def test_the_newest_version_that_has_trained(tmp_path: Path) -> None:
-    """A run's folder also has its later evaluations."""
-    for version, columns in ((1, "step,train/loss"), (2, "step,train/loss"), (3, "step,val/x")):
-        (tmp_path / f"version_{version}").mkdir()
-        (tmp_path / f"version_{version}" / "metrics.csv").write_text(f"{columns}\n0,1\n")
-    assert find_run(str(tmp_path)).name == "version_2"
-    assert find_run(str(tmp_path / "version_3")).name == "version_3"
-
-
-def test_what_was_evaluated_later_is_named(tmp_path: Path) -> None:
-    for version, columns in ((1, "step,train/loss"), (2, "step,val/x")):
-        (tmp_path / f"version_{version}").mkdir()
-        (tmp_path / f"version_{version}" / "metrics.csv").write_text(f"{columns}\n0,1\n")
-    stored(tmp_path / "version_3", [row()])
-    assert find_run(str(tmp_path)).name == "version_1"
-    said = "Evaluated or sampled later, each with a report of its own (prl report DIR): "
-    assert f"{said}version_2, version_3." in read_run(tmp_path / "version_1")["notes"]
-    assert not any(said in note for note in read_run(tmp_path / "version_3")["notes"])
-
-
-def test_nothing_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"run_dir={tmp_path}: has none of metrics.csv"):
+def test_a_folder_without_any_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"run_dir={tmp_path}: .*metrics.csv"):
         find_run(str(tmp_path))

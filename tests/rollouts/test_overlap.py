@@ -1,47 +1,44 @@
-"""Sampling ahead: order, age of the completions, and what the importance ratio refers to."""
+"""Prefetching: order and age of the completions, and the policy of the importance ratio."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from threading import current_thread, main_thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from prl_lightning.callbacks import RolloutCallback
 from prl_lightning.data import PromptDataModule
 from prl_lightning.evaluation import Evaluation
 from prl_lightning.module import PRLModule
-from prl_lightning.objective import Objective
 from prl_lightning.sampling import HFSampler, Progress, SamplingConfig
-from prl_lightning.types import Completion, Prompt, RolloutBatch
+from prl_lightning.types import Completion, Prompt
 from sample_rewards import even_digits
 from tiny_runs import write_prompts
+from trainer_runs import Watch, train
 
 EPOCHS = 4
-PATIENCE = 60.0  # seconds; a run that does not overlap would wait for ever
+TIMEOUT = 60.0  # seconds; without overlap the sampler would wait forever
 
 
 class ConcurrentSampler(HFSampler):
-    """What it draws in another thread is not there before the next update has happened."""
+    """In another thread, it returns nothing before an update has happened."""
 
     is_concurrent = True
 
-    def __init__(self) -> None:
+    def __init__(self, fails_in_call: int | None = None) -> None:
         super().__init__()
         self.calls = 0
-        self.updates = 0
-        self.updates_at_load = 0
-        self.fails_in_call: int | None = None
+        self.fails_in_call = fails_in_call
+        self.updated = threading.Event()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self.updates_at_load = self.updates
+        self.updated.clear()
         super().load_weights(weights)
 
     def generate(
@@ -49,90 +46,61 @@ class ConcurrentSampler(HFSampler):
     ) -> list[list[Completion]]:
         self.calls += 1
         if self.calls == self.fails_in_call:
-            raise OSError("the engine has lost its way")
-        end = time.monotonic() + PATIENCE
-        while current_thread() is not main_thread() and self.updates == self.updates_at_load:
-            if time.monotonic() > end:
-                raise TimeoutError("no update happened while this was being drawn")
-            time.sleep(0.001)
+            raise OSError("engine_lost")
+        is_prefetched = threading.current_thread() is not threading.main_thread()
+        if is_prefetched and not self.updated.wait(TIMEOUT):
+            raise TimeoutError("no update happened during the prefetch")
         return super().generate(prompts, config, on_progress)
 
 
-class Watch(Callback):
-    """Keep the weights of each epoch's start, its only batch, and what was logged."""
+class Updates(Callback):
+    """Tell the sampler about each update."""
 
     def __init__(self, sampler: ConcurrentSampler) -> None:
         self.sampler = sampler
-        self.weights: list[dict[str, Tensor]] = []
-        self.batches: list[RolloutBatch] = []
-        self.values: list[dict[str, float]] = []
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, PRLModule)
-        assert pl_module.policy is not None
-        state = pl_module.policy.state_dict()
-        self.weights.append({name: tensor.clone() for name, tensor in state.items()})
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.batches.append(batch)
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.sampler.updates += 1
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.values.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+        self.sampler.updated.set()
 
 
-def run(
-    model: str, folder: Path, sampler: ConcurrentSampler, evaluates: bool = False
-) -> tuple[PRLModule, Watch]:
+class Run(NamedTuple):
+    module: PRLModule
+    watch: Watch
+    sampler: ConcurrentSampler
+    prompts: str
+    sets: int
+
+
+def fit(model: str, folder: Path, sampler: ConcurrentSampler, sets: int = 0) -> Run:
     prompts = str(write_prompts(folder / "train.jsonl"))
-    module = PRLModule(
+    held = {f"set{number}": prompts for number in range(sets)}
+    module, watch = train(
         model,
-        Objective(beta=0.1),
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.5),
+        folder,
+        Updates(sampler),
+        sampler=sampler,
+        rollout={"overlap": True},
+        learning_rate=0.5,
+        epochs=EPOCHS,
+        accumulate=1,
+        trainer={"num_sanity_val_steps": 0},
+        evaluation=Evaluation(held, samples=2, pass_at=(2,)),
     )
-    data = PromptDataModule(
-        model,
-        prompts,
-        evaluation=Evaluation({"heldout": prompts} if evaluates else {}, samples=2, pass_at=(2,)),
-        prompts_per_epoch=4,
-        group_size=4,
-        max_prompt_tokens=16,
-    )
-    rollout = RolloutCallback([even_digits], sampler, max_new_tokens=8, overlap=True)
-    watch = Watch(sampler)
-    Trainer(
-        accelerator="cpu",
-        max_epochs=EPOCHS,
-        num_sanity_val_steps=0,
-        callbacks=[rollout, watch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(module, datamodule=data)
-    return module, watch
+    return Run(module, watch, sampler, prompts, sets)
 
 
-def test_no_thread_of_the_engine_is_left_behind(tied_model: str, tmp_path: Path) -> None:
-    run(tied_model, tmp_path, ConcurrentSampler())
-    for thread in threading.enumerate():
-        if thread.name.startswith("prl-engine"):
-            thread.join(timeout=30)  # it ends once it is told to
-            assert not thread.is_alive()
+@pytest.fixture(scope="module", params=[0, 1], ids=["training", "evaluating-in-between"])
+def run(
+    request: pytest.FixtureRequest, tied_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    folder = tmp_path_factory.mktemp("overlap")
+    return fit(tied_model, folder, ConcurrentSampler(), request.param)
 
 
-@pytest.mark.parametrize("evaluates", [False, True], ids=["training", "evaluating-in-between"])
-def test_completions_are_of_the_policy_one_update_before(
-    tied_model: str, tmp_path: Path, evaluates: bool
-) -> None:
-    sampler = ConcurrentSampler()
-    module, watch = run(tied_model, tmp_path, sampler, evaluates)
+def test_completions_are_of_the_policy_one_update_before(run: Run) -> None:
+    module, watch = run.module, run.watch
     assert module.policy is not None
-    assert sampler.calls == EPOCHS * (1 + evaluates)  # and nothing after the last epoch
+    assert run.sampler.calls == EPOCHS * (1 + run.sets)  # and none after the last epoch
     assert [values["rollout/staleness"] for values in watch.values] == [0, 1, 1, 1]
     assert watch.batches[0].old_logprobs is None
     for epoch in range(1, EPOCHS):
@@ -149,14 +117,10 @@ def test_completions_are_of_the_policy_one_update_before(
         assert watch.values[epoch]["train/ratio_max"] > 1.0
 
 
-def test_prompts_are_those_of_a_run_that_samples_in_turn(tied_model: str, tmp_path: Path) -> None:
-    _, watch = run(tied_model, tmp_path, ConcurrentSampler())
-    data = PromptDataModule(
-        tied_model, str(tmp_path / "train.jsonl"), prompts_per_epoch=4, group_size=4,
-        max_prompt_tokens=16,
-    )  # fmt: skip
+def test_prompts_are_those_of_a_run_without_overlap(run: Run, tied_model: str) -> None:
+    data = PromptDataModule(tied_model, run.prompts, prompts_per_epoch=4, max_prompt_tokens=16)
     data.setup("fit")
-    for batch in watch.batches:
+    for batch in run.watch.batches:
         trained = {
             tuple(row[:length].tolist())
             for row, length in zip(batch.input_ids, batch.prompt_lengths, strict=True)
@@ -165,11 +129,16 @@ def test_prompts_are_those_of_a_run_that_samples_in_turn(tied_model: str, tmp_pa
         data.advance()
 
 
-def test_an_error_while_drawing_ahead_ends_the_run(tied_model: str, tmp_path: Path) -> None:
-    sampler = ConcurrentSampler()
-    sampler.fails_in_call = 3
-    with pytest.raises(RuntimeError, match="OSError: the engine has lost its way"):
-        run(tied_model, tmp_path, sampler)
+def test_the_engines_thread_ends(run: Run) -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("prl-engine"):
+            thread.join(timeout=30)  # it has been told to end
+            assert not thread.is_alive()
+
+
+def test_an_error_during_the_prefetch_ends_the_run(tied_model: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="OSError: engine_lost"):
+        fit(tied_model, tmp_path, ConcurrentSampler(fails_in_call=3))
 
 
 def test_a_sampler_of_this_process_cannot_overlap() -> None:

@@ -1,9 +1,8 @@
-"""Rewards that fail: counted, kept for inspection, and a stop where too many do."""
+"""Failing reward functions: counted, written to a file, and a stop if too many fail."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from lightning.pytorch.loggers import CSVLogger
 from prl_lightning.rewards import RewardLimits, RewardSum
 from prl_lightning.rollouts.rewarding import Rewarder
 from prl_lightning.types import Completion, Prompt, Rollout
-from ranks import run_all
 from tiny_runs import fit, metrics_of, tiny_overrides
 
 HALF_OF_THEM = "--rollout.rewards=[sample_rewards.even_digits, sample_rewards.raises_on_odd]"
@@ -30,11 +28,7 @@ def test_failures_are_counted_and_their_prompts_kept(
 ) -> None:
     overrides = tiny_overrides(tied_model, tmp_path)
     with pytest.warns(UserWarning, match=r"limits\.failure_value=0\.125"):
-        fit(
-            *overrides,
-            HALF_OF_THEM,
-            "--rollout.limits={max_failures: 1.0, failure_value: 0.125}",
-        )
+        fit(*overrides, HALF_OF_THEM, "--rollout.limits={max_failures: 1.0, failure_value: 0.125}")
     metrics = metrics_of(tmp_path)
     odd = [16 * (1 - even) for even in metrics["rollout/reward/even_digits"]]
     assert metrics["rollout/reward_failures/raises_on_odd"] == pytest.approx(odd)
@@ -55,23 +49,8 @@ def test_too_many_failures_stop_the_run(tied_model: str, tmp_path: Path) -> None
     assert failures(tmp_path / "run")
 
 
-def test_the_share_is_that_of_all_ranks_and_all_of_them_stop(
-    tied_model: str, tmp_path: Path
-) -> None:
-    (tmp_path / "run").mkdir()
-    overrides = [
-        *tiny_overrides(tied_model, tmp_path / "run"),
-        "--rollout.rewards=[sample_rewards.raises_on_last_rank]",
-        "--trainer.strategy=ddp",
-        "--trainer.devices=2",
-    ]
-    with pytest.raises(subprocess.CalledProcessError):
-        run_all(tmp_path, 2, {"run": [*overrides, "--rollout.limits.max_failures=0.4"]})
-    assert {row["rank"] for row in failures(tmp_path / "run" / "run")} == {1}
-
-
 class Votes:
-    """Answers are letters; "bad" cannot be judged, "tie" not be compared."""
+    """Answers are letters; "bad" gets no reward, and groups with "tie" are not compared."""
 
     def __call__(self, completions: list[str], **columns: Any) -> list[float]:
         if "bad" in completions:
@@ -80,11 +59,11 @@ class Votes:
 
     def answers(self, completions: list[str]) -> list[int]:
         if len(completions) > 1 and {"bad", "tie"} & set(completions):
-            raise LookupError("not to be compared")
+            raise LookupError("no comparison")
         return [ord(text[0]) if text else -1 for text in completions]
 
 
-def test_what_could_not_be_judged_votes_alone_and_what_cannot_be_compared_is_written_down(
+def test_unrewarded_completions_vote_alone_and_failed_comparisons_are_written(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     trainer = Trainer(logger=CSVLogger(tmp_path, "run"), accelerator="cpu", barebones=False)

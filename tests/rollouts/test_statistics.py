@@ -1,4 +1,4 @@
-"""What is said of an iteration's rollouts, by hand."""
+"""Statistics of an iteration's rollouts, by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_three_groups_of_two_by_hand(make_rollout: MakeRollout) -> None:
             "tokens_per_second": 6.0,
         }
     )
-    # Another rank with as much of everything changes no mean.
+    # A second rank with the same rollouts changes no mean.
     doubled = describe(rollouts, 2, lambda own: 2 * own, sampling_seconds=4.0)
     assert doubled == found | {"tokens": 48.0, "tokens_per_second": 12.0}
 
@@ -41,5 +41,5 @@ def test_three_groups_of_two_by_hand(make_rollout: MakeRollout) -> None:
         ("engine_gap", "mean"),
     ],
 )
-def test_how_ranks_are_joined(name: str, how: str) -> None:
+def test_the_reduction_over_ranks(name: str, how: str) -> None:
     assert reduction_of(name) == how

@@ -1,0 +1,93 @@
+"""Fit a tiny model through a Trainer, without the command line, and record what it trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from prl_lightning.callbacks import RolloutCallback
+from prl_lightning.data import PromptDataModule
+from prl_lightning.evaluation import Evaluation
+from prl_lightning.module import PRLModule
+from prl_lightning.objective import Objective
+from prl_lightning.rewards import RewardFunction
+from prl_lightning.sampling import HFSampler
+from prl_lightning.types import RolloutBatch
+from sample_rewards import even_digits
+from tiny_runs import write_prompts
+
+
+class Watch(Callback):
+    """Record the weights at each epoch's start, every micro-batch, and the logged values."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+        self.batches: list[RolloutBatch] = []
+        self.values: list[dict[str, float]] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.weights.append(weights_of(pl_module))
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.batches.append(batch)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.values.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def weights_of(module: LightningModule) -> dict[str, Tensor]:
+    assert isinstance(module, PRLModule)
+    state = module.loaded_policy.state_dict()
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def train(
+    model: str,
+    folder: Path,
+    *callbacks: Callback,
+    objective: Objective | None = None,
+    sampler: HFSampler | None = None,
+    rewards: Sequence[RewardFunction] = (even_digits,),
+    rollout: dict[str, Any] | None = None,
+    learning_rate: float = 1e-2,
+    epochs: int = 2,
+    accumulate: int = 2,
+    trainer: dict[str, Any] | None = None,
+    **data: Any,
+) -> tuple[PRLModule, Watch]:
+    """Four prompts per epoch with four completions each."""
+    module = PRLModule(
+        model,
+        objective or Objective(beta=0.1),
+        optimizer=lambda params: torch.optim.SGD(params, lr=learning_rate),
+    )
+    sizes = {"prompts_per_epoch": 4, "group_size": 4, "max_prompt_tokens": 16}
+    sets = {"evaluation": Evaluation(samples=2, pass_at=(2,))}
+    prompts = str(write_prompts(folder / "train.jsonl"))
+    datamodule = PromptDataModule(model, prompts, **(sizes | sets | data))
+    settings = {"max_new_tokens": 8} | (rollout or {})
+    watch = Watch()
+    options: dict[str, Any] = {"logger": False, "default_root_dir": folder / "root"}
+    Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
+        callbacks=[
+            RolloutCallback(list(rewards), sampler or HFSampler(), **settings),
+            watch,
+            *callbacks,
+        ],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **(options | (trainer or {})),
+    ).fit(module, datamodule=datamodule)
+    return module, watch
