@@ -130,7 +130,6 @@ class PRLCLI(LightningCLI):
         errors += file_errors(self.model, self.datamodule, self.rollout, trains)
         if self.subcommand is not None:  # `prl check` may run on another machine
             errors += self.rollout.sampler.missing_requirements()
-        rollout_callback(self.trainer).is_checked = True
         return errors
 
     def before_fit(self) -> None:
@@ -226,7 +225,7 @@ def main(args: Sequence[str] | None = None) -> None:
         )
         return
     if words[:1] == ["check"]:
-        # The run's machine may have GPUs: devices are counted, not looked for.
+        # There may be no GPU here, and only the number of devices matters.
         here = [] if torch.cuda.is_available() else ["--trainer.accelerator=cpu"]
         cli = _command_line([*words[1:], *here], CheckCLI, run=False)
         raise_errors(cli.errors())
@@ -252,7 +251,7 @@ def _command_line(args: list[str] | None, kind: type[PRLCLI] = PRLCLI, run: bool
         args=args,
         run=run,
         parser_kwargs={
-            "description": "Process Reward Learning: teach a language model to reason, by "
+            "description": "Process Reward Learning: teach a language model to reason, with "
             "Lightning's Trainer.",
             "epilog": "prl check --help: check a configuration and estimate its memory; prl report "
             "--help: a run as one HTML file; prl export --help: a checkpoint as a Hugging Face "

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, distributed
 
 
-def gather(value: Any, rank: int, ranks: int) -> list[Any] | None:
+def gather(value: Any) -> list[Any] | None:
     """Collect one value from each rank on rank 0; every rank must call this.
 
     Args:
         value: any object that can be pickled.
-        rank: of this process.
-        ranks: number of processes.
 
     Returns:
         The values in the order of the ranks on rank 0, None on the others.
     """
-    if ranks == 1:
+    if _ranks() == 1:
         return [value]
-    values = [None] * ranks if rank == 0 else None
-    torch.distributed.gather_object(value, values)
+    values = [None] * _ranks() if distributed.get_rank() == 0 else None
+    distributed.gather_object(value, values)
     return values
 
 
-def sum_over_ranks(trainer: Trainer, totals: Tensor) -> Tensor:
+def sum_over_ranks(totals: Tensor) -> Tensor:
     """Add up a CPU tensor over all ranks; every rank must call this and gets the sum."""
-    if trainer.world_size == 1:
+    if _ranks() == 1:
         return totals
-    summed = trainer.strategy.reduce(totals.to(trainer.strategy.root_device), reduce_op="sum")
-    return cast(Tensor, summed).cpu()
+    shares: list[Any] = [None] * _ranks()
+    distributed.all_gather_object(shares, totals)
+    return torch.stack(shares).sum(0)
+
+
+def _ranks() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1

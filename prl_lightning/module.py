@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from math import inf
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -78,8 +77,7 @@ class PRLModule(LightningModule):
         self.policy: torch.nn.Module | None = None
         self.reference: torch.nn.Module | None = None
         self.process_term = MeanStd()
-        self.eval_metrics = torch.nn.ModuleList()  # any set name is allowed
-        self._eval_names: list[str] = []
+        self.eval_metrics: dict[str, SetMetrics] = {}  # no submodules: a set may have any name
         self.eval_results: dict[str, SetResults] = {}
         self.loaded_at: dict[str, int] = {}  # step and epoch of the loaded checkpoint
         self._gradient_norm: Tensor | None = None
@@ -139,7 +137,7 @@ class PRLModule(LightningModule):
         policy_logprobs, entropy = self.loaded_policy(batch)
         step_ends = self.splitter(batch.completion_ids, batch.completion_mask)
         loss, stats = self.objective.loss(policy_logprobs, ref_logprobs, batch, step_ends)
-        # Lightning averages over micro-batches and ranks; the loss is already a share of the sum.
+        # Undo Lightning's mean over micro-batches and ranks: the loss is a share of the update's.
         loss = loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
         self._log_step(batch, stats | {"entropy": entropy, "loss": loss.detach()})
         if ref_logprobs is not None:
@@ -173,6 +171,8 @@ class PRLModule(LightningModule):
         weights: AbstractContextManager[None] = nullcontext()
         if model == "reference" and self.reference is not None:
             scorer = self.reference
+        elif model == "reference" and self.lora is None:
+            raise RuntimeError("no reference is loaded: set model.track_reference")
         elif model == "reference":
             weights = adapters_off(scorer)
         with self.trainer.precision_plugin.forward_context(), weights:
@@ -266,43 +266,31 @@ class PRLModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Create the metrics of every evaluation set, on the device of this rank."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._eval_names = list(data.eval_rollouts)
-        self.eval_metrics = torch.nn.ModuleList(
-            SetMetrics(data.evaluation) for _ in self._eval_names
-        )
+        device = self.trainer.strategy.root_device
+        self.eval_metrics = {
+            name: SetMetrics(data.evaluation).to(device) for name in data.eval_rollouts
+        }
         # FSDP1 moves only what it shards; batches and logged values would stay on the CPU.
-        self.to(self.trainer.strategy.root_device)
+        self.to(device)
 
     def validation_step(self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one prompt's group to the metrics of its set."""
-        cast(SetMetrics, self.eval_metrics[dataloader_idx]).update(batch)
+        list(self.eval_metrics.values())[dataloader_idx].update(batch)
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Log the results of every set."""
-        self._log_eval("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the results of every set."""
-        self._log_eval("test")
-
-    def _log_eval(self, stage: str) -> None:
+        stage = "test" if self.trainer.testing else "val"
         # Every rank computes them over all ranks.
-        results = {
-            name: cast(SetMetrics, metrics).results()
-            for name, metrics in zip(self._eval_names, self.eval_metrics, strict=True)
-        }
-        # A sanity check on all batches is the evaluation of the base model, on some it is none.
-        is_partial = self.trainer.sanity_checking and self.trainer.num_sanity_val_steps != inf
-        self.eval_results = {} if is_partial else results
+        self.eval_results = {name: set_.results() for name, set_ in self.eval_metrics.items()}
         values = {
             f"{stage}/{name}/{metric}": estimate.mean
             for name, results in self.eval_results.items()
             for metric, estimate in results.metrics.items()
         }
         if self.trainer.sanity_checking:
-            # Lightning does not log values of a sanity check.
+            # The evaluation of the initial policy. Lightning logs nothing of a sanity check.
             for logger in self.trainer.loggers if values else ():
                 logger.log_metrics(values, step=0)
         else:
@@ -310,6 +298,8 @@ class PRLModule(LightningModule):
         solved = [results.pass_curve["pass"][0] for results in self.eval_results.values()]
         if solved:
             self.log("pass@1", sum(solved) / len(solved), prog_bar=True, logger=False)
+
+    on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(
         self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0
@@ -357,4 +347,4 @@ def _token_mean(values: Tensor, batch: RolloutBatch) -> Tensor:
 
     Logged with the number of tokens as the weight, so that the mean of an epoch is over its tokens.
     """
-    return keep_tokens(values, batch.completion_mask, "values").sum() / batch.num_tokens
+    return keep_tokens(values, batch.completion_mask, "values").sum() / max(1, batch.num_tokens)

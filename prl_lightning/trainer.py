@@ -11,7 +11,6 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.constants import default_pg_timeout
 
@@ -83,7 +82,7 @@ class PRLTrainer(Trainer):
     ) -> Any:
         """Run fit, validate, test or predict, and load checkpoints with ``weights_only``.
 
-        Lightning takes None for False if the checkpoint is not on this machine.
+        Lightning treats None as False for a checkpoint at a URL.
         """
         if weights_only is None:
             weights_only = True
@@ -103,18 +102,10 @@ class PRLTrainer(Trainer):
             filepath: an existing checkpoint is kept until the new one is complete.
             weights_only: leave out everything that only a resumed run needs.
             storage_options: for the CheckpointIO plugin.
-
-        Raises:
-            ValueError: a plugin writes in the background, so its completion is unknown.
         """
         if "://" in str(filepath):  # object stores show only complete files
             super().save_checkpoint(filepath, bool(weights_only), storage_options)
             return
-        if isinstance(self.strategy.checkpoint_io, AsyncCheckpointIO):
-            raise ValueError(
-                "trainer.plugins has AsyncCheckpointIO, which returns before the checkpoint is "
-                "complete. Leave it out."
-            )
         final = Path(filepath)
         part = final.with_name(f".part-{final.name}")
         if self.is_global_zero:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from prl_lightning.data import PromptDataModule, RolloutBuffer
+from prl_lightning.data import PromptDataModule
 from prl_lightning.distributed import gather
 from prl_lightning.module import PRLModule
 
@@ -58,7 +58,7 @@ def append_rows(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> 
         name: of the file.
         rows: of this rank.
     """
-    shares = gather(rows, trainer.global_rank, trainer.world_size)
+    shares = gather(rows)
     if shares is not None:
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def append_rows(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> 
 
 
 def is_last_epoch(trainer: Trainer) -> bool:
-    """Whether the Trainer's limits allow no further epoch, as far as its start can tell."""
+    """Whether this is the last epoch by max_epochs and max_steps; max_time is not considered."""
     epochs, updates = trainer.max_epochs, trainer.max_steps
     ends = trainer.global_step + trainer.num_training_batches // trainer.accumulate_grad_batches
     by_epochs = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
@@ -97,15 +97,3 @@ def prompt_data(trainer: Trainer) -> PromptDataModule:
             "RolloutCallback needs a PromptDataModule: trainer.fit(module, datamodule=...)"
         )
     return data
-
-
-def train_rollouts(trainer: Trainer) -> RolloutBuffer:
-    """Return the training buffer.
-
-    Raises:
-        RuntimeError: the data is not set up.
-    """
-    buffer = prompt_data(trainer).train_rollouts
-    if buffer is None:
-        raise RuntimeError("the training data is not set up: call data.setup('fit') first")
-    return buffer

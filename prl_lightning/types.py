@@ -52,7 +52,7 @@ class Completion:
     Attributes:
         token_ids: its tokens, the end-of-sequence token included.
         logprobs: the engine's log-probability of each token; ignored where it was not sampled.
-        finished: it ended by itself; False if it was cut at the limit.
+        finished: True if it ended with a stop token, False if it was cut at the limit.
         is_sampled: which tokens the policy sampled. The others, such as the output of a tool, are
             context: they are not trained on. By default all are sampled.
     """
@@ -83,15 +83,15 @@ class Rollout:
     """One completion with everything the update needs.
 
     Attributes:
-        prompt: that it answers.
-        completion: the tokens.
+        prompt: the prompt.
+        completion: its tokens.
         text: the completion, decoded without special tokens.
-        temperature: it was sampled at, and every log-probability of it is computed at.
+        temperature: of the sampling; its log-probabilities are computed at it, too.
         reward: weighted sum of the reward functions.
         outcome_advantage: scalar (), or (T,) if the KL is part of the reward.
         old_logprobs: (T,); None if the policy that is updated is the one that sampled.
         ref_logprobs: (T,); None if nothing needed them before the update.
-        answer: number of its answer within the group: equal for equal answers, negative without an
+        answer: id of its answer within the group: equal for equal answers, negative without an
             answer. None in training, and if no reward function compares answers.
     """
 

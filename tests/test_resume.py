@@ -169,7 +169,7 @@ def test_a_checkpoint_within_an_epoch_has_its_rollouts_and_one_between_epochs_no
 
     within, between = loader_state(1), loader_state(3)
     assert within["position"] == 2
-    assert len(within["shares"][0]["texts"]) == 16
+    assert len(within["shares"][0]["text"]) == 16
     assert between == {"position": 4, "updates": 2, "micro_batches": 2}
 
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
 import prl_lightning.trainer
@@ -192,12 +191,6 @@ def test_python_has_the_defaults_of_the_command() -> None:
     assert trainer.log_every_n_steps == 1
     assert not trainer._accelerator_connector.use_distributed_sampler
     assert PRLTrainer(accelerator="cpu", num_sanity_val_steps=2).num_sanity_val_steps == 2
-
-
-def test_saving_in_the_background_is_refused(tmp_path: Path) -> None:
-    trainer = fitted(tmp_path, plugins=[AsyncCheckpointIO()])
-    with pytest.raises(ValueError, match=r"trainer\.plugins.*AsyncCheckpointIO.*Leave it out"):
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
 
 
 def test_the_newest_whole_one_of_all_runs_is_last(tmp_path: Path) -> None:

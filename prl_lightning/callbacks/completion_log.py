@@ -20,7 +20,6 @@ from prl_lightning.trainer_access import (
     prl_module,
     prompt_data,
     run_folder,
-    train_rollouts,
     weights_origin,
 )
 from prl_lightning.types import Rollout
@@ -73,7 +72,7 @@ class CompletionLog(Callback):
         if trainer.current_epoch % self.every_n_epochs and not is_last_epoch(trainer):
             return
         module, size = prl_module(pl_module), prompt_data(trainer).group_size
-        rollouts = train_rollouts(trainer).rollouts
+        rollouts = prompt_data(trainer).train_rollouts.rollouts
         kept = math.ceil(self.groups / trainer.world_size)
         for number in range(len(rollouts) // size):
             group = rollouts[number * size : (number + 1) * size]
@@ -149,7 +148,7 @@ class CompletionLog(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         """Write the rows of all ranks to one file and the loggers; a collective."""
-        shares = gather(self._rows, trainer.global_rank, trainer.world_size)
+        shares = gather(self._rows)
         self._rows = []
         if shares is None:
             return

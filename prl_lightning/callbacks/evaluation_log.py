@@ -44,7 +44,7 @@ class EvaluationLog(Callback):
             return
         is_alone = trainer.state.fn != TrainerFn.FITTING
         rows = list(_samples(trainer)) if is_alone else []
-        shares = gather(rows, trainer.global_rank, trainer.world_size) if is_alone else None
+        shares = gather(rows) if is_alone else None
         if not trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)

@@ -27,26 +27,24 @@ class LastCheckpoint(ModelCheckpoint):
             raise ValueError(
                 f"LastCheckpoint(every_n_epochs={every_n_epochs}): must be at least 1."
             )
-        super().__init__(dirpath, save_last=True, save_top_k=0, every_n_epochs=every_n_epochs)
+        super().__init__(
+            dirpath,
+            save_last=True,
+            save_top_k=0,
+            every_n_epochs=every_n_epochs,
+            save_on_train_epoch_end=True,
+        )
         self._saved_step = -1
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after the validation of the epoch."""
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        if (trainer.current_epoch + 1) % self._every_n_epochs == 0:
             self._save(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do not save: ``on_train_epoch_end`` follows."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the updates since the last checkpoint."""
         if self._saved_step != trainer.global_step:
             self._save(trainer)
-
-    @property
-    def every_n_epochs(self) -> int:
-        """See the arguments."""
-        return self._every_n_epochs
 
     def _save(self, trainer: Trainer) -> None:
         path = Path(self.dirpath or trainer.default_root_dir) / f"last{self.FILE_EXTENSION}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from math import inf
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from prl_lightning.checks.contradictions import (
     contradictions,
@@ -15,7 +17,6 @@ from prl_lightning.checks.contradictions import (
     raise_errors,
     warn_of_one_step,
 )
-from prl_lightning.distributed import sum_over_ranks
 from prl_lightning.models.loading import stop_token_ids
 from prl_lightning.rewards import RewardFunction, RewardLimits, RewardSum
 from prl_lightning.rollouts.advantages import set_advantages
@@ -27,9 +28,7 @@ from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.rollouts.statistics import reduction_of
 from prl_lightning.runs.progress import hide_trainer_bar
 from prl_lightning.sampling import Sampler, SamplingConfig, VLLMSampler
-from prl_lightning.trainer_access import is_last_epoch, prl_module, prompt_data, train_rollouts
-
-DEFAULT_LIMITS = RewardLimits()
+from prl_lightning.trainer_access import is_last_epoch, prl_module, prompt_data
 
 
 def rollout_callback(trainer: Trainer) -> RolloutCallback:
@@ -68,19 +67,19 @@ class RolloutCallback(Callback):
         max_new_tokens: int = 1024,
         max_engine_gap: float | None = None,
         overlap: bool = False,
-        limits: RewardLimits = DEFAULT_LIMITS,
+        limits: RewardLimits = RewardLimits(),  # noqa: B008  (frozen)
     ) -> None:
         self.settings = RolloutSettings(
             rewards=RewardSum(rewards, reward_weights, limits),
             sampler=VLLMSampler() if sampler is None else sampler,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
+            max_engine_gap=max_engine_gap,
             overlap=overlap,
             limits=limits,
         )
-        self.engine = EngineLink(self.settings.sampler, max_engine_gap, prefetches=overlap)
-        self.is_checked = False  # the command line checks the settings earlier
-        self._training_seconds: float | None = None
+        self.engine: EngineLink | None = None
+        self._training_seconds = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the settings before a model is loaded, and start the reward functions.
@@ -92,19 +91,18 @@ class RolloutCallback(Callback):
         sampler, rewards = self.settings.sampler, self.settings.rewards
         sampler.follow(str(trainer.precision))
         trains = trainer.state.fn == TrainerFn.FITTING
-        if not self.is_checked:
-            errors = contradictions(trainer, module, data, self.settings, trains)
-            raise_errors(errors + sampler.missing_requirements())
+        errors = contradictions(trainer, module, data, self.settings, trains)
+        raise_errors(errors + sampler.missing_requirements())
         if trains:
             warn_of_one_step(module, self.settings)
         for where, columns in data.reward_columns.items():
             rewards.check_columns(columns, where)
-        self.engine.attach(trainer, module, longest_row(module, data, self.settings))
+        longest = longest_row(module, data, self.settings)
+        self.engine = EngineLink(trainer, module, self.settings, longest)
         self._stop_token_ids = stop_token_ids(module.policy_name, data.tokenizer)
         rewards.start(ranks=trainer.num_devices)
-        self.rewarder = Rewarder(rewards, trainer)
         decode = partial(data.tokenizer.decode, skip_special_tokens=True)
-        self.collector = Collector(trainer, module, self.engine, self.rewarder, decode)
+        self.collector = Collector(trainer, module, self.engine, Rewarder(rewards, trainer), decode)
         self.resume = ResumeState()
         hide_trainer_bar(trainer)
 
@@ -120,7 +118,8 @@ class RolloutCallback(Callback):
 
     def _stop(self) -> None:
         try:
-            self.engine.stop()
+            if self.engine is not None:
+                self.engine.stop()
         finally:  # also if the engine does not stop
             self.settings.rewards.stop()
 
@@ -132,24 +131,29 @@ class RolloutCallback(Callback):
         config = self._sampling(data.group_size, self.settings.temperature)
         prompts = data.next_prompts()
         rollouts = self.collector.collect(prompts, config, data.updates_per_epoch, accumulate)
-        train_rollouts(trainer).fill(rollouts, partial(sum_over_ranks, trainer))
-        self._log(pl_module, self.collector.values)
+        data.train_rollouts.fill(rollouts)
+        self._log(pl_module, self.collector.metrics)
         data.advance()
         if self.settings.overlap and not is_last_epoch(trainer):
-            self.engine.prefetch(data.next_prompts(), config)
-        self._training_since = time.monotonic()
+            self.collector.engine.prefetch(data.next_prompts(), config)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock of a micro-batch."""
+        self._batch_start = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record the time since the start of the updates."""
-        self._training_seconds = time.monotonic() - self._training_since
+        """Add up the time of the micro-batches, without a validation between two of them."""
+        self._training_seconds += time.monotonic() - self._batch_start
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log how long the updates took, without a validation inside the epoch."""
-        if self._training_seconds is not None:  # None if a checkpoint was loaded at the epoch's end
+        """Log how long the updates took."""
+        if self._training_seconds:  # 0 if a checkpoint was loaded at the end of the epoch
             pl_module.log("train/seconds", self._training_seconds, sync_dist=True)
-            self._training_seconds = None
+            self._training_seconds = 0.0
 
     def _log(self, module: LightningModule, values: dict[str, float]) -> None:
         self.resume.logged = values
@@ -167,40 +171,31 @@ class RolloutCallback(Callback):
             return
         config = self._sampling(settings.samples, settings.temperature, settings.top_p)
         prompts = [prompt for own in sets.values() for prompt in own]
-        rollouts = iter(self.collector.evaluate(prompts, config))
+        with isolate_rng():  # training must not depend on when it is evaluated
+            rollouts = self.collector.evaluate(prompts, config)
+        remaining = iter(rollouts)
         for name, own in sets.items():
-            of_set = [next(rollouts) for _ in range(len(own) * settings.samples)]
-            self.rewarder.number_answers(of_set, settings.samples)
-            if trainer.state.fn == TrainerFn.PREDICTING:  # which shows advantages too
-                add_up, module = partial(sum_over_ranks, trainer), prl_module(pl_module)
-                set_advantages(module, of_set, settings.samples, 1, len(own), add_up)
+            of_set = [next(remaining) for _ in range(len(own) * settings.samples)]
+            if trainer.state.fn == TrainerFn.PREDICTING:  # predict also writes advantages
+                set_advantages(prl_module(pl_module), of_set, settings.samples, 1, len(own))
             data.eval_rollouts[name].fill(of_set)
 
     on_test_epoch_start = on_validation_epoch_start
     on_predict_epoch_start = on_validation_epoch_start
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the validation from changing the random numbers of the training."""
-        self.resume.begin_validation()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the random state from before the validation."""
-        self.resume.end_validation()
-
     # Checkpoints
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the initial model before the first update, but not when a run is resumed."""
-        if trainer.ckpt_path:
+        """Evaluate the initial policy before the first update, on all prompts or not at all."""
+        if trainer.ckpt_path or trainer.num_sanity_val_steps != inf:
             trainer.num_sanity_val_steps = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue exactly where the checkpoint was saved."""
-        self._training_since = time.monotonic()
         is_resumed = self.resume.restore(trainer)
         if is_between_epochs(trainer.fit_loop):
             self.on_train_epoch_start(trainer, pl_module)
-        elif is_resumed and train_rollouts(trainer).rollouts:
+        elif is_resumed and prompt_data(trainer).train_rollouts.rollouts:
             self._log(pl_module, self.resume.logged)
 
     def on_save_checkpoint(

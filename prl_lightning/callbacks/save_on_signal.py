@@ -31,7 +31,6 @@ class SaveOnSignal(Callback):
     def __init__(self) -> None:
         self._signal: int | None = None
         self._sigterm_at: float | None = None
-        self._checked_step = 0
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handlers; Lightning restores the previous ones at the end."""
@@ -45,14 +44,12 @@ class SaveOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handlers if there was no sanity check."""
         self.on_sanity_check_start(trainer, pl_module)
-        self._checked_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Check for a signal after each update."""
-        if trainer.global_step != self._checked_step:
-            self._checked_step = trainer.global_step
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

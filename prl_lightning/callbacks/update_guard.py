@@ -16,7 +16,7 @@ from prl_lightning.trainer_access import (
     append_rows,
     checkpoint_path,
     prl_module,
-    train_rollouts,
+    prompt_data,
 )
 
 SKIPPED = "skipped_updates.jsonl"
@@ -91,8 +91,8 @@ class UpdateGuard(Callback):
         )
 
     def _write(self, trainer: Trainer, losses: list[Tensor]) -> None:
-        buffer = train_rollouts(trainer)
-        micro_batches = buffer.micro_batch_rollouts[buffer.position - len(losses) :][: len(losses)]
+        buffer = prompt_data(trainer).train_rollouts
+        micro_batches = buffer.micro_batch_rollouts[buffer.position - len(losses) : buffer.position]
         finite = torch.stack(losses).isfinite().tolist()
         # Over all ranks: if one has a bad loss, the prompts of the others are not suspects.
         all_finite = trainer.strategy.reduce_boolean_decision(all(finite), all=True)

@@ -121,7 +121,7 @@ def file_errors(
 
 
 def is_available(name: str, data: PromptDataModule) -> bool:
-    """Whether a model can be read now, or is a folder that ``data.prepare`` will create."""
+    """Whether a model can be read now; False if ``data.prepare`` may have yet to create it."""
     return data.prepare is None or Path(name).expanduser().exists()
 
 

@@ -57,7 +57,7 @@ class RolloutLoader:
             "micro_batches": size,
         }
         if self.buffer.rollouts and self.buffer.position < len(self.buffer):
-            state["shares"] = gather(pack(self.buffer.rollouts), self.rank, self.ranks)
+            state["shares"] = gather(pack(self.buffer.rollouts))
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ class RolloutLoader:
         updates = [list(chain(*parts)) for parts in zip(*by_rank, strict=True)]
         totals = [[sum(r.completion.num_sampled for r in all_), len(all_)] for all_ in updates]
         own = [r for all_ in updates for r in equal_parts(all_, self.ranks)[self.rank]]
-        self.buffer.fill(own, lambda _: torch.tensor(totals))
+        self.buffer.fill(own, torch.tensor(totals))
         self.buffer.position = state["position"]
 
 

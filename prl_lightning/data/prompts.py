@@ -74,7 +74,7 @@ class PromptDataModule(LightningDataModule):
         self.seed = seed
         self.prepare = prepare
         self.prompts_seen = 0
-        self.train_rollouts: RolloutBuffer | None = None
+        self.train_rollouts = RolloutBuffer(0)
         self.eval_rollouts: dict[str, RolloutBuffer] = {}
         self.eval_prompts: dict[str, list[Prompt]] = {}  # of this rank
         self._pass: int | None = None  # number of the pass over the data that _order belongs to
@@ -157,7 +157,7 @@ class PromptDataModule(LightningDataModule):
         """
         sets = {f"evaluation.sets.{name}": prompts for name, prompts in self.eval_prompts.items()}
         columns = {where: set(some[0].columns) for where, some in sets.items() if some}
-        if self.train_rollouts is not None:
+        if self.train_rollouts.num_updates:
             columns["data.train"] = self._train_columns
         shared = set.intersection(*columns.values()) if columns else set()
         return columns | {"every set": shared}
@@ -187,8 +187,6 @@ class PromptDataModule(LightningDataModule):
 
     def train_dataloader(self) -> RolloutLoader:
         """Return a loader of micro-batches; the callback fills the buffer before it is read."""
-        if self.train_rollouts is None:
-            raise RuntimeError("the training data is not set up: call setup('fit') first")
         return RolloutLoader(self.train_rollouts, self._rank, self._ranks)
 
     def val_dataloader(self) -> Sequence[RolloutLoader]:

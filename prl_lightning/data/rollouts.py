@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from prl_lightning.distributed import sum_over_ranks
 from prl_lightning.models.packing import Packing
 from prl_lightning.types import Rollout, RolloutBatch
 
@@ -132,25 +133,22 @@ class RolloutBuffer:
         self.position = 0
         self._totals = torch.zeros(num_updates, 2, dtype=torch.long)
 
-    def fill(
-        self,
-        rollouts: Sequence[Rollout],
-        sum_over_ranks: Callable[[Tensor], Tensor] = lambda totals: totals,
-    ) -> None:
-        """Replace the contents.
+    def fill(self, rollouts: Sequence[Rollout], totals: Tensor | None = None) -> None:
+        """Replace the contents; a collective unless ``totals`` are given.
 
         Args:
             rollouts: of this rank, ready to train on, the same number for each update.
-            sum_over_ranks: adds up the (num_updates, 2) numbers of sampled tokens and completions
-                of all ranks.
+            totals: (num_updates, 2) sampled tokens and completions of each update on all ranks.
         """
         updates = equal_parts(rollouts, self.num_updates)
         parts = [split_by_tokens(update, self.micro_batches) for update in updates]
-        totals = [[sum(r.completion.num_sampled for r in all_), len(all_)] for all_ in updates]
+        if totals is None:
+            own = [[sum(r.completion.num_sampled for r in all_), len(all_)] for all_ in updates]
+            totals = sum_over_ranks(torch.tensor(own))
         self.rollouts = rollouts
         self.micro_batch_rollouts = [chunk for chunks in parts for chunk in chunks]
         self.position = 0
-        self._totals = sum_over_ranks(torch.tensor(totals))
+        self._totals = totals
 
     def __len__(self) -> int:
         """Return the number of micro-batches per epoch on this rank."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from prl_lightning.data.rollouts import collate, split_by_tokens
+from prl_lightning.distributed import sum_over_ranks
 from prl_lightning.functional import get_divergence
 from prl_lightning.module import PRLModule
 from prl_lightning.types import Rollout
@@ -20,7 +21,6 @@ def set_advantages(
     group_size: int,
     updates: int,
     micro_batches: int,
-    sum_over_ranks: Callable[[Tensor], Tensor],
 ) -> None:
     """Compare each completion with its group: set ``outcome_advantage`` of every rollout.
 
@@ -33,7 +33,6 @@ def set_advantages(
         group_size: completions per prompt.
         updates: made of these rollouts; from the second on, the policy that sampled is gone.
         micro_batches: per update; decides how many completions are scored at once.
-        sum_over_ranks: adds up a tensor of all ranks.
     """
     objective = module.objective
     if objective.needs_log_ratios or updates > 1:

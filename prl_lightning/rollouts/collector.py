@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 from lightning.pytorch import Trainer
 
-from prl_lightning.distributed import sum_over_ranks
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.advantages import set_advantages
 from prl_lightning.rollouts.engine_link import EngineLink, Samples
@@ -20,69 +19,66 @@ from prl_lightning.sampling import SamplingConfig
 from prl_lightning.types import Prompt, Rollout
 
 
+@dataclass
 class Collector:
-    """Sample, reward and compare completions. Its methods are collectives.
-
-    Args:
-        trainer: see ``EngineLink.attach``.
-        module: policy, reference and objective.
-        engine: attached to the trainer.
-        rewarder: calls the reward functions.
-        decode: turns token ids into text.
+    """Sample and reward completions and compute their advantages. All ranks must call its methods.
 
     Attributes:
-        values: of the last ``collect``, by the names under which they are logged.
+        trainer: its ``global_step`` is the version of the weights.
+        module: policy, reference and objective.
+        engine: samples from the module's policy.
+        rewarder: calls the reward functions.
+        decode: turns token ids into text.
+        metrics: metrics of the last ``collect``, logged as ``rollout/NAME``.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: PRLModule,
-        engine: EngineLink,
-        rewarder: Rewarder,
-        decode: Callable[[list[int]], str],
-    ) -> None:
-        self.trainer = trainer
-        self.module = module
-        self.engine = engine
-        self.rewarder = rewarder
-        self.decode = decode
-        self.values: dict[str, float] = {}
+    trainer: Trainer
+    module: PRLModule
+    engine: EngineLink
+    rewarder: Rewarder
+    decode: Callable[[list[int]], str]
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def collect(
         self, prompts: list[Prompt], config: SamplingConfig, updates: int, micro_batches: int
     ) -> list[Rollout]:
         """One iteration: sample a group for each prompt, check the engine, reward, compare.
 
+        ``RolloutCallback.on_train_epoch_start`` calls this and puts the result into the
+        ``RolloutBuffer``, which collates it into the batches of ``PRLModule.training_step``.
+
         Args:
-            prompts: of this rank.
-            config: of the sampling; ``n`` is the group size.
-            updates: optimizer updates that the rollouts are used for.
-            micro_batches: per update; the policy scores the rollouts in batches of this size.
+            prompts: this rank's prompts.
+            config: settings of the sampling; ``n`` is the group size.
+            updates: number of optimizer updates that the rollouts are used for.
+            micro_batches: number of micro-batches per update; scoring uses as many.
 
         Returns:
             Rollouts that are ready to train on, groups contiguous, in the order of the prompts.
         """
-        self.values = {}
+        self.metrics = {}
         with self._timed("sampling"):
             samples = self.engine.sample(prompts, config)
         rollouts = self._rollouts(prompts, samples)
-        self.values |= self.engine.check_against(rollouts, samples)
+        self.metrics |= self.engine.check_against(rollouts, samples)
         with self._timed("reward"):
-            self.values |= self.rewarder.reward(rollouts)
-        over_ranks = partial(sum_over_ranks, self.trainer)
+            self.metrics |= self.rewarder.reward(rollouts)
         with self._timed("scoring"):
-            set_advantages(self.module, rollouts, config.n, updates, micro_batches, over_ranks)
-        self._note_prefetched(samples)
-        self.values |= describe(rollouts, config.n, over_ranks, self.values["sampling_seconds"])
+            set_advantages(self.module, rollouts, config.n, updates, micro_batches)
+        self._time_prefetched(samples)  # before the tokens per second are computed
+        self.metrics |= describe(rollouts, config.n, self.metrics["sampling_seconds"])
         return rollouts
 
     def evaluate(self, prompts: list[Prompt], config: SamplingConfig) -> list[Rollout]:
-        """Sample a group for each prompt, check the engine, reward: rollouts without advantages."""
+        """Sample a group for each prompt, check the engine, reward, and compare the answers.
+
+        Returns:
+            Rollouts without advantages, groups contiguous, in the order of the prompts.
+        """
         samples = self.engine.sample(prompts, config)
         rollouts = self._rollouts(prompts, samples)
         self.engine.check_against(rollouts, samples)
-        self.rewarder.reward(rollouts)
+        self.rewarder.reward(rollouts, config.n)
         return rollouts
 
     def _rollouts(self, prompts: list[Prompt], samples: Samples) -> list[Rollout]:
@@ -100,15 +96,15 @@ class Collector:
             for completion in group
         ]
 
-    def _note_prefetched(self, samples: Samples) -> None:
-        """With prefetching, only the wait for the engine has held up the trainer."""
+    def _time_prefetched(self, samples: Samples) -> None:
+        """With prefetching, log the wait and the engine's own time separately."""
         if self.engine.prefetches:
-            self.values["waiting_seconds"] = self.values["sampling_seconds"]
-            self.values["sampling_seconds"] = samples.seconds
-            self.values["staleness"] = float(self.trainer.global_step - samples.step)
+            self.metrics["waiting_seconds"] = self.metrics["sampling_seconds"]
+            self.metrics["sampling_seconds"] = samples.seconds
+            self.metrics["staleness"] = float(self.trainer.global_step - samples.step)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         start = time.monotonic()
         yield
-        self.values[f"{what}_seconds"] = time.monotonic() - start
+        self.metrics[f"{what}_seconds"] = time.monotonic() - start

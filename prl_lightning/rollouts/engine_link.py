@@ -1,4 +1,4 @@
-"""Keep the engine's weights equal to the trainer's, and prove it."""
+"""Load the trainer's weights into the engine, and check that both compute the same policy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from prl_lightning.data import collate
 from prl_lightning.distributed import sum_over_ranks
 from prl_lightning.module import PRLModule
+from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.runs.progress import sampling_bar
-from prl_lightning.sampling import Progress, Sampler, SamplingConfig
+from prl_lightning.sampling import Progress, SamplingConfig
 from prl_lightning.sampling.sample_cache import PART, SampleCache, fingerprint
 from prl_lightning.types import Completion, Prompt, Rollout
 
-# Mean absolute difference of token log-probabilities that precision alone explains: float32 agrees
-# to 1e-5 in practice, half precision to a few hundredths.
-EXPLAINED_GAP = {True: 1e-3, False: 0.1}
+# Largest mean difference of token log-probabilities that rounding can cause: float32 agrees to 1e-5
+# in practice, half precision to a few hundredths.
+MAX_GAP_FLOAT32 = 1e-3
+MAX_GAP_HALF = 0.1
 CHECKED_COMPLETIONS = 4  # enough tokens to see a gap, at a fraction of the cost of scoring
 
 
@@ -35,9 +37,9 @@ class Samples:
 
     Attributes:
         groups: completions of each prompt.
-        config: they were sampled with.
+        config: settings of the sampling.
         step: ``trainer.global_step`` of the weights that sampled them.
-        seconds: that sampling took.
+        seconds: duration of the sampling.
     """
 
     groups: list[list[Completion]]
@@ -50,33 +52,26 @@ class EngineLink:
     """One sampler, started on first use, whose weights follow the trainer's.
 
     Args:
-        sampler: the engine.
-        max_gap: see ``max_engine_gap`` of RolloutCallback.
-        prefetches: ``prefetch`` will be called; see ``overlap`` of RolloutCallback.
+        trainer: its ``global_step`` is the version of the weights.
+        module: has the policy.
+        settings: have the engine.
+        max_model_tokens: longest prompt plus completion.
     """
 
-    def __init__(self, sampler: Sampler, max_gap: float | None, prefetches: bool = False) -> None:
-        self.sampler = sampler
-        self.max_gap = max_gap
-        self.prefetches = prefetches
+    def __init__(
+        self, trainer: Trainer, module: PRLModule, settings: RolloutSettings, max_model_tokens: int
+    ) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.sampler = settings.sampler
+        self.max_gap = settings.max_engine_gap
+        self.prefetches = settings.overlap
+        self.max_model_tokens = max_model_tokens
         self._is_started = False
         self._weights_step: int | None = None
         self._gap: dict[str, float] | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._prefetched: tuple[list[Prompt], SamplingConfig, Future[Samples]] | None = None
-
-    def attach(self, trainer: Trainer, module: PRLModule, max_model_tokens: int) -> None:
-        """Follow this trainer and module.
-
-        Args:
-            trainer: whose ``global_step`` is the version of the weights.
-            module: has the policy.
-            max_model_tokens: longest prompt plus completion.
-        """
-        self.trainer = trainer
-        self.module = module
-        self.max_model_tokens = max_model_tokens
-        self._forget_weights()
 
     def sample(self, prompts: list[Prompt], config: SamplingConfig) -> Samples:
         """Sample ``config.n`` completions per prompt from the trainer's policy; a collective.
@@ -128,8 +123,10 @@ class EngineLink:
         gap = (logprobs - batch.rollout_logprobs).abs()[batch.completion_mask]
         mean, largest = gap.mean().item(), gap.max().item()
         is_float32 = self.trainer.precision == "32-true" and self.sampler.dtype == "float32"
-        limit = EXPLAINED_GAP[is_float32] if self.max_gap is None else self.max_gap
-        if not mean <= limit:  # also true for NaN
+        default = MAX_GAP_FLOAT32 if is_float32 else MAX_GAP_HALF
+        limit = default if self.max_gap is None else self.max_gap
+        # Together, so that no rank waits for another. NaN is not below the limit either.
+        if not self.trainer.strategy.reduce_boolean_decision(mean <= limit):
             raise RuntimeError(
                 f"engine_gap={mean:.3g}: the token log-probabilities of engine and trainer differ "
                 f"by this on average (at most {largest:.3g}), but precision explains only "
@@ -149,12 +146,12 @@ class EngineLink:
             wait([self._prefetched[-1]])  # the engine does one thing at a time
         step = self.trainer.global_step
         if not self._is_started:
-            self._is_started = True  # before starting, so that half an engine is stopped too
+            self._is_started = True  # so that stop() also cleans up after a failed start
             # An engine that seeds itself seeds the whole process.
-            with isolate_rng(), self._named(f"did not start for {self.module.policy_name}"):
+            with isolate_rng(), self._engine_errors(f"did not start for {self.module.policy_name}"):
                 self.sampler.start(self.module.policy_name, self.max_model_tokens)
         if self._weights_step != step:
-            with self._named(f"did not take the weights of update {step}"):
+            with self._engine_errors(f"did not take the weights of update {step}"):
                 weights = self.module.weights(self.sampler.weights_dtype, self.sampler.reads_files)
                 self.sampler.load_weights(weights)
             self._weights_step = step
@@ -173,7 +170,7 @@ class EngineLink:
             raise RuntimeError("the engine has no weights: call update_weights() first")
         start = time.monotonic()
         asked = f"failed on {len(prompts)} prompts x {config.n} completions after update {step}"
-        with self._named(asked):
+        with self._engine_errors(asked):
             groups = self.sampler.generate(prompts, config, on_progress)
         _check_groups(groups, prompts, config)
         return Samples(groups, config, step, time.monotonic() - start)
@@ -188,7 +185,6 @@ class EngineLink:
             self._thread.shutdown(wait=False, cancel_futures=True)
             self._thread = None
         self._prefetched = None
-        self._forget_weights()
 
     def _take_prefetched(self, prompts: list[Prompt], config: SamplingConfig) -> Samples | None:
         if self._prefetched is None:
@@ -214,7 +210,7 @@ class EngineLink:
         if cached := (len(prompts) - len(missing)) * config.n:
             rank_zero_info(f"{cached} completions are cached in {folder} and not sampled again.")
         # If any rank has to sample, all take part in the hand-over of the weights.
-        if sum_over_ranks(self.trainer, torch.tensor([len(missing)])).item():
+        if sum_over_ranks(torch.tensor(len(missing))):
             self.update_weights()
         size = max(1, PART // config.n)
         with sampling_bar(self.trainer, len(missing)) as on_progress:
@@ -224,20 +220,15 @@ class EngineLink:
         groups = [cache[prompt] for prompt in prompts]
         return Samples(groups, config, self.trainer.global_step, time.monotonic() - start)
 
-    def _forget_weights(self) -> None:
-        """Force a hand-over: loading a checkpoint changes the weights without a step."""
-        self._weights_step = None
-        self._gap = None
-
     @contextmanager
-    def _named(self, what: str) -> Iterator[None]:
+    def _engine_errors(self, what: str) -> Iterator[None]:
         """Raise an engine's exception as a RuntimeError that names the engine and the request."""
         try:
             yield
         except Exception as error:
             raise RuntimeError(
-                f"{type(self.sampler).__name__} {what}: {type(error).__name__}: {error}. This "
-                "iteration was not trained on; --ckpt_path last continues from the last checkpoint."
+                f"{type(self.sampler).__name__} {what}: {type(error).__name__}: {error}. In "
+                "training, --ckpt_path last continues from the last checkpoint."
             ) from error
 
 
@@ -260,7 +251,8 @@ def _check_groups(
         for completion in group:
             tokens, logprobs = completion.length, len(completion.logprobs)
             is_cut = not completion.finished and tokens < config.max_new_tokens
-            if not 0 < tokens <= config.max_new_tokens or tokens != logprobs or is_cut:
+            is_whole = tokens == logprobs == len(completion.is_sampled)
+            if not 0 < tokens <= config.max_new_tokens or not is_whole or is_cut:
                 raise RuntimeError(
                     f"the engine returned a completion of {tokens} tokens with {logprobs} "
                     f"log-probabilities, finished={completion.finished}, for max_new_tokens="

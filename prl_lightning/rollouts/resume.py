@@ -1,8 +1,8 @@
-"""Resume a run bit by bit, also in the middle of an epoch.
+"""Resume a run with bit-identical results, also in the middle of an epoch.
 
 Lightning restores weights, optimizer and loop counters, and RolloutLoader the rollouts of an
 unfinished epoch. Added here: the random states of each rank, the values that the epoch has logged,
-and counters that name a point where training can continue.
+and loop counters set back to the start of an update.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ class ResumeState:
     def __init__(self) -> None:
         self.logged: dict[str, float] = {}
         self._loaded: list[dict[str, Any]] = []
-        self._before_validation: dict[str, Any] | None = None
 
     def save(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Add the state of all ranks to a checkpoint; a collective."""
         rewind_progress(checkpoint, trainer.accumulate_grad_batches)
-        own = {"random": self._before_validation or random_state(), "logged": self.logged}
-        checkpoint[SAVED] = gather(own, trainer.global_rank, trainer.world_size)
+        own = {"random": random_state(), "logged": self.logged}
+        checkpoint[SAVED] = gather(own)
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Keep a checkpoint's state until ``restore``: setting up a run draws random numbers."""
@@ -57,16 +56,6 @@ class ResumeState:
         set_random_state(own["random"])
         self.logged = own["logged"]
         return True
-
-    def begin_validation(self) -> None:
-        """Set the random state aside: training must not depend on when it is evaluated."""
-        self._before_validation = random_state()
-
-    def end_validation(self) -> None:
-        """Restore the random state from before the validation."""
-        if self._before_validation is not None:
-            set_random_state(self._before_validation)
-            self._before_validation = None
 
 
 def random_state() -> dict[str, Any]:
@@ -108,9 +97,9 @@ def is_between_epochs(loop: Any) -> bool:
 def rewind_progress(checkpoint: dict[str, Any], micro_batches: int) -> None:
     """Set the loop counters back to the start of an update or an epoch, where a run can continue.
 
-    The gradient of a partial update is not saved, so the update is repeated. An epoch that is
-    finished or still being sampled is repeated or left as a whole; without this, Lightning counts
-    the former twice and skips the latter if ``max_steps`` is set.
+    The gradient of a partial update is not saved, so the update is repeated. If the epoch is still
+    being sampled, it starts again. If it is finished, the next one starts. Without this, Lightning
+    would count a finished epoch twice, and skip an unfinished one if ``max_steps`` is set.
 
     Args:
         checkpoint: Lightning's, changed in place.

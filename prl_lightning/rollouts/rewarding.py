@@ -20,7 +20,7 @@ from prl_lightning.trainer_access import append_rows
 from prl_lightning.types import Rollout
 
 FAILURES = "reward_failures.jsonl"
-WRITTEN = 16  # of the failures of a rank and an iteration
+WRITTEN = 16  # failures written per rank and iteration
 WRITTEN_CHARACTERS = 4000
 
 # Name of the function, why it failed, and a rollout that it was called with.
@@ -42,10 +42,13 @@ class Rewarder:
         self.rewards = rewards
         self.trainer = trainer
         self._printed: set[tuple[str, str]] = set()
-        self._unjudged: set[int] = set()
 
-    def reward(self, rollouts: list[Rollout]) -> dict[str, float]:
+    def reward(self, rollouts: list[Rollout], group_size: int | None = None) -> dict[str, float]:
         """Set ``reward`` of every rollout; a collective.
+
+        Args:
+            rollouts: groups contiguous.
+            group_size: completions per prompt; if given, ``answer`` of every rollout is set too.
 
         Returns:
             Values to log: failures per function, rewards per function if there are several, and the
@@ -63,30 +66,29 @@ class Rewarder:
             scores = self.rewards.score(sources, texts, columns, partial(advance, 1, ""))
         for rollout, reward in zip(rollouts, scores.total.tolist(), strict=True):
             rollout.reward = reward
-        self._unjudged = {
-            id(rollouts[call.index])
-            for call in scores.failed_calls
-            if call.name == self.rewards.answering
-        }
         self._check_failures(rollouts, scores)
+        if group_size is not None:
+            self._compare_answers(rollouts, group_size, scores)
         values = {f"reward_failures/{k}": float(v) for k, v in scores.failures.items()}
         if len(scores.parts) > 1:
-            values |= {f"reward/{k}": v.nanmean().item() for k, v in scores.parts.items()}
+            parts = torch.stack(list(scores.parts.values())).double()
+            totals = torch.stack([parts.nansum(1), (~parts.isnan()).sum(1)])
+            sums, counts = sum_over_ranks(totals)
+            means = (sums / counts).tolist()  # NaN if the function applied to no completion
+            values |= {f"reward/{k}": v for k, v in zip(scores.parts, means, strict=True)}
         return values | {"unrewarded": float(scores.unrewarded)}
 
-    def number_answers(self, rollouts: list[Rollout], group_size: int) -> None:
-        """Set ``answer`` of every rollout, if a reward function compares answers; a collective.
+    def _compare_answers(
+        self, rollouts: list[Rollout], group_size: int, scores: RewardScores
+    ) -> None:
+        """Set ``answer`` of every rollout, if a reward function compares answers.
 
         Completions that the function failed on are not compared: each counts as a distinct answer.
-
-        Args:
-            rollouts: of the last call of ``reward``, groups contiguous.
-            group_size: completions per prompt.
         """
         texts = [rollout.text for rollout in rollouts]
         groups = [texts[i : i + group_size] for i in range(0, len(texts), group_size)]
-        unjudged = [i for i, rollout in enumerate(rollouts) if id(rollout) in self._unjudged]
-        answers = self.rewards.answers(groups, {divmod(i, group_size) for i in unjudged})
+        calls = [call for call in scores.failed_calls if call.name == self.rewards.answering]
+        answers = self.rewards.answers(groups, {divmod(c.index, group_size) for c in calls})
         if answers is None:
             return
         numbers = [number for group in answers.numbers for number in group]
@@ -127,7 +129,7 @@ class Rewarder:
     def _record(self, failed: Sequence[Failed], count: int, total: int) -> tuple[float, float]:
         """Print and write failures, and add up ``count`` and ``total`` over ranks; a collective."""
         own = torch.tensor([count, total], dtype=torch.float64)
-        all_count, all_total = sum_over_ranks(self.trainer, own).tolist()
+        all_count, all_total = sum_over_ranks(own).tolist()
         for name, failure, _ in failed:
             if (name, failure.kind) not in self._printed:
                 # On the rank where it happens: the first rank may never see it.

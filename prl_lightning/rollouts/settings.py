@@ -20,6 +20,7 @@ class RolloutSettings:
     sampler: Sampler
     temperature: float
     max_new_tokens: int
+    max_engine_gap: float | None
     overlap: bool
     limits: RewardLimits
 

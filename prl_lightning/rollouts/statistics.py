@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
 
+from prl_lightning.distributed import sum_over_ranks
 from prl_lightning.types import Rollout
 
 
 def describe(
     rollouts: Sequence[Rollout],
     group_size: int,
-    sum_over_ranks: Callable[[Tensor], Tensor],
     sampling_seconds: float,
 ) -> dict[str, float]:
     """Summarise rewards and lengths over the rollouts of all ranks.
@@ -22,8 +21,7 @@ def describe(
     Args:
         rollouts: of this rank, groups contiguous.
         group_size: completions per prompt.
-        sum_over_ranks: adds up a tensor of all ranks.
-        sampling_seconds: that the engine took.
+        sampling_seconds: time that the engine needed.
 
     Returns:
         Means, the population standard deviation of the reward, the number of tokens, the longest
@@ -58,9 +56,10 @@ def describe(
 def reduction_of(name: str) -> Literal["sum", "max", "mean"]:
     """Name the reduction over ranks of a logged value.
 
-    Failures add up. Of maxima and times the largest counts, since the other ranks wait for the
-    slowest.
+    Failures add up. Maxima and times take the maximum, since the ranks wait for the slowest.
     """
+    if name.startswith("reward/"):  # a user's function may have any name
+        return "mean"
     if name.startswith("reward_failures/") or name == "unrewarded":
         return "sum"
     return "max" if name.endswith(("_max", "_seconds")) else "mean"

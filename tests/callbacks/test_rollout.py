@@ -193,7 +193,8 @@ def test_one_start_one_call_per_sampling_and_no_needless_load(
     # So small a nucleus has a single token, and the engine's log-probabilities differ from the
     # trainer's.
     sets = Evaluation({"one": held, "two": held}, samples=2, pass_at=(2,), top_p=1e-6)
-    module, _ = train(tied_model, tmp_path, sampler=sampler, evaluation=sets)
+    sanity = {"num_sanity_val_steps": -1}
+    module, _ = train(tied_model, tmp_path, sampler=sampler, evaluation=sets, trainer=sanity)
     assert sampler.starts == 1
     # Evaluations: the sanity check and one after each epoch, both sets in one call.
     assert sampler.calls == 3 + 2

@@ -40,7 +40,7 @@ def filled(rollouts: list[Rollout], rank: int = 0, ranks: int = 1) -> RolloutLoa
     totals = [[sum(map(sum, (r.completion.is_sampled for r in some))), SIZE] for some in updates]
     share = slice(rank * SIZE // ranks, (rank + 1) * SIZE // ranks)
     buffer = RolloutBuffer(UPDATES, MICRO_BATCHES)
-    buffer.fill([r for update in updates for r in update[share]], lambda _: torch.tensor(totals))
+    buffer.fill([r for update in updates for r in update[share]], torch.tensor(totals))
     return RolloutLoader(buffer, rank, ranks)
 
 

@@ -173,9 +173,14 @@ def test_micro_batches_follow_the_order_of_the_updates(
         assert totals == {(sum(lengths), 4)}
 
 
-def test_totals_are_summed_over_ranks(make_rollout: MakeRollout) -> None:
+def test_totals_are_summed_over_ranks(
+    make_rollout: MakeRollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     buffer = RolloutBuffer(2, 2)
     other_rank = torch.tensor([[100, 4], [200, 4]])
-    buffer.fill(epoch(make_rollout), lambda totals: totals + other_rank)
+    monkeypatch.setattr(
+        "prl_lightning.data.rollouts.sum_over_ranks", lambda totals: totals + other_rank
+    )
+    buffer.fill(epoch(make_rollout))
     totals = [(buffer[i].update_tokens, buffer[i].update_sequences) for i in range(4)]
     assert totals == [(110, 8), (110, 8), (226, 8), (226, 8)]

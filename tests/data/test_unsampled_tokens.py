@@ -4,7 +4,7 @@ import torch
 
 from own_logits import by_the_models_own_logits
 from prl_lightning.data import RolloutBuffer
-from prl_lightning.models.causal_lm import load_causal_lm, load_policy, load_reference
+from prl_lightning.models.loading import load_causal_lm, load_policy, load_reference
 from prl_lightning.objective import Objective
 from prl_lightning.types import Completion, Prompt, Rollout
 

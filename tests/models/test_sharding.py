@@ -94,7 +94,7 @@ def test_the_module_and_its_metrics_are_on_the_strategys_device(strategy: Any) -
     module.setup("fit")
     assert module.device.type == "meta"
     assert module.process_term.total.device.type == "meta"
-    assert module.eval_metrics[0].length.device.type == "meta"
+    assert module.eval_metrics["some"].length.device.type == "meta"
 
 
 # One model in main memory

@@ -73,10 +73,11 @@ def test_unrewarded_completions_vote_alone_and_failed_comparisons_are_written(
     ]
     rewards = RewardSum([Votes()], limits=RewardLimits(workers=1, seconds=60.0))
     rewarder = Rewarder(rewards, trainer)
-    with pytest.warns(UserWarning, match="1 of 8 completions"):
-        rewarder.reward(rollouts)
-    with pytest.warns(UserWarning, match="1 of 2 groups"):
-        rewarder.number_answers(rollouts, 4)
+    with (
+        pytest.warns(UserWarning, match="1 of 8 completions"),
+        pytest.warns(UserWarning, match="1 of 2 groups"),
+    ):
+        rewarder.reward(rollouts, group_size=4)
     rewards.stop()
     a = ord("a")
     assert [rollout.answer for rollout in rollouts] == [a, a + 1, a, -1, 0, -1, 1, 2]

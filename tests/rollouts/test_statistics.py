@@ -8,11 +8,13 @@ from conftest import MakeRollout
 from prl_lightning.rollouts.statistics import describe, reduction_of
 
 
-def test_three_groups_of_two_by_hand(make_rollout: MakeRollout) -> None:
+def test_three_groups_of_two_by_hand(
+    make_rollout: MakeRollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rollouts = [make_rollout([3], [4] * length) for length in (1, 2, 3, 4, 5, 9)]
     for rollout, reward in zip(rollouts, (1.0, 1.0, 0.0, 1.0, 0.0, 0.0), strict=True):
         rollout.reward = reward
-    found = describe(rollouts, 2, lambda own: own, sampling_seconds=4.0)
+    found = describe(rollouts, 2, sampling_seconds=4.0)
     assert found == pytest.approx(
         {
             "reward": 0.5,
@@ -26,7 +28,8 @@ def test_three_groups_of_two_by_hand(make_rollout: MakeRollout) -> None:
         }
     )
     # A second rank with the same rollouts changes no mean.
-    doubled = describe(rollouts, 2, lambda own: 2 * own, sampling_seconds=4.0)
+    monkeypatch.setattr("prl_lightning.rollouts.statistics.sum_over_ranks", lambda own: 2 * own)
+    doubled = describe(rollouts, 2, sampling_seconds=4.0)
     assert doubled == found | {"tokens": 48.0, "tokens_per_second": 12.0}
 
 
@@ -37,6 +40,7 @@ def test_three_groups_of_two_by_hand(make_rollout: MakeRollout) -> None:
         ("unrewarded", "sum"),
         ("completion_length_max", "max"),
         ("sampling_seconds", "max"),
+        ("reward/length_max", "mean"),  # a user's function
         ("tokens_per_second", "mean"),
         ("engine_gap", "mean"),
     ],
