@@ -83,8 +83,9 @@ class SubprocessSampler(Sampler):
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(self.sampler, environment, theirs))
-        self._process.start()
+        process = context.Process(target=_serve, args=(self.sampler, environment, theirs))
+        process.start()
+        self._process = process
         atexit.register(self.stop)  # multiprocessing would wait for the subprocess at exit
         theirs.close()  # only the subprocess holds this end now, so its death is an EOF here
         self._call("start", model, max_model_tokens)

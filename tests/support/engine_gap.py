@@ -1,4 +1,4 @@
-"""Is the engine's policy the trainer's?"""
+"""The gap between the log-probabilities of an engine and of the trainer."""
 
 from __future__ import annotations
 
