@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,22 +11,28 @@ from unittest.mock import Mock
 
 import pytest
 
-from interruptions import Command, Settings, differing
+from interruptions import Command, Settings, callback, differing
 from prl_lightning.callbacks import save_on_signal
 from prl_lightning.cli import main
 from tiny_runs import QUICKSTART
+from trainer_runs import TRAIN_ALONE
+
+# test_resume has rewards that draw random numbers; their processes start slowly.
+REWARDS = "--rollout.rewards=[sample_rewards.even_digits]"
 
 
 def fit(command: Command, *args: str) -> None:
-    main(["fit", "--config", str(QUICKSTART), *command.options, *args])
+    main(["fit", "--config", str(QUICKSTART), *command.options, REWARDS, *args])
 
 
-def interrupted(command: Command, hook: str, call: int, signum: int = signal.SIGTERM) -> None:
-    """Fit in this process until the signal has stopped it."""
-    at = f'{{"class_path": "interruptions.SignalAt", "init_args": {{"hook": "{hook}", '
+def interrupted(
+    command: Command, hook: str, call: int, *args: str, signum: int = signal.SIGTERM
+) -> None:
+    """Fit in this process until the signal stops it."""
+    at = callback("SignalAt", hook=hook, call=call, signum=int(signum))
     before = signal.getsignal(signum)
     with pytest.raises(SystemExit) as stopped:
-        fit(command, f'--trainer.callbacks=[{at}"call": {call}, "signum": {int(signum)}}}}}]')
+        fit(command, *args, f"--trainer.callbacks=[{json.dumps(at)}]")
     assert stopped.value.code is None  # the process would end with 0
     assert signal.getsignal(signum) == before
 
@@ -76,7 +83,7 @@ def test_slurms_signal_requeues_the_job_and_sigterm_does_not(
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
     command = Command(tied_model, tmp_path / "run")
-    interrupted(command, "on_train_batch_start", 1, signum)
+    interrupted(command, "on_train_batch_start", 1, *TRAIN_ALONE, signum=signum)
     assert command.last()["global_step"] == 1
     if signum == signal.SIGTERM:
         assert not calls.exists()
@@ -98,12 +105,12 @@ def test_a_second_sigterm_kills_the_process_but_an_echo_does_not(
     monkeypatch.setattr(save_on_signal.time, "monotonic", lambda: now)
     monkeypatch.setattr(save_on_signal.signal, "signal", lambda *args: done.append(args))
     monkeypatch.setattr(save_on_signal.os, "kill", lambda *args: done.append(args))
-    callback = save_on_signal.SaveOnSignal()
+    saver = save_on_signal.SaveOnSignal()
     for signum in [*before, signal.SIGTERM]:
-        callback._record(signum, None)
+        saver._record(signum, None)
     now = save_on_signal.SAME_REQUEST_SECONDS  # a launcher forwards the signal to its children
-    callback._record(signal.SIGTERM, None)
+    saver._record(signal.SIGTERM, None)
     assert done == []
     now += 0.1
-    callback._record(signal.SIGTERM, None)
+    saver._record(signal.SIGTERM, None)
     assert done == [(signal.SIGTERM, signal.SIG_DFL), (os.getpid(), signal.SIGTERM)]
