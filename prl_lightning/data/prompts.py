@@ -155,8 +155,8 @@ class PromptDataModule(LightningDataModule):
 
         The last entry has the columns that all sets share: they are rewarded in one call.
         """
-        sets = {f"evaluation.sets.{name}": prompts for name, prompts in self.eval_prompts.items()}
-        columns = {where: set(some[0].columns) for where, some in sets.items() if some}
+        sets = self.eval_prompts.items()
+        columns = {f"evaluation.sets.{name}": set(some[0].columns) for name, some in sets}
         if self.train_rollouts.num_updates:
             columns["data.train"] = self._train_columns
         shared = set.intersection(*columns.values()) if columns else set()
@@ -181,8 +181,8 @@ class PromptDataModule(LightningDataModule):
         number, place = divmod(position, size)
         if self._pass != number:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            self._pass, self._order = number, torch.randperm(size, generator=generator).tolist()
-        prompt = self._train_prompts[self._order[place]]
+            self._pass, self._order = number, torch.randperm(size, generator=generator)
+        prompt = self._train_prompts[int(self._order[place])]
         return replace(prompt, seed=_seed(self.seed, TRAIN, position))
 
     def train_dataloader(self) -> RolloutLoader:

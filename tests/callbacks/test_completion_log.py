@@ -17,6 +17,7 @@ from prl_lightning.callbacks.completion_log import SHOWN, log_table
 from prl_lightning.cli import main
 from prl_lightning.runs.tables import read_table
 from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
+from trainer_runs import TRAIN_ALONE
 
 BETA = 0.01
 NAMES = ["epoch=00000.parquet", "epoch=00002.parquet"]
@@ -82,7 +83,7 @@ def test_credit_is_the_sum_over_the_rest_of_the_completion(run: Path) -> None:
 
 
 def test_storing_does_not_change_the_run(run: Path, tied_model: str, tmp_path: Path) -> None:
-    none = fitted(tied_model, tmp_path, "--completions.every_n_epochs=0")
+    none = fitted(tied_model, tmp_path, *TRAIN_ALONE)
     assert not (none / "run" / "version_0" / "completions").exists()
     assert metrics_of(none)["train/loss"] == metrics_of(run)["train/loss"]
     with pytest.raises(ValueError, match=r"completions\.every_n_epochs=-1"):
@@ -91,7 +92,8 @@ def test_storing_does_not_change_the_run(run: Path, tied_model: str, tmp_path: P
 
 def test_an_outcome_advantage_per_token_is_stored(tied_model: str, tmp_path: Path) -> None:
     """With the KL inside the reward it is the whole advantage."""
-    fitted(tied_model, tmp_path, "--model.objective.kl=reward_step")
+    stores = [*TRAIN_ALONE[:-1], "--model.objective.kl=reward_step"]
+    fitted(tied_model, tmp_path, *stores)
     rows = with_tokens(tmp_path, 2)
     for row in rows:
         assert row["outcome_advantages"] == pytest.approx(row["advantages"])

@@ -27,24 +27,17 @@ WANDB_BLOCK = 32768
 
 @pytest.fixture(scope="module")
 def run(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run with all of them; metrics.csv is written by itself."""
+    """One run with all loggers; the command adds metrics.csv."""
     pytest.importorskip("wandb", reason="needs the extra loggers")
     pytest.importorskip("mlflow", reason="needs the extra loggers")
     folder = tmp_path_factory.mktemp("loggers")
-    loggers = [
-        {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(folder / "board")}},
-        {
-            "class_path": "WandbLogger",
-            "init_args": {"save_dir": str(folder / "wandb"), "offline": True},
-        },
-        {
-            "class_path": "MLFlowLogger",
-            "init_args": {
-                "tracking_uri": f"file:{folder}/mlruns",
-                "artifact_location": str(folder / "artifacts"),
-            },
-        },
-    ]
+    mlflow = {"tracking_uri": f"file:{folder}/mlruns", "artifact_location": f"{folder}/artifacts"}
+    options = {
+        "TensorBoardLogger": {"save_dir": f"{folder}/board"},
+        "WandbLogger": {"save_dir": f"{folder}/wandb", "offline": True},
+        "MLFlowLogger": mlflow,
+    }
+    loggers = [{"class_path": name, "init_args": args} for name, args in options.items()]
     (folder / "wandb").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_SILENT", "true")
@@ -64,7 +57,7 @@ def of_tensorboard(run: Path) -> Curves:
 
 
 def records(file: Path) -> Iterator[bytes]:
-    """Of LevelDB's log format, as wandb writes it: in blocks, behind a header for the file."""
+    """Yield the records of wandb's file: LevelDB's log format, blocks after a header."""
     data = file.read_bytes()
     at, record = 7, b""
     while at + 7 <= len(data):
@@ -93,7 +86,7 @@ def of_wandb(run: Path) -> Curves:
 
 
 def of_mlflow(run: Path) -> Curves:
-    """Lightning leaves out the @ of names, which MLflow does not take."""
+    """MLflow refuses @ in a name, so Lightning removes it."""
     curves: Curves = {}
     for name in NAMES:
         file = next((run / "mlruns").rglob(f"metrics/{name.replace('@', '')}"))

@@ -14,6 +14,7 @@ import torch
 from interruptions import Command
 from ranks import SUPPORT, environment, read, recorded_run
 from tiny_runs import QUICKSTART, tiny_overrides
+from trainer_runs import TRAIN_ALONE
 
 SIGNAL = "{class_path: interruptions.SignalAt, init_args: {hook: on_train_batch_start, call: 5}}"
 POISON = ["--trainer.callbacks+=poison.Poison", "--trainer.callbacks.value=.nan"]
@@ -40,7 +41,11 @@ def runs(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "ddp": [*recorded_run(tied_model, root / "ddp"), *ddp, *IN_GRADIENT],
         "fsdp2": [*recorded_run(tied_model, root / "fsdp2"), *fsdp2, *IN_GRADIENT],
         "loss": [*recorded_run(tied_model, root / "loss"), *ddp, *IN_LOSS],
-        "signal": [*signalled.options, f"--trainer.callbacks=[{SIGNAL}]"],
+        "signal": [
+            *signalled.options,
+            "--rollout.rewards=[sample_rewards.even_digits]",
+            f"--trainer.callbacks=[{SIGNAL}]",
+        ],
         "rewards": [
             *tiny_overrides(tied_model, root / "rewards"),
             *ddp,
@@ -49,7 +54,8 @@ def runs(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         ],
     }
     file = root / "runs.json"
-    file.write_text(json.dumps([["fit", f"--config={QUICKSTART}", *c] for c in commands.values()]))
+    fit = ["fit", f"--config={QUICKSTART}"]
+    file.write_text(json.dumps([[*fit, *args, *TRAIN_ALONE] for args in commands.values()]))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [sys.executable, *torchrun, "stop_all.py", str(file)],

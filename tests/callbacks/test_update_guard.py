@@ -11,6 +11,7 @@ import torch
 
 from ranks import read, recorded_run
 from tiny_runs import fit, metrics_of, tiny_overrides
+from trainer_runs import TRAIN_ALONE
 
 SCALER = (
     "--trainer.plugins={class_path: lightning.pytorch.plugins.MixedPrecision, "
@@ -34,7 +35,7 @@ def skipped_rows(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_bad_update_is_skipped_and_the_others_are_not(tied_model: str, tmp_path: Path) -> None:
     """Adam's moments do not change either: two updates, one skipped, are one clean update."""
-    overrides = [*recorded_run(tied_model, tmp_path), "--trainer.max_epochs=2"]
+    overrides = [*recorded_run(tied_model, tmp_path), "--trainer.max_epochs=2", *TRAIN_ALONE]
     overrides += ["--model.optimizer={class_path: torch.optim.AdamW, init_args: {lr: 0.01}}"]
     with pytest.warns(UserWarning, match="Update 1 "):
         fit(*overrides, *poisoned([1]))
@@ -60,6 +61,7 @@ def test_too_many_in_a_row_stop_the_run_with_finite_weights(
     poison: list[str], options: list[str], tied_model: str, tmp_path: Path
 ) -> None:
     overrides = [*tiny_overrides(tied_model, tmp_path), "--trainer.max_epochs=9", *options]
+    overrides += TRAIN_ALONE
     with pytest.raises(RuntimeError, match=r"^2 .*guard\.max_skipped=1"):
         fit(*overrides, *poison, "--guard.max_skipped=1")
     assert metrics_of(tmp_path)["train/skipped_updates"][:4] == [0, 1, 0, 1]

@@ -179,7 +179,7 @@ def test_check_says_what_a_run_asks_for_without_loading_weights(
     ]
     main(["check", "--config", str(QUICKSTART), *overrides])
     said = capsys.readouterr().out
-    assert "4 prompts x 4 completions = 16 an epoch; / 1 updates = 16 an update; / 2 ranks" in said
+    assert "4 prompts x 4 completions = 16 per epoch; / 1 updates = 16 per update; / 2" in said
     assert "at most 16 x (16 + 8) = 384 an epoch" in said
     assert "7 epochs x 1 = 7 updates" in said
     assert not (tmp_path / "run").exists()

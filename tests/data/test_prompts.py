@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -208,12 +209,12 @@ def test_the_data_module_checks_its_sizes(
         make_data(**options)
 
 
-def test_an_evaluation_needs_no_training_prompts(make_data: MakeData) -> None:
-    assert make_data(train="", stage="validate", eval_sets="a").eval_prompts["a"]
-
-
-def test_prepare_data_calls_prepare(folder: Path) -> None:
-    calls: list[str] = []
-    data = PromptDataModule(str(folder / "tokenizer"), prepare=lambda: calls.append("made"))
+def test_an_evaluation_needs_no_training_prompts_and_prepare_data_calls_prepare(
+    make_data: MakeData,
+) -> None:
+    prepare = Mock()
+    data = make_data(train="", stage="validate", eval_sets="a", prepare=prepare)
+    assert data.eval_prompts["a"]
+    assert not prepare.called
     data.prepare_data()
-    assert calls == ["made"]
+    prepare.assert_called_once_with()

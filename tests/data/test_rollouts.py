@@ -157,30 +157,20 @@ def epoch(make_rollout: MakeRollout) -> list[Rollout]:
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_micro_batches_follow_the_order_of_the_updates(
-    make_rollout: MakeRollout, micro_batches: int
+    make_rollout: MakeRollout, micro_batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffer = RolloutBuffer(2, micro_batches)
     assert len(buffer) == 2 * micro_batches  # before it is filled
     with pytest.raises(RuntimeError, match=r"prl_lightning\.callbacks\.RolloutCallback"):
         buffer[0]
     buffer.fill(epoch(make_rollout)[::-1])
-    buffer.fill(epoch(make_rollout))  # replaces everything
-    batches = [buffer[index] for index in range(len(buffer))]
-    for update, lengths in enumerate([[1, 2, 3, 4], [5, 6, 7, 8]]):
-        own = batches[update * micro_batches : (update + 1) * micro_batches]
-        assert [row[0] for batch in own for row in batch.completion_ids.tolist()] == lengths
-        totals = {(batch.update_tokens, batch.update_sequences) for batch in own}
-        assert totals == {(sum(lengths), 4)}
-
-
-def test_totals_are_summed_over_ranks(
-    make_rollout: MakeRollout, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    buffer = RolloutBuffer(2, 2)
     other_rank = torch.tensor([[100, 4], [200, 4]])
     monkeypatch.setattr(
         "prl_lightning.data.rollouts.sum_over_ranks", lambda totals: totals + other_rank
     )
-    buffer.fill(epoch(make_rollout))
-    totals = [(buffer[i].update_tokens, buffer[i].update_sequences) for i in range(4)]
-    assert totals == [(110, 8), (110, 8), (226, 8), (226, 8)]
+    buffer.fill(epoch(make_rollout))  # replaces everything
+    batches = [buffer[index] for index in range(len(buffer))]
+    for update, (lengths, tokens) in enumerate([([1, 2, 3, 4], 110), ([5, 6, 7, 8], 226)]):
+        own = batches[update * micro_batches : (update + 1) * micro_batches]
+        assert [row[0] for batch in own for row in batch.completion_ids.tolist()] == lengths
+        assert {(batch.update_tokens, batch.update_sequences) for batch in own} == {(tokens, 8)}

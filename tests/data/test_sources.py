@@ -76,16 +76,13 @@ def test_verl_rows_give_their_ground_truth_as_the_answer(tmp_path: Path, name: s
     assert prompt_set(write(tmp_path / "own.jsonl", [own]))[0].columns["answer"] == "two"
 
 
-@pytest.mark.parametrize(
-    ("name", "column"),
-    [
-        ("math500", "solution"),
-        ("minerva_math", "answer"),
-        ("olympiad_bench", "answer"),
-        ("aime24", "answer"),
-        ("amc23", "answer"),
-    ],
-)
+ANSWERS = {
+    "math500": "solution", "minerva_math": "answer", "olympiad_bench": "answer",
+    "aime24": "answer", "amc23": "answer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "column"), ANSWERS.items())
 def test_the_papers_evaluation_sets_load(name: str, column: str) -> None:
     file = EVALUATION_SETS / f"{name}.jsonl"
     if not file.is_file():
@@ -123,60 +120,44 @@ def test_a_local_path_is_not_a_name_on_the_hub(tmp_path: Path, name: str) -> Non
 # Columns
 
 
+TWO = {"prompt": "q", "answer": "a"}
+SEVERAL = {"prompt": ["p", "q"], "answer": ["a", "s"]}
+
+
 @pytest.mark.parametrize(
-    ("columns", "row", "source", "others"),
+    ("columns", "row", "answer"),
     [
-        (
-            {"prompt": "problem", "answer": "solution"},
-            {"problem": "1+1?", "solution": "2", "level": 3},
-            "1+1?",
-            {"answer": "2", "level": 3},
-        ),
-        ({"prompt": "problem"}, {"prompt": "old", "problem": "new"}, "new", {}),
-        (
-            {"prompt": ["problem", "question"], "answer": ["answer", "solution"]},
-            {"problem": "1+1?", "answer": "2", "solution": "It is 2."},
-            "1+1?",
-            {"answer": "2", "solution": "It is 2."},
-        ),
-        (
-            {"prompt": ["problem", "question"], "answer": ["answer", "solution"]},
-            {"question": "1+1?", "solution": "2"},
-            "1+1?",
-            {"answer": "2"},
-        ),
+        (TWO, {"q": "1+1?", "a": "2", "level": 3}, {"answer": "2", "level": 3}),
+        ({"prompt": "q"}, {"prompt": "old", "q": "1+1?"}, {}),
+        (SEVERAL, {"p": "1+1?", "a": "2", "s": "It is 2."}, {"answer": "2", "s": "It is 2."}),
+        (SEVERAL, {"q": "1+1?", "s": "2"}, {"answer": "2"}),
         (
             {"prompt": "answer", "answer": "prompt"},
             {"prompt": "2", "answer": "1+1?"},
-            "1+1?",
             {"answer": "2"},
         ),
     ],
     ids=["others are kept", "replaces one", "first name", "second name", "swapped"],
 )
 def test_columns_are_renamed(
-    columns: Any, row: dict[str, Any], source: str, others: dict[str, Any], tmp_path: Path
+    columns: Any, row: dict[str, Any], answer: dict[str, Any], tmp_path: Path
 ) -> None:
-    form = PromptFormat(columns=columns)
-    prompt = prompt_set(write(tmp_path / "rows.jsonl", [row]), form)[0]
-    assert (prompt.source, prompt.columns) == (source, others)
+    prompt = prompt_set(write(tmp_path / "rows.jsonl", [row]), PromptFormat(columns=columns))[0]
+    assert (prompt.source, prompt.columns) == ("1+1?", answer)
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (
-            {},
-            r"data\.train \(.*rows\.jsonl\).*'prompt'.*\['problem', 'solution'\].*format\.columns",
-        ),
-        ({"prompt": "problem", "answer": ["gold", "best"]}, "'gold' or 'best'.*{answer: "),
-        ({"prompt": "problem", "answer": "problem"}, r"data\.format\.columns=.*'problem'"),
+        ({}, r"data\.train \(.*rows\.jsonl\).*'prompt'.*\['a', 'q'\].*data\.format\.columns"),
+        ({"prompt": "q", "answer": ["gold", "best"]}, "'gold' or 'best'.*{answer: "),
+        ({"prompt": "q", "answer": "q"}, r"data\.format\.columns=.*'q'"),
     ],
 )
 def test_missing_and_repeated_columns_are_errors(
     columns: Any, message: str, tmp_path: Path
 ) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"problem": "1+1?", "solution": "2"}])
+    path = write(tmp_path / "rows.jsonl", [{"q": "1+1?", "a": "2"}])
     with pytest.raises(ValueError, match=message):
         prompt_set(path, PromptFormat(columns=columns))
 
@@ -184,39 +165,28 @@ def test_missing_and_repeated_columns_are_errors(
 # Rendering, by hand
 
 
+THINKING = "{{ messages[0].content }}{% if not think %}!{% endif %}"
+SYSTEM = {"system_prompt": "Think.", "template": "Q: {prompt}"}
+OWN_SYSTEM = [{"role": "system", "content": "Own."}, *CHAT[2:]]
+
+
 @pytest.mark.parametrize(
     ("options", "source", "chat_template", "expected"),
     [
         ({}, "1+1?", None, "<s>1+1?"),
-        ({"template": "Q: {prompt}\nA:"}, "1+1?", None, "<s>Q: 1+1?\nA:"),
-        ({"template": "{prompt}{prompt}"}, "1+1?", None, "<s>1+1?1+1?"),
+        ({"template": "{prompt}{prompt}\n"}, "1+1?", None, "<s>1+1?1+1?\n"),
         ({"template": "{prompt}!"}, "{x} {prompt}", None, "<s>{x} {prompt}!"),
-        (
-            {"system_prompt": "Think.", "template": "{prompt} In \\boxed{}."},
-            "1+1?",
-            None,
-            "<s>Think.\n\n1+1? In \\boxed{}.",
-        ),
+        (SYSTEM, "1+1?", None, "<s>Think.\n\nQ: 1+1?"),
         ({}, "1+1?", CHAT_TEMPLATE, "<s>[user]1+1?[assistant]"),
         ({"chat_template": False}, "1+1?", CHAT_TEMPLATE, "<s>1+1?"),
+        ({"chat_template_args": {"think": False}}, "1+1?", THINKING, "1+1?!"),
         (
-            {"chat_template_args": {"enable_thinking": False}},
-            "1+1?",
-            "{{ messages[0].content }}{% if not enable_thinking %}!{% endif %}",
-            "1+1?!",
-        ),
-        (
-            {"system_prompt": "Think.", "template": "Q: {prompt}"},
+            SYSTEM,
             CHAT,
             CHAT_TEMPLATE,
             "<s>[system]Think.[user]Hi[assistant]Yes?[user]Q: 1+1?[assistant]",
         ),
-        (
-            {"system_prompt": "Think.", "chat_template": False},
-            [{"role": "system", "content": "Own."}, *CHAT[2:]],
-            CHAT_TEMPLATE,
-            "<s>[system]Own.[user]1+1?[assistant]",
-        ),
+        (SYSTEM, OWN_SYSTEM, CHAT_TEMPLATE, "<s>[system]Own.[user]Q: 1+1?[assistant]"),
     ],
 )
 def test_a_prompt_is_rendered(

@@ -7,6 +7,7 @@ import json
 import math
 import random
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 from prl_lightning.runs.tables import write_table
@@ -104,81 +105,43 @@ def write_evaluations(file: Path, rng: random.Random) -> None:
 
 def make_group(epoch: int, group: int, rng: random.Random, reference: bool) -> list[dict[str, Any]]:
     """Eight completions of one of three problems with some solutions, or of one without any."""
-    right = [0.35, 0.5, 0.7, 0.0][group]
-    operations = 12 + 2 * group
-    digits = [rng.randrange(10) for _ in range(operations + 1)]
-    signs = [rng.choice("+-*") for _ in range(operations)]
-    expression = str(digits[0]) + "".join(
-        s + str(d) for s, d in zip(signs, digits[1:], strict=True)
-    )
-    prompt = f"{expression}?"
-    if group == 1:
-        prompt = HOSTILE[0] + prompt
     # The sixth was cut at the limit.
+    right = [0.35, 0.5, 0.7, 0.0][group]
     rewards = [float(rng.random() < right and number != 5) for number in range(8)]
-    mean = sum(rewards) / 8
-    std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / 8)
+    std = pstdev(rewards)
     rows = []
     for number, reward in enumerate(rewards):
-        tokens = arithmetic_tokens(digits, signs, reward == 1.0, rng)
-        advantage = (reward - mean) / std if std else 0.0
-        if reward == 0.0:  # longer, perhaps cut
-            tokens = tokens * 2
-            del tokens[rng.randint(60, 120) :]
+        tokens = [rng.choice("0123456789+-*=\n") for _ in range(rng.randint(60, 120))]
         if group == 1:
             tokens[6:6] = [HOSTILE[number % 3], "\n"]
-        rows.append(
-            {
-                "set": "train",
-                "epoch": epoch,
-                "step": epoch,
-                "group": group,
-                "prompt": prompt,
-                "completion": "".join(tokens),
-                "reward": reward,
-                "outcome_advantage": advantage,
-                "length": len(tokens),
-                "finished": number != 5,
-                "tokens": tokens,
-                **token_numbers(tokens, reward, advantage, epoch, rng),
-            }
-        )
-        if not reference:
-            rows[-1] |= {"ref_logprobs": None, "process_rewards": None}
+        advantage = (reward - fmean(rewards)) / std if std else 0.0
+        row = {
+            **outcome(epoch, group, reward, len(tokens), is_finished=number != 5),
+            "outcome_advantage": advantage,
+            "prompt": f"{HOSTILE[0] if group == 1 else ''}problem {group}?",
+            "completion": "".join(tokens),
+            "tokens": tokens,
+            **token_numbers(tokens, reward, advantage, epoch, rng),
+        }
+        rows.append(row if reference else row | {"ref_logprobs": None, "process_rewards": None})
     return rows
 
 
 def make_outcomes(epoch: int, group: int, rng: random.Random) -> list[dict[str, Any]]:
     """A group that is stored without its tokens."""
-    learnt = 1 - math.exp(-epoch / 10)
-    rewards = [float(rng.random() < 0.12 + 0.5 * learnt) for _ in range(8)]
-    lengths = [rng.gauss(92 - 14 * learnt, 14) for _ in rewards]
+    lengths = [min(round(rng.gauss(85, 14)), 120) for _ in range(8)]
     return [
-        {
-            "set": "train",
-            "epoch": epoch,
-            "step": epoch,
-            "group": group,
-            "reward": reward,
-            "outcome_advantage": reward - sum(rewards) / 8,
-            "length": min(round(length), 120),
-            "finished": length < 120,
-        }
-        for reward, length in zip(rewards, lengths, strict=True)
+        outcome(epoch, group, float(rng.random() < 0.4), length, is_finished=length < 120)
+        for length in lengths
     ]
 
 
-def arithmetic_tokens(
-    digits: list[int], signs: list[str], right: bool, rng: random.Random
-) -> list[str]:
-    value, tokens = digits[0], []
-    slip = -1 if right else rng.randrange(len(signs))
-    for place, (sign, digit) in enumerate(zip(signs, digits[1:], strict=True)):
-        exact = {"+": value + digit, "-": value - digit, "*": value * digit}[sign] % 10
-        result = (exact + 3) % 10 if place == slip else exact
-        tokens += [str(value), sign, str(digit), "=", str(result), "\n"]
-        value = result
-    return [*tokens, "\\boxed{", str(value), "}"]
+def outcome(
+    epoch: int, group: int, reward: float, length: int, is_finished: bool
+) -> dict[str, Any]:
+    at = {"set": "train", "epoch": epoch, "step": epoch, "group": group}
+    own = {"reward": reward, "outcome_advantage": 0.0, "length": length, "finished": is_finished}
+    return at | own
 
 
 def token_numbers(
@@ -186,21 +149,14 @@ def token_numbers(
 ) -> dict[str, Any]:
     """Log-probabilities of a policy that has moved from its reference, and the credit."""
     moved = 0.25 * (1 - math.exp(-epoch / 10))
-    policy = [-rng.expovariate(12 if token in "+-*=\n" else 3) for token in tokens]
-    ref = [
-        min(-1e-4, p - rng.gauss(moved * (0.3 if token in "+-*=\n" else 1.2), 2 * moved))
-        for p, token in zip(policy, tokens, strict=True)
-    ]
+    policy = [-rng.expovariate(3) for _ in tokens]
+    ref = [min(-1e-4, p - rng.gauss(moved, 2 * moved)) for p in policy]
     delta = [p - q for p, q in zip(policy, ref, strict=True)]
-    later = [sum(delta[place + 1 :]) for place in range(len(tokens))]
+    rest = [sum(delta[place:]) for place in range(len(tokens) + 1)]
     return {
         "policy_logprobs": policy,
         "ref_logprobs": ref,
-        "process_rewards": [reward - BETA * rest for rest in later],
-        "advantages": [
-            advantage - BETA * (rest + own) for rest, own in zip(later, delta, strict=True)
-        ],
-        "step_ends": [
-            "\n" in token or place == len(tokens) - 1 for place, token in enumerate(tokens)
-        ],
+        "process_rewards": [reward - BETA * later for later in rest[1:]],
+        "advantages": [advantage - BETA * own_and_later for own_and_later in rest[:-1]],
+        "step_ends": ["\n" in token for token in tokens[:-1]] + [True],
     }

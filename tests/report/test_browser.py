@@ -54,6 +54,7 @@ def test_header_curves_and_the_choice_of_an_epoch(report: Path, open_page: Any) 
     assert chosen_epoch(page) == str(STORED[-1])
     # Hovering reads a curve, and a click picks the nearest epoch.
     curve = page.locator("#panels figure").first
+    curve.scroll_into_view_if_needed()
     box = curve.locator("svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.42, box["y"] + 60)
     assert curve.locator(".readout").text_content().startswith("step 1")

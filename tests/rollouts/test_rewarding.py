@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
+from letter_votes import LetterVotes
 from prl_lightning.rewards import RewardLimits, RewardSum
 from prl_lightning.rollouts.rewarding import Rewarder
 from prl_lightning.types import Completion, Prompt, Rollout
 from tiny_runs import fit, metrics_of, tiny_overrides
+from trainer_runs import TRAIN_ALONE
 
-HALF_OF_THEM = "--rollout.rewards=[sample_rewards.even_digits, sample_rewards.raises_on_odd]"
+REWARDS = "--rollout.rewards=[sample_rewards.even_digits, sample_rewards.raises_on_odd]"
 
 
 def failures(run: Path) -> list[dict[str, str]]:
@@ -26,41 +27,27 @@ def failures(run: Path) -> list[dict[str, str]]:
 def test_failures_are_counted_and_their_prompts_kept(
     tied_model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = tiny_overrides(tied_model, tmp_path)
+    limits = "--rollout.limits={max_failures: 1.0, failure_value: 0.125}"
     with pytest.warns(UserWarning, match=r"limits\.failure_value=0\.125"):
-        fit(*overrides, HALF_OF_THEM, "--rollout.limits={max_failures: 1.0, failure_value: 0.125}")
+        fit(*tiny_overrides(tied_model, tmp_path), *TRAIN_ALONE, REWARDS, limits)
     metrics = metrics_of(tmp_path)
     odd = [16 * (1 - even) for even in metrics["rollout/reward/even_digits"]]
     assert metrics["rollout/reward_failures/raises_on_odd"] == pytest.approx(odd)
     assert sum(odd) > 0
-    # Where it does not raise, it is worth 2.
+    # Without a failure the reward is 2.
     expected = [(2 * (16 - n) + 0.125 * n) / 16 for n in odd]
     assert metrics["rollout/reward/raises_on_odd"] == pytest.approx(expected)
     rows = failures(tmp_path / "run")
     assert {(row["function"], row["kind"]) for row in rows} == {("raises_on_odd", "ValueError")}
     assert all(sum(map(str.isdigit, row["completion"])) % 2 and row["prompt"] for row in rows)
-    # The traceback once, whatever the number.
+    # One traceback for all failures of a kind.
     assert capfd.readouterr().err.count("Traceback (most recent call last)") == 1
 
 
 def test_too_many_failures_stop_the_run(tied_model: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"limits\.max_failures=0"):
-        fit(*tiny_overrides(tied_model, tmp_path), HALF_OF_THEM, "--rollout.limits.max_failures=0")
+        fit(*tiny_overrides(tied_model, tmp_path), REWARDS, "--rollout.limits.max_failures=0")
     assert failures(tmp_path / "run")
-
-
-class Votes:
-    """Answers are letters; "bad" gets no reward, and groups with "tie" are not compared."""
-
-    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
-        if "bad" in completions:
-            raise KeyError("bad")
-        return [1.0 for _ in completions]
-
-    def answers(self, completions: list[str]) -> list[int]:
-        if len(completions) > 1 and {"bad", "tie"} & set(completions):
-            raise LookupError("no comparison")
-        return [ord(text[0]) if text else -1 for text in completions]
 
 
 def test_unrewarded_completions_vote_alone_and_failed_comparisons_are_written(
@@ -71,7 +58,7 @@ def test_unrewarded_completions_vote_alone_and_failed_comparisons_are_written(
     rollouts = [
         Rollout(Prompt([1], "?"), Completion([2], [0.0], finished=True), text) for text in texts
     ]
-    rewards = RewardSum([Votes()], limits=RewardLimits(workers=1, seconds=60.0))
+    rewards = RewardSum([LetterVotes()], limits=RewardLimits(workers=1, seconds=60.0))
     rewarder = Rewarder(rewards, trainer)
     with (
         pytest.warns(UserWarning, match="1 of 8 completions"),
@@ -82,5 +69,8 @@ def test_unrewarded_completions_vote_alone_and_failed_comparisons_are_written(
     a = ord("a")
     assert [rollout.answer for rollout in rollouts] == [a, a + 1, a, -1, 0, -1, 1, 2]
     rows = [(row["function"], row["kind"], row["completion"]) for row in failures(tmp_path / "run")]
-    assert rows == [("Votes", "KeyError", "bad"), ("Votes.answers", "LookupError", "tie")]
+    assert rows == [
+        ("LetterVotes", "KeyError", "bad"),
+        ("LetterVotes.answers", "LookupError", "tie"),
+    ]
     assert capfd.readouterr().err.count("Traceback (most recent call last)") == 2

@@ -1,4 +1,4 @@
-"""As fit_all, but goes on when a run stops: each rank writes how its runs ended."""
+"""Like fit_all, but continue after a run that stops; each rank writes how its runs ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fit a tiny model through a Trainer, without the command line, and record what it trains on."""
+"""Fit a tiny model through a Trainer, and record what it trains on."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ from prl_lightning.sampling import HFSampler
 from prl_lightning.types import RolloutBatch
 from sample_rewards import even_digits
 from tiny_runs import write_prompts
+
+# Options of the command line: no evaluation, no stored completions.
+TRAIN_ALONE = (
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.limit_val_batches=0",
+    "--completions.every_n_epochs=0",
+)
 
 
 class Watch(Callback):
@@ -62,7 +69,7 @@ def train(
     trainer: dict[str, Any] | None = None,
     **data: Any,
 ) -> tuple[PRLModule, Watch]:
-    """Four prompts per epoch with four completions each."""
+    """Fit with four prompts per epoch and four completions per prompt."""
     module = PRLModule(
         model,
         objective or Objective(beta=0.1),
