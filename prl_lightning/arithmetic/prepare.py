@@ -75,15 +75,7 @@ class ArithmeticTask:
                 "empty this one."
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        problems = draw_problems(self.min_operations, self.max_operations, self.seed, self.modulus)
-        heldout = list(islice(problems, self.heldout_problems))
-        train = list(islice(problems, self.train_problems))
-        if len(train) < self.train_problems:
-            raise ValueError(
-                f"heldout_problems={self.heldout_problems} + train_problems={self.train_problems} "
-                f"is more than the {len(heldout) + len(train)} problems of {self.min_operations} "
-                f"to {self.max_operations} operations. Lower one, or raise max_operations."
-            )
+        train, heldout = self._draw()
         tokenizer = make_tokenizer()
         model = train_base_model(
             train, tokenizer, self.error_rate, self.hidden_size, self.layers, self.base_steps,
@@ -100,6 +92,19 @@ class ArithmeticTask:
             if folder.exists():
                 folder.rename(Path(temporary) / "replaced")
             made.rename(folder)
+
+    def _draw(self) -> tuple[list[Problem], list[Problem]]:
+        """Return distinct problems for training and for evaluation."""
+        problems = draw_problems(self.min_operations, self.max_operations, self.seed, self.modulus)
+        heldout = list(islice(problems, self.heldout_problems))
+        train = list(islice(problems, self.train_problems))
+        if len(train) < self.train_problems:
+            raise ValueError(
+                f"heldout_problems={self.heldout_problems} + train_problems={self.train_problems} "
+                f"is more than the {len(heldout) + len(train)} problems of {self.min_operations} "
+                f"to {self.max_operations} operations. Lower one, or raise max_operations."
+            )
+        return train, heldout
 
     def _settings(self) -> dict[str, object]:
         settings = {name: value for name, value in asdict(self).items() if name != "folder"}

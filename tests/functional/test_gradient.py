@@ -2,14 +2,14 @@
 
 A tabular autoregressive policy over three tokens, one of them EOS, of at most four tokens: 31
 completions of length 1 to 4. Q(θ) = ℓ(E r) - β E Σ_t f(u_t) is computed from all of them and
-differentiated by autograd; the surrogate is the public API and knows nothing of Q.
+differentiated by autograd; the surrogate is the public API, which does not use Q.
 
 `pytest -s` prints the relative errors.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -19,7 +19,7 @@ from torch import Tensor
 from prl_lightning.functional import (
     Divergence,
     Totals,
-    kl_in_reward_step_advantages,
+    kl_in_reward_step,
     kl_in_reward_trajectory,
     kl_loss,
     outcome_advantages,
@@ -77,33 +77,40 @@ class World:
     def probabilities(self) -> Tensor:
         return self.logprobs(self.table).sum(-1).exp()
 
-    def objective(self, f: Callable[[Tensor], Tensor], utility: str, beta: float = BETA) -> Tensor:
-        regulariser = torch.where(self.mask, f((-self.log_ratios).exp()), 0.0).sum(-1)
+    def regulariser(self, divergence: str) -> Tensor:
+        """E Σ_t f(u_t)."""
+        f = GENERATORS[divergence]
+        costs = torch.where(self.mask, f((-self.log_ratios).exp()), 0.0).sum(-1)
+        return (self.probabilities * costs).sum()
+
+    def objective(self, divergence: str, utility: str) -> Tensor:
         expected_reward = (self.probabilities * self.rewards).sum()
-        return UTILITIES[utility](expected_reward) - beta * (self.probabilities * regulariser).sum()
+        return UTILITIES[utility](expected_reward) - BETA * self.regulariser(divergence)
+
+    def in_group(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rewards, log-ratios and mask of some rows."""
+        return self.rewards[rows], self.log_ratios[rows], self.mask[rows]
 
     def gradient(self, value: Tensor) -> Tensor:
         return torch.autograd.grad(value, self.table)[0]
 
-    def regulariser_gradient(self, divergence: str) -> Tensor:
-        """∇ E Σ_t f(u_t), alone."""
-        f = GENERATORS[divergence]
-        return self.gradient(
-            self.objective(f, "linear", beta=0.0) - self.objective(f, "linear", beta=1.0)
-        )
+    def surrogate_gradient(self, advantages: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Minus the expected gradient of the loss: each completion weighted by its probability.
 
-    def surrogate_gradient(self, advantages: Tensor) -> Tensor:
-        """Minus the expected gradient of the loss: completions weighted by their probability."""
-        policy = self.logprobs(self.table)
-        weights = self.probabilities.detach()[:, None].expand(self.mask.shape)
+        With `rows`, a group of completions in proportion to their probability, without weights.
+        """
+        policy, mask = self.logprobs(self.table), self.mask
+        weights: Tensor | None = self.probabilities.detach()[:, None].expand(mask.shape)
+        if rows is not None:
+            policy, mask, weights = policy[rows], mask[rows], None
         loss, stats = policy_loss(
             policy,
             policy.detach(),
             advantages,
-            self.mask,
+            mask,
             aggregation="constant",
             token_weights=weights,
-            totals=Totals(num_sequences=1, max_length=1),
+            totals=Totals(num_sequences=1 if rows is None else len(rows), max_length=1),
         )
         assert stats["ratio_max"] == 1  # on-policy
         return -self.gradient(loss)
@@ -150,19 +157,22 @@ def rational_table() -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).log()
 
 
+@pytest.fixture(autouse=True)
+def _print_the_test(request: pytest.FixtureRequest) -> None:
+    print(f"\n{request.node.name:<80}", end="")
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
-    return ((got - want).norm() / want.norm()).item()
+    error = ((got - want).norm() / want.norm()).item()
+    print(f"{error:9.1e}", end="")
+    return error
 
 
-@pytest.fixture(scope="module")
-def report() -> Iterator[Callable[[str, str, float], None]]:
-    rows: list[str] = []
-    yield lambda what, of, error: rows.append(f"{what:<24}{of:<32}{error:9.1e}")
-    print(f"\n\n{'weights of the tokens':<24}{'against the gradient of':<32}{'rel. error':>9}")
-    print("\n".join(rows))
-
-
-Report = Callable[[str, str, float], None]
+def surrogate_error(
+    world: World, advantages: Tensor, divergence: str, utility: str, rows: Tensor | None = None
+) -> float:
+    want = world.gradient(world.objective(divergence, utility))
+    return relative_error(world.surrogate_gradient(advantages, rows), want)
 
 
 def test_world_is_complete() -> None:
@@ -175,7 +185,7 @@ def test_world_is_complete() -> None:
 
 @pytest.mark.parametrize("divergence", GENERATORS)
 @pytest.mark.parametrize("outcome", ["linear, reward", "linear, mean", "arcsin, mean/std"])
-def test_gradient_is_the_papers(divergence: str, outcome: str, report: Report) -> None:
+def test_gradient_is_the_papers(divergence: str, outcome: str) -> None:
     utility = outcome.split(",")[0]
     world = make_world("binary" if utility == "arcsin" else "real")
     mean = (world.probabilities * world.rewards).sum().detach()
@@ -188,37 +198,25 @@ def test_gradient_is_the_papers(divergence: str, outcome: str, report: Report) -
     weights = prl_advantages(
         advantages, world.log_ratios, world.mask, BETA, CUSTOM.get(divergence, divergence)
     )
-    want = world.gradient(world.objective(GENERATORS[divergence], utility))
-    error = relative_error(world.surrogate_gradient(weights), want)
-    report("PRL, " + outcome, divergence, error)
-    assert error < 1e-9
+    assert surrogate_error(world, weights, divergence, utility) < 1e-9
 
 
 @pytest.mark.parametrize("divergence", GENERATORS)
 @pytest.mark.parametrize(
-    ("kind", "utility", "rewards"),
-    [
-        ("grpo", "arcsin", "binary"),
-        ("dr_grpo", "linear", "real"),
-        ("reward", "linear", "real"),
-    ],
+    ("kind", "utility"), [("grpo", "arcsin"), ("dr_grpo", "linear"), ("reward", "linear")]
 )
 def test_gradient_of_one_group_that_realises_the_policy(
-    divergence: str, kind: str, utility: str, rewards: str, report: Report
+    divergence: str, kind: str, utility: str
 ) -> None:
     """256 samples in exact proportion, through the public functions alone: no weights, no limit."""
-    world, rows = world_as_a_group(rewards)
+    world, rows = world_as_a_group("binary" if utility == "arcsin" else "real")
     advantages = prl_advantages(
         outcome_advantages(world.rewards[rows], group_size=256, kind=kind),
-        world.log_ratios[rows],
-        world.mask[rows],
+        *world.in_group(rows)[1:],
         BETA,
         CUSTOM.get(divergence, divergence),
     )
-    want = world.gradient(world.objective(GENERATORS[divergence], utility))
-    error = relative_error(group_gradient(world, rows, advantages), want)
-    report(f"PRL, group, {kind}", f"{divergence}, {utility}", error)
-    assert error < 1e-9
+    assert surrogate_error(world, advantages, divergence, utility, rows) < 1e-9
 
 
 def world_as_a_group(rewards: str) -> tuple[World, Tensor]:
@@ -226,19 +224,6 @@ def world_as_a_group(rewards: str) -> tuple[World, Tensor]:
     counts = world.probabilities.detach() * 256
     assert torch.allclose(counts, counts.round(), rtol=0, atol=1e-9)
     return world, torch.arange(len(counts)).repeat_interleave(counts.round().long())
-
-
-def group_gradient(world: World, rows: Tensor, advantages: Tensor) -> Tensor:
-    policy = world.logprobs(world.table)[rows]
-    loss, _ = policy_loss(
-        policy,
-        policy.detach(),
-        advantages,
-        world.mask[rows],
-        aggregation="constant",
-        totals=Totals(num_sequences=256, max_length=1),
-    )
-    return -world.gradient(loss)
 
 
 def test_grpo_is_the_arcsin_advantage() -> None:
@@ -256,60 +241,46 @@ def test_trajectory_kl_in_reward_has_the_gradient_when_linear() -> None:
     world = make_world("real")
     shaped = kl_in_reward_trajectory(world.rewards, world.log_ratios, world.mask, BETA)
     advantages = outcome_advantages(shaped, group_size=1, kind="reward")
-    want = world.gradient(world.objective(GENERATORS["reverse_kl"], "linear"))
-    assert relative_error(world.surrogate_gradient(advantages), want) < 1e-9
+    assert surrogate_error(world, advantages, "reverse_kl", "linear") < 1e-9
 
 
 def test_step_kl_in_reward_has_the_gradient_when_linear() -> None:
     """A mean over the completions that reach t does not depend on a_t: a baseline."""
     world, rows = world_as_a_group("real")
-    advantages = kl_in_reward_step_advantages(
-        world.rewards[rows], world.log_ratios[rows], world.mask[rows], BETA, 256, "dr_grpo"
-    )
-    want = world.gradient(world.objective(GENERATORS["reverse_kl"], "linear"))
-    assert relative_error(group_gradient(world, rows, advantages), want) < 1e-9
+    shaped = kl_in_reward_step(*world.in_group(rows), BETA)
+    advantages = outcome_advantages(shaped, 256, "dr_grpo", world.mask[rows])
+    assert surrogate_error(world, advantages, "reverse_kl", "linear", rows) < 1e-9
 
 
-def test_kl_in_reward_is_not_the_arcsin_gradient(report: Report) -> None:
+def test_kl_in_reward_is_not_the_arcsin_gradient() -> None:
     """Group statistics of the shaped reward change the objective: PRL decouples them."""
     world, rows = world_as_a_group("binary")
-    args = (world.rewards[rows], world.log_ratios[rows], world.mask[rows], BETA)
-    want = world.gradient(world.objective(GENERATORS["reverse_kl"], "arcsin"))
-    for name, advantages in {
-        "trajectory": outcome_advantages(kl_in_reward_trajectory(*args), 256, "grpo"),
-        "step": kl_in_reward_step_advantages(*args, 256, "grpo"),
-    }.items():
-        error = relative_error(group_gradient(world, rows, advantages), want)
-        report(f"KL-reward, {name}", "reverse_kl, arcsin", error)
-        assert error > 1e-2
+    args, mask = (*world.in_group(rows), BETA), world.mask[rows]
+    for advantages in (
+        outcome_advantages(kl_in_reward_trajectory(*args), 256, "grpo"),
+        outcome_advantages(kl_in_reward_step(*args), 256, "grpo", mask),
+    ):
+        assert surrogate_error(world, advantages, "reverse_kl", "arcsin", rows) > 1e-2
 
 
 def kl_loss_gradient(world: World, estimator: str) -> Tensor:
     """The expected gradient of the KL loss, completion by completion."""
     policy, ref = world.logprobs(world.table), world.logprobs(world.ref_table)
+    totals = Totals(num_sequences=1, max_length=1)
     losses = [
-        kl_loss(
-            policy[i, None],
-            ref[i, None],
-            world.mask[i, None],
-            estimator,
-            aggregation="constant",
-            totals=Totals(num_sequences=1, max_length=1),
-        )
-        for i in range(len(policy))
+        kl_loss(*rows, estimator, aggregation="constant", totals=totals)
+        for rows in zip(*(x[:, None] for x in (policy, ref, world.mask)), strict=True)
     ]
     return world.gradient((world.probabilities.detach() * torch.stack(losses)).sum())
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3+"])
 @pytest.mark.parametrize("divergence", ["reverse_kl", "reverse_k3", "forward_kl", "forward_k3"])
-def test_kl_loss_is_not_the_gradient(estimator: str, divergence: str, report: Report) -> None:
+def test_kl_loss_is_not_the_gradient(estimator: str, divergence: str) -> None:
     world = make_world("real")
     # The regulariser alone, so that a large outcome gradient cannot hide the difference.
-    want = world.regulariser_gradient(divergence)
-    error = relative_error(kl_loss_gradient(world, estimator), want)
-    report(f"KL-loss, {estimator}", f"E sum f, {divergence}", error)
-    assert error > 1e-2
+    want = world.gradient(world.regulariser(divergence))
+    assert relative_error(kl_loss_gradient(world, estimator), want) > 1e-2
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3+"])
@@ -318,7 +289,7 @@ def test_kl_loss_lacks_exactly_the_future(estimator: str) -> None:
     world = make_world("real")
     log_ratios = world.log_ratios.detach()
     future = process_term(log_ratios, world.mask) - log_ratios
-    want = world.regulariser_gradient("reverse_kl")
+    want = world.gradient(world.regulariser("reverse_kl"))
     got = kl_loss_gradient(world, estimator) + world.surrogate_gradient(future)
     assert relative_error(got, want) < 1e-9
 
@@ -330,5 +301,5 @@ def test_kl_loss_k1_has_no_gradient() -> None:
 def test_kl_loss_k2_is_the_gradient_of_single_tokens() -> None:
     """The control: without a future there is nothing to lack, and the same code agrees."""
     world = make_world("real", max_length=1)
-    want = world.regulariser_gradient("reverse_kl")
+    want = world.gradient(world.regulariser("reverse_kl"))
     assert relative_error(kl_loss_gradient(world, "k2"), want) < 1e-9
