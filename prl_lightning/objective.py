@@ -10,7 +10,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from torch import Tensor
 
 from prl_lightning.functional import (
-    Totals,
+    Aggregation,
     importance_weights,
     kl_in_reward_step,
     kl_in_reward_trajectory,
@@ -33,7 +33,7 @@ K3 = ("reverse_k3", "forward_k3")
 
 @dataclass(frozen=True)
 class Objective:
-    """What is maximised. The methods of PRL v1 and v2 are combinations of its values.
+    """The training objective. The methods of PRL v1 and v2 are combinations of its values.
 
     Attributes:
         outcome: outcome advantage: "grpo" (mean and standard deviation of the group), "dr_grpo"
@@ -124,8 +124,8 @@ class Objective:
                 f"outcome='raft' with kl={self.kl!r}: the KL in the reward alone can make it "
                 "positive. Change outcome or kl."
             )
-        per_token = self.kl == "process" and self.steps == "token"
-        if self.baseline and not (per_token and self.divergence in K3):
+        token_form = self.kl == "process" and self.steps == "token"
+        if self.baseline and not (token_form and self.divergence in K3):
             yield (
                 f"baseline=True needs kl='process', steps='token' and a divergence of {K3}; got "
                 f"kl={self.kl!r}, steps={self.steps!r}, divergence={self.divergence!r}."
@@ -227,7 +227,9 @@ class Objective:
         weights = None
         if self.importance_cap is not None:
             weights = importance_weights(old_logprobs, batch.rollout_logprobs, self.importance_cap)
-        totals = Totals(batch.update_tokens, batch.update_sequences, self.max_length)
+        aggregation = Aggregation(
+            self.aggregation, batch.update_tokens, batch.update_sequences, self.max_length
+        )
         loss, stats = policy_loss(
             policy_logprobs,
             old_logprobs,
@@ -236,17 +238,11 @@ class Objective:
             self.clip_low,
             self.clip_high,
             surrogate=self.surrogate,
-            aggregation=self.aggregation,
-            totals=totals,
+            aggregation=aggregation,
             token_weights=weights,
         )
         if ref_logprobs is not None and self.kl == "loss":
             loss = loss + self.beta * kl_loss(
-                policy_logprobs,
-                ref_logprobs,
-                mask,
-                self.kl_estimator,
-                aggregation=self.aggregation,
-                totals=totals,
+                policy_logprobs, ref_logprobs, mask, self.kl_estimator, aggregation
             )
         return loss, stats | tokens

@@ -6,7 +6,7 @@ from prl_lightning.functional.advantages import (
     outcome_advantages,
     register_advantage,
 )
-from prl_lightning.functional.aggregation import Totals, aggregate
+from prl_lightning.functional.aggregation import Aggregation, aggregate
 from prl_lightning.functional.bootstrap import bootstrap_interval
 from prl_lightning.functional.divergences import Divergence, get_divergence, register_divergence
 from prl_lightning.functional.kl import kl_estimate, kl_loss
@@ -25,8 +25,8 @@ from prl_lightning.functional.steps import delimiter_steps, fixed_length_steps
 
 __all__ = [
     "MAX_LOG_RATIO",
+    "Aggregation",
     "Divergence",
-    "Totals",
     "aggregate",
     "bootstrap_interval",
     "delimiter_steps",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from prl_lightning.functional.aggregation import OF_THIS_BATCH, Totals, aggregate
+from prl_lightning.functional.aggregation import TOKEN_MEAN, Aggregation, aggregate
 from prl_lightning.functional.masks import (
     MAX_LOG_RATIO,
     at_least_float32,
@@ -73,9 +73,7 @@ def kl_loss(
     ref_logprobs: Tensor,
     completion_mask: Tensor,
     estimator: str = "k3",
-    *,
-    aggregation: str = "token_mean",
-    totals: Totals = OF_THIS_BATCH,
+    aggregation: Aggregation = TOKEN_MEAN,
 ) -> Tensor:
     """Aggregate `kl_estimate`: the 'KL-loss' that PRL v2 (arXiv 2601.10201) compares with.
 
@@ -87,8 +85,7 @@ def kl_loss(
         ref_logprobs: log π_ref, (B, T); detached here.
         completion_mask: (B, T), true on completion tokens; nothing is read outside it.
         estimator: see `kl_estimate`.
-        aggregation: a kind of `aggregate`.
-        totals: of the update; by default of this batch alone.
+        aggregation: by default the token mean of this batch alone.
 
     Returns:
         A scalar.
@@ -107,4 +104,4 @@ def kl_loss(
         keep_tokens(ref_logprobs, completion_mask, "ref_logprobs"),
         estimator,
     )
-    return aggregate(estimates, completion_mask, aggregation, totals)
+    return aggregate(estimates, completion_mask, aggregation)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prl_lightning.functional.aggregation import OF_THIS_BATCH, Totals, aggregate
+from prl_lightning.functional.aggregation import TOKEN_MEAN, Aggregation, aggregate
 from prl_lightning.functional.masks import (
     MAX_LOG_RATIO,
     at_least_float32,
@@ -28,8 +28,7 @@ def policy_loss(
     clip_high: float = 0.2,
     *,
     surrogate: str = "clip",
-    aggregation: str = "token_mean",
-    totals: Totals = OF_THIS_BATCH,
+    aggregation: Aggregation = TOKEN_MEAN,
     token_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Aggregate a loss per token of the importance ratio ρ = π/π_old and the advantage A.
@@ -51,8 +50,7 @@ def policy_loss(
         clip_low: ε_low.
         clip_high: ε_high.
         surrogate: a name of the table, or a registered one.
-        aggregation: a kind of `aggregate`.
-        totals: of the update; by default of this batch alone.
+        aggregation: by default the token mean of this batch alone.
         token_weights: (B, T), multiplies each token's loss; see `importance_weights`.
 
     Returns:
@@ -77,7 +75,7 @@ def policy_loss(
     losses, is_clipped = LOSSES[surrogate](ratio, weight, clip_low, clip_high)
     if token_weights is not None:
         losses = losses * keep_tokens(token_weights.detach(), completion_mask, "token_weights")
-    loss = aggregate(losses, completion_mask, aggregation, totals)
+    loss = aggregate(losses, completion_mask, aggregation)
     return loss, _ratio_stats(ratio.detach(), is_clipped.detach(), completion_mask.bool())
 
 

@@ -71,8 +71,6 @@ def delimiter_steps(
             f"completion_ids has token {completion_ids[strange][0].item()}, but is_delimiter has "
             f"{len(is_delimiter)} entries: pass one per row of the model's embedding."
         )
-    if mask.numel() == 0 or len(is_delimiter) == 0:
-        return mask
     ids = torch.where(mask, completion_ids, torch.zeros_like(completion_ids))
     return mask & is_delimiter.bool()[ids] | last_tokens(mask)
 

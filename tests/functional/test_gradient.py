@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from prl_lightning.functional import (
+    Aggregation,
     Divergence,
-    Totals,
     kl_in_reward_step,
     kl_in_reward_trajectory,
     kl_loss,
@@ -30,7 +30,7 @@ from prl_lightning.functional import (
 )
 
 VOCABULARY, EOS, GROUP, BETA = 3, 0, 256, 0.3
-SUM = {"aggregation": "constant", "totals": Totals(num_sequences=GROUP, max_length=1)}
+SUM = Aggregation("constant", num_sequences=GROUP, max_length=1)
 
 GENERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse_kl": lambda u: -u.log(),
@@ -102,13 +102,17 @@ class World:
     def surrogate_gradient(self, advantages: Tensor) -> Tensor:
         """Minus the gradient of the loss of the group."""
         policy = self.group(self.logprobs(self.table))
-        loss, stats = policy_loss(policy, policy.detach(), advantages, self.group(self.mask), **SUM)
+        loss, stats = policy_loss(
+            policy, policy.detach(), advantages, self.group(self.mask), aggregation=SUM
+        )
         assert stats["ratio_max"] == 1  # on-policy
         return -self.gradient(loss)
 
     def kl_loss_gradient(self, estimator: str) -> Tensor:
         policy, ref = (self.group(self.logprobs(table)) for table in (self.table, self.ref_table))
-        return self.gradient(kl_loss(policy, ref, self.group(self.mask), estimator, **SUM))
+        return self.gradient(
+            kl_loss(policy, ref, self.group(self.mask), estimator, aggregation=SUM)
+        )
 
 
 def completions(max_length: int) -> list[tuple[int, ...]]:

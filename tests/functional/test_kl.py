@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prl_lightning.functional import Totals, kl_estimate, kl_loss
+from prl_lightning.functional import Aggregation, kl_estimate, kl_loss
 
 from .batches import AGGREGATIONS, Batch, batches, quick, slow_aggregate, value_and_slope
 
@@ -78,7 +78,7 @@ def test_kl_estimates_are_unbiased(estimator: str) -> None:
 def test_kl_loss_is_a_loop(estimator: str, kind: str, batch: Batch) -> None:
     policy, ref = batch.noise(1), batch.noise(2)
     values = batch.by_loop(lambda i, t, _: VALUES[estimator]((policy[i, t] - ref[i, t]).item()))
-    got = kl_loss(policy, ref, batch.mask, estimator, aggregation=kind, totals=Totals(max_length=9))
+    got = kl_loss(policy, ref, batch.mask, estimator, Aggregation(kind, max_length=9))
     want = slow_aggregate(values, batch, kind, 9)
     assert got.item() == pytest.approx(want, rel=1e-9, abs=1e-12)
 

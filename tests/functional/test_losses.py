@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prl_lightning.functional import Totals, importance_weights, kl_loss, policy_loss
+from prl_lightning.functional import Aggregation, importance_weights, kl_loss, policy_loss
 
 from .batches import (
     AGGREGATIONS,
@@ -55,10 +55,11 @@ def test_padding_and_row_order_change_nothing(kind: str, batch: Batch, pad: int)
     def other(values: Tensor, fill: float) -> Tensor:
         return torch.nn.functional.pad(values[order], (pad, 2 * pad), value=fill)
 
-    tensors, totals = [batch.noise(salt) for salt in range(3)], Totals(max_length=16)
-    want, stats = policy_loss(*tensors, batch.mask, aggregation=kind, totals=totals)
+    tensors = [batch.noise(salt) for salt in range(3)]
+    aggregation = Aggregation(kind, max_length=16)
+    want, stats = policy_loss(*tensors, batch.mask, aggregation=aggregation)
     padded, mask = [other(values, math.nan) for values in tensors], other(batch.mask.int(), 0)
-    got, other_stats = policy_loss(*padded, mask, aggregation=kind, totals=totals)
+    got, other_stats = policy_loss(*padded, mask, aggregation=aggregation)
     assert_close(got, want)
     for name, value in stats.items():
         assert_close(other_stats[name], value)
@@ -124,10 +125,8 @@ def test_extreme_ratios_stay_finite(dtype: torch.dtype, log_ratio: float, advant
 @pytest.mark.parametrize("kind", AGGREGATIONS)
 def test_no_tokens_give_a_zero_loss_with_a_zero_gradient(kind: str) -> None:
     policy = torch.full((2, 3), math.nan, requires_grad=True)
-    totals = Totals(max_length=8)
-    loss, _ = policy_loss(
-        policy, policy, policy, torch.zeros(2, 3), aggregation=kind, totals=totals
-    )
+    aggregation = Aggregation(kind, max_length=8)
+    loss, _ = policy_loss(policy, policy, policy, torch.zeros(2, 3), aggregation=aggregation)
     (grad,) = torch.autograd.grad(loss, policy)
     assert (loss.item(), grad.abs().sum().item()) == (0, 0)
 
