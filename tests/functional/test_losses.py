@@ -83,11 +83,11 @@ def test_clipping_by_hand(
 ) -> None:
     """ε_low 0.1, ε_high 0.3; the slope is ∂ loss/∂ log π = -ρ·A where not clipped."""
     policy = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    got, stats = policy_loss(
-        policy, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1), 0.1, 0.3
-    )
+    mask, padded = torch.tensor([[1, 0]]), torch.nn.functional.pad(policy, (0, 1))
+    got, stats = policy_loss(padded, torch.zeros(1, 2), torch.tensor([advantage]), mask, 0.1, 0.3)
     assert value_and_slope(got, policy) == pytest.approx((loss, slope))
-    assert stats["clip_fraction"].item() == is_clipped
+    found = [stats[name].item() for name in ("clip_fraction", "ratio_mean", "ratio_max")]
+    assert found == pytest.approx([is_clipped, ratio, ratio])
 
 
 def test_on_policy_gradient_is_the_advantage() -> None:
