@@ -1,17 +1,18 @@
-"""What is maximised: the outcome advantage, the place of the KL, and the loss, as one choice."""
+"""Objective: the outcome advantage, the place of the KL, and the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 from prl_lightning.functional import (
-    Totals,
+    Aggregation,
     importance_weights,
-    kl_in_reward_step_advantages,
+    kl_in_reward_step,
     kl_in_reward_trajectory,
     kl_loss,
     outcome_advantages,
@@ -19,6 +20,9 @@ from prl_lightning.functional import (
     prl_advantages,
     process_baseline,
 )
+from prl_lightning.functional.advantages import ADVANTAGES
+from prl_lightning.functional.divergences import DIVERGENCES
+from prl_lightning.functional.losses import LOSSES
 from prl_lightning.functional.process import per_token
 from prl_lightning.models.step_splitter import Steps
 from prl_lightning.types import RolloutBatch
@@ -29,34 +33,36 @@ K3 = ("reverse_k3", "forward_k3")
 
 @dataclass(frozen=True)
 class Objective:
-    """The methods of the papers as values (METHOD table of PRL v1 and v2).
+    """The training objective. The methods of PRL v1 and v2 are combinations of its values.
 
     Attributes:
         outcome: outcome advantage: "grpo" (mean and standard deviation of the group), "dr_grpo"
-            (mean), "rloo" (leave one out), "reward" (the reward itself), "raft" (positives only).
-        kl: where the KL to the reference goes: "process" (PRL and FRPO: the process term beside
-            the outcome advantage, v2 Eq. 5.1), "loss" (an estimate added to the loss),
-            "reward_trajectory" or "reward_step" (inside the reward, before the group statistics),
+            (mean), "rloo" (leave one out), "reward" (the reward itself), "raft" (positives only),
+            or a name of `register_advantage`.
+        kl: where the KL to the reference goes: "process" (PRL and FRPO: the process term is added
+            to the outcome advantage, v2 Eq. 5.1), "loss" (an estimate is added to the loss),
+            "reward_trajectory" or "reward_step" (into the reward, before the group statistics),
             "none".
         beta: weight of the KL, 1/eta of v1.
         divergence: generator of the process term: "reverse_kl", "reverse_k3", "forward_kl",
-            "forward_k3" or a registered one.
-        baseline: subtract the expected process term of the tokens that follow (v2, for the token
-            form of the k3 divergences; the paper sees no gain).
+            "forward_k3", or a name of `register_divergence`.
+        baseline: subtract the expected process term of the later tokens (v2, for the token form of
+            the k3 divergences; the paper sees no gain).
         kl_estimator: of kl="loss": "k1", "k2", "k3" or "k3+".
         steps: "token" (v2), a number of tokens, "newline" or "blank_line" (v1).
         log_ratio: policy of the process term: at this update ("current") or at sampling time
-            ("rollout"); equal with one update a rollout and no ``rollout.overlap``.
+            ("rollout"); equal with one update per rollout and no ``rollout.overlap``.
         unbiased_std: divide by n - 1 in the group's standard deviation, as the authors' code does.
-        clip_low: the importance ratio is clipped below 1 - clip_low.
+        surrogate: loss of a token: "clip" (PPO, DAPO), or a name of `register_loss`.
+        clip_low: the importance ratio is clipped below 1 - clip_low,
         clip_high: and above 1 + clip_high.
         aggregation: "token_mean", "sequence_mean" or "constant".
-        max_length: tokens that "constant" divides by; needed for it alone.
+        max_length: tokens that "constant" divides by; only for "constant", which needs it.
         importance_cap: truncated importance weight between engine and trainer; None is off. Not
-            with ``rollout.overlap``, where the engine's is the policy that the ratio starts from.
+            with ``rollout.overlap``, where the importance ratio starts from the engine's policy.
     """
 
-    outcome: Literal["grpo", "dr_grpo", "rloo", "reward", "raft"] = "grpo"
+    outcome: str = "grpo"
     kl: Literal["process", "loss", "reward_trajectory", "reward_step", "none"] = "process"
     beta: float = 0.01
     divergence: str = "reverse_kl"
@@ -65,6 +71,7 @@ class Objective:
     steps: Steps = "token"
     log_ratio: Literal["current", "rollout"] = "current"
     unbiased_std: bool = False
+    surrogate: str = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
@@ -72,68 +79,76 @@ class Objective:
     importance_cap: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values that are none, and settings that contradict each other."""
+        """Check each value and their combinations; `check_names` checks names of registries."""
         for name, hint in get_type_hints(type(self)).items():
             value, choices = getattr(self, name), get_args(hint)
             if get_origin(hint) is Literal and value not in choices:
                 raise ValueError(f"model.objective.{name}={value!r}: use one of {choices}.")
-        refused = [*self._out_of_range(), *self._contradictions()]
-        if refused:
-            raise ValueError("\n".join(f"model.objective.{line}" for line in refused))
+        errors = [*self._out_of_range(), *self._contradictions()]
+        if errors:
+            raise ValueError("\n".join(f"model.objective.{line}" for line in errors))
+
+    def check_names(self) -> None:
+        """Check the names that users can register, after their modules were imported.
+
+        Raises:
+            ValueError: ``divergence``, ``outcome`` or ``surrogate`` is not registered.
+        """
+        errors = [
+            DIVERGENCES.error(self.divergence, "model.objective.divergence"),
+            ADVANTAGES.error(self.outcome, "model.objective.outcome"),
+            LOSSES.error(self.surrogate, "model.objective.surrogate"),
+        ]
+        if any(errors):
+            raise ValueError("\n".join(filter(None, errors)))
 
     def _out_of_range(self) -> Iterator[str]:
-        if self.importance_cap is not None and self.importance_cap <= 0:
-            yield f"importance_cap={self.importance_cap}: must be above 0, or null."
-        if not 0 <= self.beta < float("inf"):
-            yield f"beta={self.beta}: must be 0 or a positive number."
-        for name, fits in (
-            ("clip_low", 0 <= self.clip_low <= 1),
-            ("clip_high", self.clip_high >= 0),
+        cap = self.importance_cap
+        for name, fits, wanted in (
+            ("beta", 0 <= self.beta < float("inf"), "must be 0 or a positive number"),
+            ("clip_low", 0 <= self.clip_low <= 1, "must be between 0 and 1"),
+            ("clip_high", self.clip_high >= 0, "must be 0 or a positive number"),
+            ("importance_cap", cap is None or cap > 0, "must be above 0, or null"),
         ):
             if not fits:
-                yield (
-                    f"{name}={getattr(self, name)}: the importance ratio is kept between "
-                    "1 - clip_low and 1 + clip_high; clip_low between 0 and 1, clip_high not "
-                    "below 0."
-                )
+                yield f"{name}={getattr(self, name)}: {wanted}."
 
     def _contradictions(self) -> Iterator[str]:
         if self.kl != "process" and self.steps != "token":
             yield (
-                f"steps={self.steps!r} has no effect with kl={self.kl!r}. Set kl to 'process', or "
+                f"steps={self.steps!r} has no effect with kl={self.kl!r}. Set kl='process', or "
                 "leave steps out."
             )
         if self.kl in KL_IN_REWARD and self.outcome == "raft":
             yield (
-                f"outcome='raft' asks whether a reward is above 0, which it can be by "
-                f"kl={self.kl!r} alone. Use another outcome, or another kl."
+                f"outcome='raft' with kl={self.kl!r}: the KL in the reward alone can make it "
+                "positive. Change outcome or kl."
             )
-        has_its_place = self.kl == "process" and self.steps == "token"
-        if self.baseline and not (has_its_place and self.divergence in K3):
+        token_form = self.kl == "process" and self.steps == "token"
+        if self.baseline and not (token_form and self.divergence in K3):
             yield (
-                f"baseline is that of kl='process', steps='token' and a divergence of {K3}, not of "
-                f"kl={self.kl!r}, steps={self.steps!r} and {self.divergence!r}. Set these, or "
-                "leave baseline out."
+                f"baseline=True needs kl='process', steps='token' and a divergence of {K3}; got "
+                f"kl={self.kl!r}, steps={self.steps!r}, divergence={self.divergence!r}."
             )
         if (self.aggregation == "constant") != (self.max_length is not None):
             yield (
-                "max_length goes with aggregation='constant', and only with it: "
-                f"aggregation={self.aggregation!r}, max_length={self.max_length}."
+                f"max_length={self.max_length} with aggregation={self.aggregation!r}: "
+                "aggregation='constant' needs a max_length, the others take none."
             )
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss depends on the reference at all."""
+        """Whether the loss depends on the reference."""
         return self.kl != "none" and self.beta > 0
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether the KL is part of what the groups compare."""
+        """Whether the KL is part of the rewards that a group compares."""
         return self.kl in KL_IN_REWARD and self.beta > 0
 
     @property
     def needs_log_ratios(self) -> bool:
-        """Whether the outcome advantages take the log-ratios at sampling time."""
+        """Whether the outcome advantages depend on the log-ratios at sampling time."""
         return self.kl_in_reward or (self.baseline and self.beta > 0)
 
     def outcome_advantages(
@@ -149,29 +164,34 @@ class Objective:
         Args:
             rewards: (B,), groups contiguous.
             group_size: G.
-            log_ratios: (B, T), read where ``needs_log_ratios``.
-            completion_mask: (B, T), likewise.
-            mean_kl: mean f(u) of a token of all rollouts, read for ``baseline``.
+            log_ratios: (B, T), at sampling time; required if ``needs_log_ratios``.
+            completion_mask: (B, T); required if ``needs_log_ratios``.
+            mean_kl: mean f(u) over the tokens of all rollouts; required if ``baseline``.
 
         Returns:
             (B,), or (B, T) for kl="reward_step" and with ``baseline``.
+
+        Raises:
+            ValueError: a required tensor is missing; see also ``functional.outcome_advantages``.
         """
-        kind, unbiased = self.outcome, self.unbiased_std
-        if not self.needs_log_ratios:
-            return outcome_advantages(rewards, group_size, kind, unbiased_std=unbiased)
-        if log_ratios is None or completion_mask is None:
-            raise ValueError("these advantages need log_ratios and completion_mask")
-        if self.baseline:
-            if mean_kl is None:
-                raise ValueError("the baseline needs mean_kl")
-            outcome = outcome_advantages(rewards, group_size, kind, unbiased_std=unbiased)
-            return outcome[:, None] + self.beta * process_baseline(completion_mask, mean_kl)
-        if self.kl == "reward_trajectory":
-            shaped = kl_in_reward_trajectory(rewards, log_ratios, completion_mask, self.beta)
-            return outcome_advantages(shaped, group_size, kind, unbiased_std=unbiased)
-        return kl_in_reward_step_advantages(
-            rewards, log_ratios, completion_mask, self.beta, group_size, kind, unbiased_std=unbiased
+        compare = partial(
+            outcome_advantages,
+            group_size=group_size,
+            kind=self.outcome,
+            unbiased_std=self.unbiased_std,
         )
+        if not self.needs_log_ratios:
+            return compare(rewards)
+        if log_ratios is None or completion_mask is None:
+            raise ValueError(f"kl={self.kl!r}: pass log_ratios and completion_mask.")
+        if self.kl == "reward_trajectory":
+            return compare(kl_in_reward_trajectory(rewards, log_ratios, completion_mask, self.beta))
+        if self.kl == "reward_step":
+            shaped = kl_in_reward_step(rewards, log_ratios, completion_mask, self.beta)
+            return compare(shaped, completion_mask=completion_mask)
+        if mean_kl is None:
+            raise ValueError("baseline=True: pass mean_kl.")
+        return compare(rewards)[:, None] + self.beta * process_baseline(completion_mask, mean_kl)
 
     def loss(
         self,
@@ -180,16 +200,16 @@ class Objective:
         batch: RolloutBatch,
         step_ends: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch, normalised so that an update's micro-batches add up.
+        """Compute the loss of a micro-batch; the losses of an update's micro-batches add up.
 
         Args:
             policy_logprobs: (B, T) with gradient.
             ref_logprobs: (B, T), or None without a reference.
             batch: the rollouts.
-            step_ends: (B, T) bool or None for the token form.
+            step_ends: bool (B, T), or None for the token form.
 
         Returns:
-            The loss, and per-token quantities (B, T) and scalars to be logged, all detached.
+            The loss, and values to log: (B, T) per token and scalars, all detached.
         """
         mask = batch.completion_mask
         on_policy = policy_logprobs.detach()
@@ -201,13 +221,15 @@ class Objective:
             advantages = prl_advantages(
                 outcome, at_policy - ref_logprobs, mask, self.beta, self.divergence, step_ends
             )
-            # beta * reg_t, in the unit of the outcome advantage that it is taken from.
+            # beta * reg_t, in the unit of the outcome advantage.
             tokens["process_term"] = outcome - advantages
         tokens["advantage"] = advantages
         weights = None
         if self.importance_cap is not None:
             weights = importance_weights(old_logprobs, batch.rollout_logprobs, self.importance_cap)
-        totals = Totals(batch.update_tokens, batch.update_sequences, self.max_length)
+        aggregation = Aggregation(
+            self.aggregation, batch.update_tokens, batch.update_sequences, self.max_length
+        )
         loss, stats = policy_loss(
             policy_logprobs,
             old_logprobs,
@@ -215,17 +237,12 @@ class Objective:
             mask,
             self.clip_low,
             self.clip_high,
-            aggregation=self.aggregation,
-            totals=totals,
+            surrogate=self.surrogate,
+            aggregation=aggregation,
             token_weights=weights,
         )
         if ref_logprobs is not None and self.kl == "loss":
             loss = loss + self.beta * kl_loss(
-                policy_logprobs,
-                ref_logprobs,
-                mask,
-                self.kl_estimator,
-                aggregation=self.aggregation,
-                totals=totals,
+                policy_logprobs, ref_logprobs, mask, self.kl_estimator, aggregation
             )
         return loss, stats | tokens

@@ -1,17 +1,15 @@
-"""A base model for the arithmetic problem, trained here on traces with slips."""
+"""A base model for the arithmetic problem, trained here on traces with errors."""
 
 from __future__ import annotations
 
 import random
 import sys
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from prl_lightning.arithmetic.problems import Problem
@@ -20,60 +18,37 @@ from prl_lightning.runs.progress import is_interactive
 IGNORED = -100
 
 
-class _Traces(IterableDataset[tuple[Tensor, Tensor]]):
-    """Endless batches of (input_ids, labels): problems with a fresh noisy trace each time."""
+def trace_batches(
+    problems: list[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    error_rate: float,
+    batch_size: int,
+    seed: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (input_ids, labels) forever: random problems, each with a new trace.
 
-    def __init__(
-        self,
-        problems: list[Problem],
-        tokenizer: PreTrainedTokenizerBase,
-        error_rate: float,
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        self.problems = problems
-        self.tokenizer = tokenizer
-        self.error_rate = error_rate
-        self.batch_size = batch_size
-        self.seed = seed
+    Args:
+        problems: to choose from.
+        tokenizer: one token per character.
+        error_rate: probability that a step of a trace is wrong.
+        batch_size: traces per batch.
+        seed: of the choice of problems and of the errors.
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        rng = random.Random(self.seed)
-        while True:
-            chosen = rng.choices(self.problems, k=self.batch_size)
-            rows = [
-                problem.prompt + problem.trace(self.error_rate, rng) + self.tokenizer.eos_token
-                for problem in chosen
-            ]
-            encoded = self.tokenizer(rows, padding=True, padding_side="right", return_tensors="pt")
-            labels = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, IGNORED)
-            for row, problem in enumerate(chosen):
-                labels[row, : len(problem.prompt)] = IGNORED
-            yield encoded["input_ids"], labels
-
-
-class _Pretraining(LightningModule):
-    def __init__(self, model: Qwen2ForCausalLM, learning_rate: float, steps: int) -> None:
-        super().__init__()
-        self.model = model
-        self.learning_rate = learning_rate
-        self.steps = steps
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        input_ids, labels = batch
-        loss: Tensor = self.model(input_ids=input_ids, labels=labels).loss
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.learning_rate, total_steps=self.steps, pct_start=0.05
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+    Yields:
+        (batch_size, S) token ids, and labels that ignore prompt and padding.
+    """
+    rng = random.Random(seed)
+    while True:
+        chosen = rng.choices(problems, k=batch_size)
+        rows = [
+            problem.prompt + problem.trace(error_rate, rng) + tokenizer.eos_token
+            for problem in chosen
+        ]
+        encoded = tokenizer(rows, padding=True, padding_side="right", return_tensors="pt")
+        labels = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, IGNORED)
+        for row, problem in enumerate(chosen):
+            labels[row, : len(problem.prompt)] = IGNORED
+        yield encoded["input_ids"], labels
 
 
 def train_base_model(
@@ -89,24 +64,23 @@ def train_base_model(
 ) -> Qwen2ForCausalLM:
     """Train a small Qwen2 on traces whose steps are wrong with probability ``error_rate``.
 
-    It learns the format and the distribution of the slips: some completions of every problem are
-    right, which is what reinforcement learning needs to start from.
+    It learns the format and the distribution of the errors, so some completions of every problem
+    are right: reinforcement learning needs this to start.
 
     Args:
         problems: to learn from.
-        tokenizer: of one token a character.
-        error_rate: of a step.
-        hidden_size: of the model; heads have 32.
+        tokenizer: one token per character.
+        error_rate: probability that a step of a trace is wrong.
+        hidden_size: of the model; the size of an attention head is 32.
         layers: of the model.
         steps: optimizer steps.
-        batch_size: traces a step.
-        learning_rate: the highest of its schedule.
+        batch_size: traces per step.
+        learning_rate: maximum of the schedule.
         seed: of the initial weights and the traces.
 
     Returns:
         The trained model, on the CPU.
     """
-    torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -120,19 +94,18 @@ def train_base_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config)
-    traces = _Traces(problems, tokenizer, error_rate, batch_size, seed)
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        devices=1,
-        # One process, whatever launcher or cluster the surrounding run belongs to.
-        plugins=[LightningEnvironment()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=is_interactive(sys.stdout),
-        gradient_clip_val=1.0,
+    with torch.random.fork_rng(devices=[]):  # leaves the random state of the caller alone
+        torch.default_generator.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps, pct_start=0.05
     )
-    trainer.fit(_Pretraining(model, learning_rate, steps), DataLoader(traces, batch_size=None))
+    batches = islice(trace_batches(problems, tokenizer, error_rate, batch_size, seed), steps)
+    for input_ids, labels in tqdm(batches, total=steps, disable=not is_interactive(sys.stderr)):
+        optimizer.zero_grad()
+        model(input_ids=input_ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
     return model

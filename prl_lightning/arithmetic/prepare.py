@@ -1,11 +1,8 @@
-"""Make the folder that a run on the arithmetic problem starts from."""
+"""ArithmeticTask: create the folder that a run on the arithmetic problem starts from."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -19,20 +16,20 @@ from prl_lightning.arithmetic.tokenizer import make_tokenizer
 
 @dataclass(frozen=True)
 class ArithmeticTask:
-    """Problems and a base model in a folder: made once, then kept.
+    """Problems and a base model in a folder. It is created once and then reused.
 
-    The folder gets ``base/`` (a Hugging Face model and tokenizer), ``train.jsonl`` and
-    ``heldout.jsonl`` (columns ``prompt`` and ``answer``; no problem is in both) and ``task.json``,
-    written last: a folder with the same ``task.json`` is complete and is left as it is.
+    The folder has ``base/`` (a Hugging Face model and tokenizer), ``train.jsonl`` and
+    ``heldout.jsonl`` (columns ``prompt`` and ``answer``; no problem is in both), and ``task.json``
+    with the settings. A folder with the same ``task.json`` is complete and is reused.
 
     Attributes:
-        folder: where to.
-        min_operations: of a problem.
-        max_operations: of a problem.
+        folder: path to create.
+        min_operations: per problem.
+        max_operations: per problem.
         modulus: of the results.
-        train_problems: number of them; the base model is trained on these alone.
-        heldout_problems: number of them.
-        error_rate: probability that a step of a trace of the base model's data is wrong.
+        train_problems: their number; the base model is trained on these alone.
+        heldout_problems: their number.
+        error_rate: probability that a step is wrong in the base model's training data.
         hidden_size: of the base model.
         layers: of the base model.
         base_steps: optimizer steps of the base model's training.
@@ -52,57 +49,39 @@ class ArithmeticTask:
     seed: int = 0
 
     def __call__(self) -> None:
-        """Make what is missing, in a process of its own.
-
-        Its own process, because it is a training run: it would otherwise leave its random state,
-        its logging and its thread settings behind in the run that asked for it.
-        """
-        if self.is_made():
-            return
-        print(f"Training the base model of the arithmetic problem into {self.folder} (once).")
-        launcher = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        subprocess.run(
-            [sys.executable, "-m", "prl_lightning.arithmetic", json.dumps(asdict(self))],
-            check=True,
-            env={name: value for name, value in os.environ.items() if name not in launcher},
-        )
+        """Create the folder unless it is complete; see ``make``."""
+        if not self.is_made():
+            print(f"Training the base model of the arithmetic problem into {self.folder} (once).")
+            self.make()
 
     def is_made(self) -> bool:
-        """Whether the folder is complete and was made with these settings and this version."""
+        """Whether the folder is complete, with these settings and this version."""
         file = Path(self.folder) / "task.json"
         return file.is_file() and json.loads(file.read_text()) == self._settings()
 
     def make(self) -> None:
-        """Train the base model and write the folder, in this process.
+        """Train the base model and write the folder; replace one with other settings.
 
         Raises:
-            FileExistsError: the folder holds something else, which would be lost.
-            ValueError: there are not that many problems.
+            FileExistsError: the folder has other files, which would be lost.
+            ValueError: there are fewer problems than asked for.
         """
         from prl_lightning.arithmetic.base_model import train_base_model
 
         folder = Path(self.folder)
         if folder.exists() and any(folder.iterdir()) and not (folder / "task.json").is_file():
             raise FileExistsError(
-                f"folder={self.folder!r} holds something that is no arithmetic task. Name another "
-                "folder, or empty this one."
+                f"folder={self.folder!r} has files of something else. Choose another folder, or "
+                "empty this one."
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        problems = draw_problems(self.min_operations, self.max_operations, self.seed, self.modulus)
-        heldout = list(islice(problems, self.heldout_problems))
-        train = list(islice(problems, self.train_problems))
-        if len(train) < self.train_problems:
-            raise ValueError(
-                f"heldout_problems={self.heldout_problems} + train_problems={self.train_problems} "
-                f"is more than the {len(heldout) + len(train)} problems of {self.min_operations} "
-                f"to {self.max_operations} operations. Lower one, or raise max_operations."
-            )
+        train, heldout = self._draw()
         tokenizer = make_tokenizer()
         model = train_base_model(
             train, tokenizer, self.error_rate, self.hidden_size, self.layers, self.base_steps,
             seed=self.seed,
         )  # fmt: skip
-        # Beside, then renamed: an interrupted run leaves nothing that looks finished.
+        # Written elsewhere and then renamed: an interrupted run leaves no incomplete folder.
         with TemporaryDirectory(dir=folder.parent) as temporary:
             made = Path(temporary) / "task"
             model.save_pretrained(made / "base")
@@ -113,6 +92,19 @@ class ArithmeticTask:
             if folder.exists():
                 folder.rename(Path(temporary) / "replaced")
             made.rename(folder)
+
+    def _draw(self) -> tuple[list[Problem], list[Problem]]:
+        """Return distinct problems for training and for evaluation."""
+        problems = draw_problems(self.min_operations, self.max_operations, self.seed, self.modulus)
+        heldout = list(islice(problems, self.heldout_problems))
+        train = list(islice(problems, self.train_problems))
+        if len(train) < self.train_problems:
+            raise ValueError(
+                f"heldout_problems={self.heldout_problems} + train_problems={self.train_problems} "
+                f"is more than the {len(heldout) + len(train)} problems of {self.min_operations} "
+                f"to {self.max_operations} operations. Lower one, or raise max_operations."
+            )
+        return train, heldout
 
     def _settings(self) -> dict[str, object]:
         settings = {name: value for name, value in asdict(self).items() if name != "folder"}

@@ -1,4 +1,4 @@
-"""The problem: left-to-right arithmetic with a modulus, solved in written steps."""
+"""The problem: left-to-right arithmetic with a modulus, solved step by step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ ANSWER_OPENS, ANSWER_CLOSES = "\\boxed{", "}"
 
 @dataclass(frozen=True)
 class Problem:
-    """An expression that is evaluated from left to right, every result with a modulus.
+    """An expression that is evaluated from left to right; each result is taken modulo a number.
 
     Attributes:
-        digits: one more than there are operations.
+        digits: one more than there are operators.
         operators: "+", "-" or "*".
-        modulus: results are below it; a guess is right once in so many times.
+        modulus: results are below it; a guess is right with probability 1 / modulus.
 
     Example:
         >>> problem = Problem((3, 5, 2), ("+", "*"))
@@ -31,28 +31,28 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """What the model is given."""
+        """The text that the model completes."""
         rest = zip(self.operators, self.digits[1:], strict=True)
         return f"{self.digits[0]}{''.join(f'{op}{digit}' for op, digit in rest)}?"
 
     @property
     def answer(self) -> str:
-        """The right last result."""
+        """The correct final result."""
         value = self.digits[0]
         for op, digit in zip(self.operators, self.digits[1:], strict=True):
             value = OPERATIONS[op](value, digit) % self.modulus
         return str(value)
 
     def trace(self, error_rate: float, rng: random.Random) -> str:
-        r"""Write the steps, each wrong with some probability.
+        r"""Write the steps, each with a wrong result with some probability.
 
         Args:
-            error_rate: probability of a wrong result, uniform over the other values; what follows
-                goes on from it, as a slip of the pen would.
-            rng: source of the slips.
+            error_rate: probability of a wrong result, uniform over the other values. The next step
+                continues from the wrong result.
+            rng: source of the errors.
 
         Returns:
-            One line a step, then the last result in a box.
+            One line per step, then the final result in a box.
 
         Example:
             >>> Problem((3, 5, 2), ("+", "*")).trace(0.0, random.Random(0))
@@ -71,16 +71,16 @@ class Problem:
 def draw_problems(
     min_operations: int, max_operations: int, seed: int, modulus: int = 10
 ) -> Iterator[Problem]:
-    """Distinct problems, uniform over the number of operations, digits and operators.
+    """Yield distinct problems, uniform over the number of operations, digits and operators.
 
     Args:
         min_operations: at least 1.
         max_operations: inclusive.
-        seed: the same seed gives the same problems.
+        seed: the same seed yields the same problems.
         modulus: of the results.
 
     Yields:
-        Problems, none twice, until there are no more.
+        Problems, each once, until all were drawn.
     """
     rng = random.Random(seed)
     seen: set[Problem] = set()

@@ -1,4 +1,4 @@
-"""One token a character, and one for the start of the answer's box."""
+"""A tokenizer with one token per character, and one for the start of the answer's box."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOKENS = ["\n", *"0123456789", *OPERATIONS, "=", "?", ANSWER_OPENS, ANSWER_CLOSE
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    r"""Tokenizer of the arithmetic problem, in the Hugging Face form that engines read.
+    r"""Create the tokenizer of the arithmetic problem, in the Hugging Face format.
 
     Example:
         >>> tokenizer = make_tokenizer()
@@ -20,8 +20,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         >>> len(ids), tokenizer.decode(ids)
         (8, '3+5?\n\\boxed{8}')
     """
-    # Byte-level without merges ("Ċ" is the byte of a line end): whatever was saved, AutoTokenizer
-    # splits text for a Qwen2 model as Qwen2 does, and these ids stay the same under that.
+    # Byte-level without merges ("Ċ" is the byte of a newline). AutoTokenizer ignores the saved
+    # pre-tokenizer of a Qwen2 model and uses Qwen2's own; these ids are the same with both.
     tokens = [PAD, EOS, *(token.replace("\n", "Ċ") for token in TOKENS)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=PAD))

@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import AutoConfig
 
 from prl_lightning.data import PromptDataModule
-from prl_lightning.functional import get_divergence
 from prl_lightning.models.loading import load_tokenizer, max_model_tokens
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.module import PRLModule
@@ -70,7 +69,7 @@ def contradictions(
         One message per contradiction.
     """
     errors = [
-        *errors_of(lambda: get_divergence(module.objective.divergence)),
+        *errors_of(module.objective.check_names),
         *_of_rewards(data, rollout),
         *_of_limits(rollout.limits),
         *_of_engine(trainer, rollout),

@@ -1,10 +1,11 @@
-"""Metrics of evaluation and training, as torchmetrics classes over the functional ones.
+"""Metrics of evaluation and training: torchmetrics classes of functions in `functional`.
 
-States are float64, so that a metric does not depend on how its samples are cut into batches,
-micro-batches or ranks. A metric without samples computes NaN, after torchmetrics' warning that
-`update` was never called.
+States are float64, so a metric does not depend on how its samples are split into batches,
+micro-batches or ranks. A metric without samples computes NaN, after the warning of torchmetrics
+that `update` was never called.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,56 +16,61 @@ from prl_lightning.functional import bootstrap_interval, majority_correct, pass_
 
 
 class _OverProblems(Metric):
-    """Mean of one number per problem, with a bootstrap interval over problems."""
+    """Mean of one or several numbers per problem, with a bootstrap interval over problems."""
 
     is_differentiable = False
     full_state_update = False
 
     values: list[Tensor]
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, shape: tuple[int, ...] = (), **kwargs: Any) -> None:
+        """Create an empty metric; ``shape`` is that of a problem's numbers."""
         super().__init__(**kwargs)
+        self.shape = shape
         self.set_dtype(torch.float64)  # also for the empty state of a rank without a problem
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
     def compute(self) -> Tensor:
-        """Return the mean over all problems, a float64 scalar; NaN without problems."""
+        """Return the mean over all problems, float64; NaN without problems."""
         return self._of_problems().mean(0)
 
     def interval(self, level: float = 0.95) -> Tensor:
         """Return a confidence interval of the mean over problems; see `bootstrap_interval`.
 
         Args:
-            level: share of the resampled means that lie inside.
+            level: share of the resampled means inside the interval.
 
         Returns:
-            (2,) float64, lower and upper end: the same on every rank (a collective under DDP), on
-            every device, and for every cut of the problems into batches.
+            float64, lower and upper end in the first dimension. It is the same on every rank (a
+            collective under DDP), on every device, and for every split of the problems into
+            batches.
         """
-        # On the CPU, because a seed gives other random numbers on each kind of device.
+        # On the CPU, because each kind of device draws other random numbers from one seed.
         values = self.per_problem().cpu()
         order = (values.sum(1) if values.ndim > 1 else values).argsort()
         return bootstrap_interval(values[order], level).to(self.device)
 
     def per_problem(self) -> Tensor:
-        """Return what was added on all ranks, one row per problem; a collective under DDP."""
+        """Return the values of all ranks, one row per problem; a collective under DDP."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
             return self._of_problems()
 
     def _add(self, values: Tensor) -> None:
-        self.values.append(values.to(self.device, torch.float64))
+        # Flat, because torchmetrics joins it with the empty one-dimensional state of other ranks.
+        self.values.append(values.to(self.device, torch.float64).flatten())
 
     def _of_problems(self) -> Tensor:
         """Return all values; torchmetrics keeps a list, or one tensor after a sync of ranks."""
         parts = [self.values] if isinstance(self.values, Tensor) else self.values
-        return torch.cat([*parts, torch.empty(0, dtype=torch.float64, device=self.device)])
+        empty = torch.empty(0, dtype=torch.float64, device=self.device)
+        return torch.cat([*parts, empty]).view(-1, *self.shape)
 
 
 class MeanOverProblems(_OverProblems):
     """Mean of one number per problem, such as the length of its completions.
 
     Args:
-        **kwargs: torchmetrics' arguments of every metric.
+        **kwargs: arguments of torchmetrics.Metric.
 
     Example:
         >>> metric = MeanOverProblems()
@@ -82,108 +88,58 @@ class MeanOverProblems(_OverProblems):
         self._add(values)
 
 
-class _Share(_OverProblems):
-    """A mean of values between 0 and 1, where 1 is best."""
-
-    higher_is_better = True
-
-
-class _OfCounts(_Share):
-    """A function of the number of correct samples of a problem, defined by a subclass."""
-
-    def update(self, num_correct: Tensor, num_samples: int | Tensor) -> None:
-        """Add P problems.
-
-        Args:
-            num_correct: (P,) integers, number of correct samples of each problem.
-            num_samples: Number of samples, one for all problems or (P,) integers.
-
-        Raises:
-            ValueError: If a count is above its number of samples, or there are too few samples.
-        """
-        num_correct = num_correct.to(self.device)
-        num_samples = torch.as_tensor(num_samples, device=self.device).expand(num_correct.shape)
-        wrong = (num_correct < 0) | (num_correct > num_samples)
-        if wrong.any():
-            raise ValueError(
-                "num_correct must lie between 0 and num_samples, got "
-                f"{num_correct[wrong][0].item()} of {num_samples[wrong][0].item()}"
-            )
-        self._add(self._values(num_correct, num_samples))
-
-    def _values(self, num_correct: Tensor, num_samples: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class PassAtK(_OfCounts):
-    r"""pass@k: the chance that at least one of k samples of a problem is correct, over problems.
+class PassAtK(_OverProblems):
+    r"""pass@k over problems: the probability that one of k samples of a problem is correct.
 
     Uses all n samples of a problem: $1 - \binom{n-c}{k} / \binom{n}{k}$ with c correct ones, which
     is unbiased (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
 
     Args:
-        k: Number of samples.
-        **kwargs: torchmetrics' arguments of every metric.
-
-    Raises:
-        ValueError: If k is less than 1.
+        k: number of samples, or several: `range(1, n + 1)` computes the curve of pass@k.
+        **kwargs: arguments of torchmetrics.Metric.
 
     Example:
         >>> metric = PassAtK(k=2)
         >>> metric.update(torch.tensor([0, 1, 2]), num_samples=4)  # 0, 3 and 5 pairs of 6
         >>> metric.compute()
         tensor(0.4444, dtype=torch.float64)
-    """
-
-    def __init__(self, k: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if k < 1:
-            raise ValueError(f"k of pass@k must be at least 1, got {k}")
-        self.k = k
-
-    def _values(self, num_correct: Tensor, num_samples: Tensor) -> Tensor:
-        return pass_at_k(num_samples, num_correct, self.k)
-
-
-class PassCurve(_OfCounts):
-    """pass@k for every k from 1 to the number of samples.
-
-    Args:
-        max_k: The last k; at most the number of samples of a problem.
-        **kwargs: torchmetrics' arguments of every metric.
-
-    Raises:
-        ValueError: If max_k is below 1.
-
-    Example:
-        >>> curve = PassCurve(max_k=3)
+        >>> curve = PassAtK(range(1, 4))
         >>> curve.update(torch.tensor([0, 1]), num_samples=3)
         >>> curve.compute()
         tensor([0.1667, 0.3333, 0.5000], dtype=torch.float64)
     """
 
-    def __init__(self, max_k: int, **kwargs: Any) -> None:
-        if max_k < 1:
-            raise ValueError(f"max_k of the pass@k curve must be at least 1, got {max_k}")
-        super().__init__(**kwargs)
-        self.max_k = max_k
+    higher_is_better = True
 
-    def _of_problems(self) -> Tensor:
-        return super()._of_problems().view(-1, self.max_k)
+    def __init__(self, k: int | Sequence[int], **kwargs: Any) -> None:
+        super().__init__(() if isinstance(k, int) else (len(k),), **kwargs)
+        self.k = torch.tensor(k)
 
-    def _values(self, num_correct: Tensor, num_samples: Tensor) -> Tensor:
-        k = torch.arange(1, self.max_k + 1, device=self.device)
-        # Flat, because torchmetrics joins it with an empty one-dimensional state.
-        return pass_at_k(num_samples[:, None], num_correct[:, None], k).flatten()
+    def update(self, num_correct: Tensor, num_samples: int | Tensor) -> None:
+        """Add P problems.
+
+        Args:
+            num_correct: (P,) integers, number of correct samples of each problem.
+            num_samples: number of samples, one for all problems or (P,) integers.
+
+        Raises:
+            ValueError: a count is not between 0 and its number of samples, or k is not between 1
+                and the number of samples.
+        """
+        correct, samples = (
+            torch.as_tensor(count, device=self.device)[..., None]
+            for count in (num_correct, num_samples)
+        )
+        self._add(pass_at_k(samples, correct, self.k.to(self.device)))
 
 
-class MeanAtN(_OfCounts):
+class MeanAtN(PassAtK):
     """mean@n: the share of a problem's n samples that is correct, averaged over problems.
 
-    Equal to pass@1.
+    This is pass@1.
 
     Args:
-        **kwargs: torchmetrics' arguments of every metric.
+        **kwargs: arguments of torchmetrics.Metric.
 
     Example:
         >>> metric = MeanAtN()
@@ -192,17 +148,15 @@ class MeanAtN(_OfCounts):
         tensor(0.2500, dtype=torch.float64)
     """
 
-    def _values(self, num_correct: Tensor, num_samples: Tensor) -> Tensor:
-        if bool((num_samples < 1).any()):
-            raise ValueError("mean@n needs at least 1 sample a problem, got 0")
-        return num_correct.double() / num_samples
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(k=1, **kwargs)
 
 
-class MajorityAtN(_Share):
+class MajorityAtN(_OverProblems):
     """maj@n: the share of problems whose majority answer is correct; ties are averaged.
 
     Args:
-        **kwargs: torchmetrics' arguments of every metric.
+        **kwargs: arguments of torchmetrics.Metric.
 
     Example:
         >>> metric = MajorityAtN()
@@ -212,6 +166,8 @@ class MajorityAtN(_Share):
         tensor(0.7500, dtype=torch.float64)
     """
 
+    higher_is_better = True
+
     def update(self, answers: Tensor, correct: Tensor) -> None:
         """Add P problems.
 
@@ -220,7 +176,7 @@ class MajorityAtN(_Share):
             correct: (P, n) bool.
 
         Raises:
-            ValueError: If the shapes differ.
+            ValueError: the shapes differ.
         """
         self._add(majority_correct(answers, correct))
 
@@ -228,11 +184,11 @@ class MajorityAtN(_Share):
 class MeanStd(Metric):
     """Mean and population standard deviation of a quantity over all tokens.
 
-    The standard deviation is computed from the sum of squares in float64, which is exact enough
-    while the mean is below 10^6 standard deviations.
+    The standard deviation is computed from the sum of squares in float64. This is precise if the
+    mean is below 10^6 standard deviations.
 
     Args:
-        **kwargs: torchmetrics' arguments of every metric.
+        **kwargs: arguments of torchmetrics.Metric.
 
     Example:
         >>> metric = MeanStd()
@@ -259,22 +215,21 @@ class MeanStd(Metric):
         """Add the values where the mask is not zero.
 
         Args:
-            values: Any shape.
-            mask: The same shape; `None` counts every value. What is masked may be NaN.
+            values: any shape.
+            mask: the same shape; `None` counts every value. Masked values may be NaN.
 
         Raises:
-            ValueError: If the shapes differ.
+            ValueError: the shapes differ.
         """
-        if mask is not None:
-            if mask.shape != values.shape:
-                raise ValueError(
-                    f"values and mask must have one shape, got {tuple(values.shape)} and "
-                    f"{tuple(mask.shape)}"
-                )
-            # Zeros instead of a selection, whose size the host would have to wait for on a GPU.
-            values = torch.where(mask.bool(), values, torch.zeros_like(values))
-        values = values.detach().double()
-        self.count += values.numel() if mask is None else mask.bool().sum()
+        mask = torch.ones_like(values) if mask is None else mask
+        if mask.shape != values.shape:
+            raise ValueError(
+                f"values has shape {tuple(values.shape)} and mask {tuple(mask.shape)}: pass equal "
+                "shapes."
+            )
+        # Zeros instead of a selection: the host would wait for a GPU to count the selected values.
+        values = torch.where(mask.bool(), values, torch.zeros_like(values)).detach().double()
+        self.count += mask.bool().sum()
         self.total += values.sum()
         self.total_squares += values.square().sum()
 
@@ -282,5 +237,5 @@ class MeanStd(Metric):
         """Return `mean` and `std` of all values, float64 scalars; NaN without values."""
         mean = self.total / self.count
         variance = self.total_squares / self.count - mean.square()
-        # Rounding can leave it just below zero; clamp keeps a NaN.
+        # Rounding can make it slightly negative; clamp keeps NaN.
         return {"mean": mean, "std": variance.clamp(min=0.0).sqrt()}

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from torch import nn
+from torchmetrics import Metric
 
-from prl_lightning.evaluation.metrics import (
-    MajorityAtN,
-    MeanAtN,
-    MeanOverProblems,
-    PassAtK,
-    PassCurve,
-)
+from prl_lightning.evaluation.metrics import MajorityAtN, MeanOverProblems, PassAtK
 from prl_lightning.evaluation.settings import Evaluation
 from prl_lightning.types import RolloutBatch
 
@@ -35,7 +30,7 @@ class SetResults:
         samples: completions per problem.
         metrics: mean@n, pass@k, maj@n, no_answer and length by name; maj@n and no_answer only if a
             reward function compares answers.
-        pass_curve: ``k`` from 1 to n, and ``pass``, ``low`` and ``high`` at each.
+        pass_curve: ``k`` from 1 to n, and ``pass``, ``low`` and ``high`` for each k.
     """
 
     problems: int
@@ -53,11 +48,8 @@ class SetMetrics(nn.Module):
 
     def __init__(self, evaluation: Evaluation) -> None:
         super().__init__()
-        self.samples = samples = evaluation.samples
-        self.solved_at = evaluation.solved_at
-        self.counts = nn.ModuleDict({f"mean@{samples}": MeanAtN()})
-        self.counts.update({f"pass@{k}": PassAtK(k) for k in evaluation.pass_at})
-        self.curve = PassCurve(samples)
+        self.evaluation = evaluation
+        self.passes = PassAtK(range(1, evaluation.samples + 1))
         self.majority = MajorityAtN()
         self.no_answer = MeanOverProblems()
         self.length = MeanOverProblems()
@@ -66,11 +58,10 @@ class SetMetrics(nn.Module):
     def update(self, batch: RolloutBatch) -> None:
         """Add the group of one problem; a padding problem adds nothing."""
         rows = slice(0, 0 if batch.is_padding else 1)
-        correct = (batch.rewards >= self.solved_at)[None][rows]
-        for metric in (*self.counts.values(), self.curve):
-            cast(MeanAtN, metric).update(correct.sum(1), self.samples)
+        correct = (batch.rewards >= self.evaluation.solved_at)[None][rows]
+        self.passes.update(correct.sum(1), self.evaluation.samples)
         self.length.update(batch.completion_lengths[None][rows].double().mean(1))
-        # Decided by the reward functions, so equal on all ranks.
+        # The reward functions decide this, so it is equal on all ranks.
         self.compares_answers = batch.answers is not None
         if batch.answers is not None:
             answers = batch.answers[None][rows]
@@ -79,25 +70,32 @@ class SetMetrics(nn.Module):
 
     def results(self) -> SetResults:
         """Compute everything over all ranks and reset; a collective under DDP."""
-        metrics: dict[str, Any] = {**self.counts}
+        samples = self.evaluation.samples
+        # compute() of torchmetrics returns a scalar for a single k.
+        means = self.passes.compute().view(-1).tolist()
+        lows, highs = self.passes.interval().tolist()
+        curve = [Estimate(*ends) for ends in zip(means, lows, highs, strict=True)]
+        metrics = {f"mean@{samples}": curve[0]}
+        metrics |= {f"pass@{k}": curve[k - 1] for k in self.evaluation.pass_at}
         if self.compares_answers:
-            metrics |= {f"maj@{self.samples}": self.majority, "no_answer": self.no_answer}
-        metrics["length"] = self.length
-        low, high = self.curve.interval().tolist()
+            metrics |= {f"maj@{samples}": _estimate(self.majority)}
+            metrics |= {"no_answer": _estimate(self.no_answer)}
+        metrics |= {"length": _estimate(self.length)}
         results = SetResults(
             problems=len(self.length.per_problem()),
-            samples=self.samples,
-            metrics={
-                name: Estimate(metric.compute().item(), *metric.interval().tolist())
-                for name, metric in metrics.items()
-            },
+            samples=samples,
+            metrics=metrics,
             pass_curve={
-                "k": list(range(1, self.samples + 1)),
-                "pass": self.curve.compute().tolist(),
-                "low": low,
-                "high": high,
+                "k": list(range(1, samples + 1)),
+                "pass": means,
+                "low": lows,
+                "high": highs,
             },
         )
-        for metric in (*metrics.values(), self.curve):
-            metric.reset()
+        for metric in self.children():
+            cast(Metric, metric).reset()
         return results
+
+
+def _estimate(metric: MeanOverProblems | MajorityAtN) -> Estimate:
+    return Estimate(metric.compute().item(), *metric.interval().tolist())

@@ -1,4 +1,4 @@
-"""Evaluation: which sets are evaluated, and how."""
+"""Evaluation: the sets that are evaluated, and how."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class Evaluation:
     """The ``evaluation`` section of a configuration.
 
     Attributes:
-        sets: sources of prompts by name, see ``PromptDataModule``; each validation, test and
+        sets: sources of prompts by name, see ``PromptDataModule``; every validation, test and
             predict samples all of them.
         samples: completions per prompt, the n of mean@n.
-        pass_at: the k of pass@k, each at most ``samples``; pass@1 is mean@n.
-        solved_at: a completion counts as correct if its reward, the weighted sum of all reward
+        pass_at: the values of k of pass@k, each at most ``samples``; pass@1 is mean@n.
+        solved_at: a completion is correct if its reward, the weighted sum of all reward
             functions, is at least this.
         temperature: of the sampling.
         top_p: of the sampling.

@@ -1,21 +1,17 @@
-"""The mathematics of Process Reward Learning, as pure functions of tensors; imports torch alone."""
+"""The mathematics of Process Reward Learning, as pure functions of tensors; needs torch alone."""
 
 from prl_lightning.functional.advantages import (
-    kl_in_reward_step_advantages,
+    kl_in_reward_step,
     kl_in_reward_trajectory,
     outcome_advantages,
+    register_advantage,
 )
-from prl_lightning.functional.aggregation import Totals, aggregate
+from prl_lightning.functional.aggregation import Aggregation, aggregate
 from prl_lightning.functional.bootstrap import bootstrap_interval
-from prl_lightning.functional.divergences import (
-    Divergence,
-    divergence_names,
-    get_divergence,
-    register_divergence,
-)
+from prl_lightning.functional.divergences import Divergence, get_divergence, register_divergence
 from prl_lightning.functional.kl import kl_estimate, kl_loss
 from prl_lightning.functional.logprobs import token_logprobs
-from prl_lightning.functional.losses import importance_weights, policy_loss
+from prl_lightning.functional.losses import importance_weights, policy_loss, register_loss
 from prl_lightning.functional.majority import majority_correct
 from prl_lightning.functional.masks import MAX_LOG_RATIO
 from prl_lightning.functional.pass_at_k import pass_at_k
@@ -29,17 +25,16 @@ from prl_lightning.functional.steps import delimiter_steps, fixed_length_steps
 
 __all__ = [
     "MAX_LOG_RATIO",
+    "Aggregation",
     "Divergence",
-    "Totals",
     "aggregate",
     "bootstrap_interval",
     "delimiter_steps",
-    "divergence_names",
     "fixed_length_steps",
     "get_divergence",
     "importance_weights",
     "kl_estimate",
-    "kl_in_reward_step_advantages",
+    "kl_in_reward_step",
     "kl_in_reward_trajectory",
     "kl_loss",
     "majority_correct",
@@ -50,6 +45,8 @@ __all__ = [
     "process_baseline",
     "process_rewards",
     "process_term",
+    "register_advantage",
     "register_divergence",
+    "register_loss",
     "token_logprobs",
 ]

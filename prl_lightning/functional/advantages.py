@@ -1,25 +1,32 @@
-"""Outcome advantages: what a completion's reward says beside the others of its group.
-
-A kind is a function (rewards, members, unbiased_std) -> advantages over tensors (N, G, T), with its
-statistics along G. `members` says who takes part: with the KL inside the reward, per position, only
-the completions that reach it do.
-"""
+"""Outcome advantages: compare the rewards of a group's completions."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from prl_lightning.functional.masks import at_least_float32, keep_tokens
-from prl_lightning.functional.process import process_rewards
+from prl_lightning.functional.masks import (
+    at_least_float32,
+    check_same_shape,
+    keep_tokens,
+    suffix_sums,
+)
+from prl_lightning.functional.process import per_token
+from prl_lightning.functional.registry import Registry
 
-Kind = Callable[[Tensor, Tensor, bool], Tensor]
+AdvantageFunction = Callable[[Tensor, Tensor, bool], Tensor]
+"""(rewards, members, unbiased_std) -> advantages; see `register_advantage`."""
 
 
 def outcome_advantages(
-    rewards: Tensor, group_size: int, kind: str = "grpo", *, unbiased_std: bool = False
+    rewards: Tensor,
+    group_size: int,
+    kind: str = "grpo",
+    completion_mask: Tensor | None = None,
+    *,
+    unbiased_std: bool = False,
 ) -> Tensor:
-    """A_i from the rewards of completion i's group.
+    """Return A_i: the reward of completion i compared with the rewards of its group.
 
     | kind | A_i | source |
     | --- | --- | --- |
@@ -29,48 +36,71 @@ def outcome_advantages(
     | reward | r_i | REINFORCE |
     | raft | 1 if r_i > 0 else 0 | RAFT, arXiv 2304.06767 |
 
-    A group of two or more equal rewards has no outcome signal and gets zeros, whatever the kind; so
-    `reward` and `raft` leave out what their sources learn from a group that is right throughout. A
-    group of one has nothing to be equal to: `reward` and `raft` are then plain, and the kinds that
-    subtract a mean give zero. There is no epsilon: groups without spread are handled, and the
-    others are divided by exactly their standard deviation, which makes the utility of 0/1 rewards
-    2·arcsin√p as groups grow (PRL v2, arXiv 2601.10201, Proposition 3.1).
+    A group of two or more equal rewards has no outcome signal. Its advantages are zero for every
+    kind, so `reward` and `raft` do not learn from a group that is right throughout, as their
+    sources do. In a group of one, `reward` and `raft` return their values, and the kinds that
+    subtract a mean return zero.
 
-    A mean that contains the completion's own reward shrinks the expected gradient of the outcome,
-    and not that of a process term beside it: dr_grpo is (G - 1)/G of rloo, whose expected gradient
-    is E[r]'s. raft's zeros count as tokens and completions where a loss is a mean.
+    There is no epsilon: all other groups are divided by exactly their standard deviation. The
+    utility of 0/1 rewards is then 2·arcsin√p for large groups (PRL v2, arXiv 2601.10201,
+    Proposition 3.1).
+
+    A mean that includes the completion's own reward shrinks the expected gradient of the outcome,
+    but not the gradient of the process term: dr_grpo is (G - 1)/G times rloo, and rloo has the
+    expected gradient of E[r]. The completions to which raft gives zero still count as tokens and
+    sequences where the loss is a mean.
+
+    Rewards that differ between positions are compared separately at each position, over the
+    completions of the group whose mask covers it.
 
     Args:
-        rewards: (B,), groups contiguous.
-        group_size: G, completions of one prompt; divides B.
-        kind: one of the table.
-        unbiased_std: divide grpo's variance by G - 1 instead of G.
+        rewards: (B,), or (B, T) with a mask; groups contiguous.
+        group_size: G, completions per prompt; divides B.
+        kind: a name of the table, or a registered one.
+        completion_mask: (B, T), true on completion tokens; completions start in the same column.
+        unbiased_std: divide the variance of grpo by the number of completions minus 1.
 
     Returns:
-        (B,) detached, float32, or float64 if the rewards are.
+        The shape of rewards, zero outside the mask; detached, float32, or float64 if the rewards
+        are.
 
     Raises:
-        ValueError: if the kind is unknown, rewards is not (B,) with B a multiple of the group size,
-            a reward is not finite, or rloo meets a group of one.
+        ValueError: the kind is unknown, B is not a multiple of the group size, shapes disagree, a
+            reward of a completion is not finite, or the group size is 1 with rloo.
 
     Example:
         >>> rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
         >>> outcome_advantages(rewards, group_size=3, kind="rloo")
         tensor([ 1.0000, -0.5000, -0.5000,  0.0000,  0.0000,  0.0000])
     """
-    _check_rewards(rewards, group_size)
-    groups = at_least_float32(rewards.detach()).reshape(-1, group_size, 1)
-    members = torch.ones_like(groups, dtype=torch.bool)
-    return _group_advantages(groups, members, kind, unbiased_std).reshape(-1)
+    if group_size < 1 or len(rewards) % group_size:
+        raise ValueError(
+            f"rewards has {len(rewards)} rows and group_size={group_size}: pass whole groups."
+        )
+    if completion_mask is None:
+        check_same_shape("B", rewards=rewards)
+        _check_finite(rewards)
+        members = torch.ones_like(rewards, dtype=torch.bool)
+    else:
+        check_same_shape("BT", rewards=rewards, completion_mask=completion_mask)
+        members = completion_mask.bool()
+    groups = (len(rewards) // group_size, group_size, *rewards.shape[1:])
+    values, members = at_least_float32(rewards.detach()).reshape(groups), members.reshape(groups)
+    advantages = ADVANTAGES[kind](values, members, unbiased_std)
+    if group_size > 1:
+        low, high = _extremes(values, members)
+        # NaN is unequal to itself, so a group with a NaN is kept and the NaN stays visible.
+        members = members & (high != low)
+    return torch.where(members, advantages, torch.zeros_like(advantages)).reshape(rewards.shape)
 
 
 def kl_in_reward_trajectory(
     rewards: Tensor, log_ratios: Tensor, completion_mask: Tensor, beta: float
 ) -> Tensor:
-    """r_i - β Σ_t δ_{i,t}: the reward with the trajectory's KL inside.
+    """Return r_i - β Σ_t δ_{i,t}: the reward minus the trajectory's KL.
 
-    The 'KL-reward, trajectory' that PRL v2 (arXiv 2601.10201) compares with: its advantages are
-    `outcome_advantages` of this. The paper predicts and sees it collapse.
+    Its `outcome_advantages` are the 'KL-reward, trajectory' that PRL v2 (arXiv 2601.10201) compares
+    with. The paper predicts that it collapses, and sees it.
 
     Args:
         rewards: (B,).
@@ -82,89 +112,54 @@ def kl_in_reward_trajectory(
         (B,), detached.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: shapes disagree.
 
     Example:
         >>> delta = torch.tensor([[0.5, 1.5]])
         >>> kl_in_reward_trajectory(torch.tensor([1.0]), delta, torch.ones(1, 2), beta=0.1)
         tensor([0.8000])
     """
-    delta = keep_tokens(log_ratios.detach(), completion_mask, "log_ratios")
-    if rewards.shape != delta.shape[:1]:
-        raise ValueError(
-            f"rewards has shape {tuple(rewards.shape)} and log_ratios {tuple(delta.shape)}: pass "
-            "rewards as (B,), one for each row"
-        )
-    return at_least_float32(rewards.detach()) - beta * delta.sum(-1)
+    kl = keep_tokens(log_ratios.detach(), completion_mask, "log_ratios").sum(-1)
+    check_same_shape("B", rewards=rewards, kl=kl)
+    return at_least_float32(rewards.detach()) - beta * kl
 
 
-def kl_in_reward_step_advantages(
-    rewards: Tensor,
-    log_ratios: Tensor,
-    completion_mask: Tensor,
-    beta: float,
-    group_size: int,
-    kind: str = "grpo",
-    *,
-    unbiased_std: bool = False,
+def kl_in_reward_step(
+    rewards: Tensor, log_ratios: Tensor, completion_mask: Tensor, beta: float
 ) -> Tensor:
-    """Outcome advantages of r_i - β Σ_{j≥t} δ_{i,j}, position by position.
+    """Return r_i - β Σ_{j≥t} δ_{i,j}: the reward minus the KL from position t on.
 
-    The 'KL-reward, step' that PRL v2 (arXiv 2601.10201) compares with. The statistics at position t
-    are over the completions of the group whose mask covers t; where only one does, or all agree,
-    the advantage is zero.
+    Its `outcome_advantages` with the mask are the 'KL-reward, step' that PRL v2 (arXiv 2601.10201)
+    compares with.
 
     Args:
-        rewards: (B,), groups contiguous.
+        rewards: (B,).
         log_ratios: δ = log π - log π_ref at the sampled tokens, (B, T); not read outside the mask.
-        completion_mask: (B, T), true on completion tokens; completions start in the same column.
+        completion_mask: (B, T), true on completion tokens.
         beta: weight of the KL.
-        group_size: G, divides B.
-        kind: one of `outcome_advantages`.
-        unbiased_std: divide grpo's variance by the members less one.
 
     Returns:
         (B, T), detached, zero outside the mask.
 
     Raises:
-        ValueError: as `outcome_advantages`, and if shapes disagree.
+        ValueError: shapes disagree, or a reward is not finite.
 
     Example:
         >>> rewards, delta = torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 2.0], [1.0, 0.0]])
         >>> mask = torch.tensor([[1, 1], [1, 0]])
-        >>> kl_in_reward_step_advantages(rewards, delta, mask, 0.1, group_size=2, kind="dr_grpo")
-        tensor([[ 0.4000,  0.0000],
-                [-0.4000,  0.0000]])
+        >>> kl_in_reward_step(rewards, delta, mask, beta=0.1)
+        tensor([[ 0.7000,  0.8000],
+                [-0.1000,  0.0000]])
     """
-    _check_rewards(rewards, group_size)
-    # A prefix's process reward leaves out the token's own KL, which is still to be paid here.
-    own = beta * keep_tokens(log_ratios.detach(), completion_mask, "log_ratios")
-    shaped = process_rewards(rewards, log_ratios, completion_mask, beta) - own
-    groups = (len(rewards) // group_size, group_size, shaped.shape[-1])
-    members = completion_mask.bool().reshape(groups)
-    return _group_advantages(shaped.reshape(groups), members, kind, unbiased_std).reshape(
-        shaped.shape
-    )
-
-
-def _group_advantages(rewards: Tensor, members: Tensor, kind: str, unbiased_std: bool) -> Tensor:
-    if kind not in KINDS:
-        raise ValueError(f"kind is '{kind}', which is none of {', '.join(KINDS)}: use one of these")
-    group_size = rewards.shape[1]
-    if kind == "rloo" and group_size < 2:
-        raise ValueError("group_size is 1: rloo leaves one out and needs at least 2; or use reward")
-    advantages = KINDS[kind](rewards, members, unbiased_std)
-    keep = members
-    if group_size > 1:
-        low, high = _extremes(rewards, members)
-        # A NaN must not pass for agreement: it is unequal to everything, and stays visible.
-        keep = members & (high != low)
-    return torch.where(keep, advantages, torch.zeros_like(advantages))
+    _check_finite(rewards)
+    delta = keep_tokens(log_ratios.detach(), completion_mask, "log_ratios")
+    outcome = per_token(rewards.detach(), completion_mask, "rewards")
+    return keep_tokens(outcome - beta * suffix_sums(delta), completion_mask, "rewards")
 
 
 def _grpo(rewards: Tensor, members: Tensor, unbiased_std: bool) -> Tensor:
-    # Invariant to shift and scale, so rewards are first mapped to [0, 1] with both ends taken: the
-    # variance then neither under- nor overflows and is far from zero.
+    # Shift and scale cancel. Mapping the rewards to [0, 1] first keeps the variance from under- and
+    # overflowing, and far from zero.
     low, high = _extremes(rewards, members)
     spread = torch.where(high > low, high - low, torch.ones_like(low))
     centred = _centred((rewards - low) / spread, members)
@@ -173,31 +168,12 @@ def _grpo(rewards: Tensor, members: Tensor, unbiased_std: bool) -> Tensor:
     return centred / torch.where(high > low, variance, torch.ones_like(variance)).sqrt()
 
 
-def _dr_grpo(rewards: Tensor, members: Tensor, unbiased_std: bool) -> Tensor:
-    return _centred(rewards, members)
-
-
 def _rloo(rewards: Tensor, members: Tensor, unbiased_std: bool) -> Tensor:
+    if rewards.shape[1] < 2:
+        raise ValueError("group_size=1: rloo needs at least 2 completions; or use kind='reward'.")
     # r - (Σ - r)/(n - 1) = n/(n - 1)·(r - Σ/n)
     count = members.sum(1, keepdim=True, dtype=rewards.dtype)
     return _centred(rewards, members) * (count / (count - 1).clamp(min=1))
-
-
-def _reward(rewards: Tensor, members: Tensor, unbiased_std: bool) -> Tensor:
-    return rewards
-
-
-def _raft(rewards: Tensor, members: Tensor, unbiased_std: bool) -> Tensor:
-    return (rewards > 0).to(rewards.dtype)
-
-
-KINDS: dict[str, Kind] = {
-    "grpo": _grpo,
-    "dr_grpo": _dr_grpo,
-    "rloo": _rloo,
-    "reward": _reward,
-    "raft": _raft,
-}
 
 
 def _centred(rewards: Tensor, members: Tensor) -> Tensor:
@@ -212,18 +188,49 @@ def _extremes(rewards: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def _check_rewards(rewards: Tensor, group_size: int) -> None:
-    if rewards.ndim != 1:
-        raise ValueError(f"rewards has shape {tuple(rewards.shape)}: pass (B,), groups contiguous")
-    if group_size < 1 or len(rewards) % group_size:
-        raise ValueError(
-            f"rewards has {len(rewards)} values and group_size is {group_size}: pass whole groups, "
-            "a multiple of group_size"
-        )
+ADVANTAGES: Registry[AdvantageFunction] = Registry(
+    "kind",
+    {
+        "grpo": _grpo,
+        "dr_grpo": lambda rewards, members, unbiased_std: _centred(rewards, members),
+        "rloo": _rloo,
+        "reward": lambda rewards, members, unbiased_std: rewards,
+        "raft": lambda rewards, members, unbiased_std: (rewards > 0).to(rewards.dtype),
+    },
+    "register_advantage(name, function)",
+)
+
+
+def register_advantage(name: str, function: AdvantageFunction) -> None:
+    """Add a kind of outcome advantage.
+
+    Call it in the module of your reward functions, which `rollout.rewards` of a configuration
+    names. Then set `model.objective.outcome` to the name. Registering your name again replaces the
+    function.
+
+    Args:
+        name: not a built-in kind.
+        function: (rewards, members, unbiased_std) -> advantages. Rewards are (N, G), or
+            (N, G, T) with the KL inside the reward per step: compare them along dimension 1.
+            `members` is bool of that shape, False where a completion has no token. The result has
+            that shape; it is replaced by zero outside `members` and in groups of equal rewards.
+
+    Raises:
+        ValueError: the name is built in.
+
+    Example:
+        >>> register_advantage("doubled", lambda rewards, members, unbiased_std: 2 * rewards)
+        >>> outcome_advantages(torch.tensor([1.0, 0.0]), group_size=2, kind="doubled")
+        tensor([2., 0.])
+    """
+    ADVANTAGES.register(name, function)
+
+
+def _check_finite(rewards: Tensor) -> None:
     strange = ~rewards.isfinite()
     if strange.any():
         first = int(strange.int().argmax())
         raise ValueError(
-            f"rewards[{first}] is {rewards[first].item()}: a reward function must return finite "
-            "numbers; give a failed completion its lowest reward instead"
+            f"rewards[{first}]={rewards[first].item()}: a reward function must return finite "
+            "numbers. Give a failed completion its lowest reward instead."
         )

@@ -4,17 +4,18 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from prl_lightning.functional.aggregation import AT_HAND, Totals, aggregate
+from prl_lightning.functional.aggregation import TOKEN_MEAN, Aggregation, aggregate
 from prl_lightning.functional.masks import (
     MAX_LOG_RATIO,
     at_least_float32,
     check_same_shape,
     keep_tokens,
 )
+from prl_lightning.functional.registry import Registry
 
 
 def kl_estimate(policy_logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
-    """Per-token estimates of KL(π‖π_ref) from the sampled token, with gradient in π.
+    """Estimate KL(π‖π_ref) at each sampled token, with gradient in π.
 
     | estimator | value, δ = log π - log π_ref | gradient of |
     | --- | --- | --- |
@@ -23,36 +24,28 @@ def kl_estimate(policy_logprobs: Tensor, ref_logprobs: Tensor, estimator: str = 
     | k3 | exp(-δ) - 1 + δ | k3 |
     | k3+ | k3 | k2 |
 
-    Schulman, "Approximating KL divergence" (2020); k3 is GRPO's (arXiv 2402.03300). In k3 δ is
-    bounded below by -`MAX_LOG_RATIO`, and its gradient is zero there.
+    Schulman, "Approximating KL divergence" (2020); k3 is the estimator of GRPO (arXiv 2402.03300).
+    In k3, δ is bounded below by -`MAX_LOG_RATIO`, and the gradient is zero below it.
 
     Args:
         policy_logprobs: log π at the sampled tokens, with gradient, (B, T).
         ref_logprobs: log π_ref, (B, T); detached here.
-        estimator: one of the table.
+        estimator: a name of the table.
 
     Returns:
-        (B, T); garbage where the inputs are, so mask it.
+        (B, T). Padding is not masked.
 
     Raises:
-        ValueError: if the estimator is unknown or shapes disagree.
+        ValueError: the estimator is unknown or shapes disagree.
 
     Example:
         >>> import torch
         >>> kl_estimate(torch.tensor([[-1.0]]), torch.tensor([[-3.0]]), "k2")
         tensor([[2.]])
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(
-            f"estimator is '{estimator}', which is none of {', '.join(ESTIMATORS)}: use one of them"
-        )
-    check_same_shape(policy_logprobs, ref_logprobs, "policy_logprobs", "ref_logprobs")
+    check_same_shape("BT", policy_logprobs=policy_logprobs, ref_logprobs=ref_logprobs)
     delta = at_least_float32(policy_logprobs) - at_least_float32(ref_logprobs.detach())
     return ESTIMATORS[estimator](delta)
-
-
-def _k1(delta: Tensor) -> Tensor:
-    return delta
 
 
 def _k2(delta: Tensor) -> Tensor:
@@ -69,12 +62,10 @@ def _k3_plus(delta: Tensor) -> Tensor:
     return _k3(delta).detach() + (k2 - k2.detach())
 
 
-ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "k1": _k1,
-    "k2": _k2,
-    "k3": _k3,
-    "k3+": _k3_plus,
-}
+ESTIMATORS: Registry[Callable[[Tensor], Tensor]] = Registry(
+    "estimator",
+    {"k1": lambda delta: delta, "k2": _k2, "k3": _k3, "k3+": _k3_plus},
+)
 
 
 def kl_loss(
@@ -82,28 +73,25 @@ def kl_loss(
     ref_logprobs: Tensor,
     completion_mask: Tensor,
     estimator: str = "k3",
-    *,
-    aggregation: str = "token_mean",
-    totals: Totals = AT_HAND,
+    aggregation: Aggregation = TOKEN_MEAN,
 ) -> Tensor:
-    """`kl_estimate` aggregated: the 'KL-loss' that PRL v2 (arXiv 2601.10201) compares with.
+    """Aggregate `kl_estimate`: the 'KL-loss' that PRL v2 (arXiv 2601.10201) compares with.
 
     Multiply by beta and add it to the policy loss. It regularises each token given its prefix and
-    leaves out what the token does to later ones, so it is not the gradient of a sequence KL.
+    ignores the effect of the token on later ones, so it is not the gradient of a sequence KL.
 
     Args:
         policy_logprobs: log π at the sampled tokens, with gradient, (B, T).
         ref_logprobs: log π_ref, (B, T); detached here.
         completion_mask: (B, T), true on completion tokens; nothing is read outside it.
-        estimator: one of `kl_estimate`.
-        aggregation: a kind of `aggregate`.
-        totals: of the update; by default of these completions alone.
+        estimator: see `kl_estimate`.
+        aggregation: by default the token mean of this batch alone.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: as `kl_estimate` and `aggregate`.
+        ValueError: see `kl_estimate` and `aggregate`.
 
     Example:
         >>> import torch
@@ -116,4 +104,4 @@ def kl_loss(
         keep_tokens(ref_logprobs, completion_mask, "ref_logprobs"),
         estimator,
     )
-    return aggregate(estimates, completion_mask, aggregation, totals)
+    return aggregate(estimates, completion_mask, aggregation)

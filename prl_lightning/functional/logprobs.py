@@ -1,8 +1,8 @@
 """Log-probabilities and entropy from hidden states, without a (tokens, vocabulary) tensor.
 
 At a vocabulary of 152 thousand, the float32 logits of a micro-batch of 16 thousand tokens take
-10 GB, and autograd keeps several such tensors. Here they exist for one chunk of tokens at a time;
-the backward pass makes them again.
+10 GB, and autograd keeps several such tensors. Here they exist for one chunk of tokens at a time,
+and the backward pass recomputes them.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
-"""Logits in an automatic chunk: 256 MiB in float32 on a CPU, 441 tokens at a vocabulary of 152
-thousand, and 1 GiB on a GPU.
+"""Logits in an automatic chunk: 256 MiB in float32 on a CPU, which is 441 tokens at a vocabulary of
+152 thousand, and 1 GiB on a GPU.
 
-Enough rows for a matrix product to run at full speed, little beside the head's own weight. Each
-chunk reads and writes the gradient of that weight once, which a GPU's memory makes the larger part.
+These are enough rows for a matrix product at full speed, and small compared with the weight of the
+head. Each chunk reads and writes the gradient of that weight once. On a GPU this dominates, so its
+chunks are larger.
 """
 
 
@@ -31,24 +32,24 @@ def token_logprobs(
     """Return log π(target | hidden) and the entropy of π = softmax(hidden·Wᵀ / temperature).
 
     log π(a) = z_a - log Σ_v exp z_v and entropy = log Σ_v exp z_v - Σ_v π_v z_v, z = hidden·Wᵀ/τ.
-    Forward and backward hold the logits of one chunk at a time, in two buffers at most.
+    Forward and backward hold the logits of one chunk at a time, in at most two buffers.
 
-    The product runs in `hidden`'s dtype, or autocast's where that is on; softmax, sums and the
-    weight's gradient over the chunks are in float32, or float64 if `hidden` is.
+    The matrix product runs in the dtype of `hidden`, or of autocast if it is on. Softmax, sums and
+    the weight's gradient over the chunks are in float32, or float64 if `hidden` is.
 
     Args:
         hidden: last hidden states, (N, H).
         head_weight: the output embedding, (V, H).
         targets: token ids in [0, V), (N,).
         temperature: of sampling, above 0.
-        chunk_size: tokens in a chunk; None chooses it by vocabulary and device.
+        chunk_size: tokens in a chunk; None derives it from vocabulary and device.
 
     Returns:
         Log-probabilities (N,), differentiable in hidden and head_weight, and entropies (N,) in
         nats, not differentiable. Both float32, or float64 if `hidden` is.
 
     Raises:
-        ValueError: if shapes disagree, or temperature or chunk_size is out of range.
+        ValueError: shapes disagree, or temperature or chunk_size is out of range.
 
     Example:
         >>> hidden, weight = torch.zeros(2, 3), torch.ones(4, 3)
@@ -57,12 +58,12 @@ def token_logprobs(
     """
     _check(hidden, head_weight, targets)
     if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: it must be above 0")
+        raise ValueError(f"temperature={temperature}: must be above 0.")
     if chunk_size is None:
         elements = _CHUNK_ELEMENTS.get(hidden.device.type, _CHUNK_ELEMENTS["cpu"])
         chunk_size = max(1, elements // max(1, len(head_weight)))
     if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}: use at least 1 token, or None for automatic")
+        raise ValueError(f"chunk_size={chunk_size}: use at least 1, or None for automatic.")
     logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, head_weight, targets, temperature, chunk_size
     )
@@ -89,14 +90,14 @@ class _TokenLogprobs(torch.autograd.Function):
             logits = _logits(hidden[rows], weight, temperature, sum_dtype)
             picked = logits.gather(1, targets[rows, None]).squeeze(1)
             peak = logits.amax(1)
-            # From here on relative to the peak, so that exp does not overflow.
+            # Relative to the maximum, so that exp does not overflow.
             probabilities = logits.sub_(peak[:, None]).exp()
             total = probabilities.sum(1)
             log_total = total.log()
             torch.sub(log_total, probabilities.mul_(logits).sum(1).div_(total), out=entropy[rows])
             torch.add(peak, log_total, out=log_normalizer[rows])
             torch.sub(picked, log_normalizer[rows], out=logprobs[rows])
-            del logits, probabilities  # before the next chunk's are made
+            del logits, probabilities  # free the memory before the next chunk
         ctx.save_for_backward(hidden, head_weight, targets, log_normalizer)
         ctx.temperature, ctx.chunk_size, ctx.product_dtype = temperature, chunk_size, product_dtype
         ctx.mark_non_differentiable(entropy)
@@ -115,7 +116,7 @@ class _TokenLogprobs(torch.autograd.Function):
             torch.zeros_like(head_weight, dtype=sum_dtype) if ctx.needs_input_grad[1] else None
         )
         for rows in _chunks(len(hidden), ctx.chunk_size):
-            # ∂ log π(a)/∂ logits = (onehot(a) - π)/τ, written over the logits.
+            # ∂ log π(a)/∂ logits = (onehot(a) - π)/τ, in place of the logits.
             grads = _logits(hidden[rows], weight, ctx.temperature, sum_dtype)
             grads.sub_(log_normalizer[rows, None]).exp_()
             scale = grad_logprobs[rows, None].to(sum_dtype) / ctx.temperature
@@ -125,7 +126,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_hidden[rows] = grads @ weight
             if grad_weight is not None:
                 _add_product(grad_weight, grads.T, hidden[rows].to(weight.dtype))
-            del grads  # before the next chunk's are made
+            del grads  # free the memory before the next chunk
         if grad_weight is not None:
             grad_weight = grad_weight.to(head_weight.dtype)
         return grad_hidden, grad_weight, None, None, None
@@ -140,7 +141,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
-        # The product keeps the low precision, and its speed; only the sum over chunks needs more.
+        # The product stays in low precision, which is fast; only the sum over chunks needs more.
         total.add_(left @ right)
 
 
@@ -150,7 +151,7 @@ def _chunks(count: int, chunk_size: int) -> Iterator[slice]:
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    # Autocast leaves float64 alone, as it does in torch's own layers.
+    # Autocast does not change float64, as in torch's own layers.
     device = hidden.device.type
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -158,11 +159,9 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _check(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> None:
-    shapes = (
-        f"hidden has shape {tuple(hidden.shape)}, head_weight {tuple(head_weight.shape)} and "
-        f"targets {tuple(targets.shape)}"
-    )
-    if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
-        raise ValueError(f"{shapes}: pass hidden as (N, H) and head_weight as (V, H)")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"{shapes}: pass one target for each row of hidden, (N,)")
+    fits = hidden.ndim == head_weight.ndim == 2 and hidden.shape[1] == head_weight.shape[1]
+    if not fits or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}, head_weight {tuple(head_weight.shape)} and "
+            f"targets {tuple(targets.shape)}: pass (N, H), (V, H) and (N,)."
+        )

@@ -1,21 +1,24 @@
-"""What an answer by majority vote is worth."""
+"""Majority voting over the answers of a problem's samples."""
 
 from torch import Tensor
 
+from prl_lightning.functional.masks import check_same_shape
+
 
 def majority_correct(answers: Tensor, correct: Tensor) -> Tensor:
-    """Chance that the most frequent answer of a problem's samples is right; a tie goes by lot.
+    """Return the probability that a problem's most frequent answer is right; ties are drawn.
 
-    maj@n, the majority voting of Wang et al., "Self-consistency improves chain of thought
-    reasoning in language models" (arXiv 2203.11171).
+    This is maj@n: Wang et al., "Self-consistency improves chain of thought reasoning in language
+    models" (arXiv 2203.11171).
 
     Args:
-        answers: (P, n) integers: samples of a problem with the same number have the same answer;
-            one below zero has none, and no vote.
-        correct: (P, n) bool. Where samples with one answer differ, the answer is worth their mean.
+        answers: (P, n) integers, equal for equal answers of a problem; negative for no answer,
+            which has no vote.
+        correct: (P, n) bool. If samples with the same answer differ, the answer counts as their
+            mean.
 
     Returns:
-        (P,) float64; 0 where nobody votes.
+        (P,) float64; 0 for a problem without a vote.
 
     Raises:
         ValueError: the shapes differ.
@@ -27,12 +30,8 @@ def majority_correct(answers: Tensor, correct: Tensor) -> Tensor:
         >>> majority_correct(answers, correct)
         tensor([1.0000, 0.5000, 0.0000], dtype=torch.float64)
     """
-    if answers.shape != correct.shape:
-        raise ValueError(
-            "answers and correct must have one shape (problems, samples), got "
-            f"{tuple(answers.shape)} and {tuple(correct.shape)}"
-        )
+    check_same_shape("Pn", answers=answers, correct=correct)
     votes = (answers[:, :, None] == answers[:, None, :]).sum(-1) * (answers >= 0)
-    # Tied answers have equally many samples, so that each weighs the same among the winners.
+    # Tied answers have equally many samples, so each has the same weight among the winners.
     wins = (votes == votes.amax(1, keepdim=True)) & (votes > 0)
     return (wins & correct).sum(1).double() / wins.sum(1).clamp(min=1)

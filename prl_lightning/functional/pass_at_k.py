@@ -5,11 +5,11 @@ from torch import Tensor
 
 
 def pass_at_k(num_samples: int | Tensor, num_correct: int | Tensor, k: int | Tensor) -> Tensor:
-    """1 - C(n - c, k)/C(n, k): the chance that k of n samples, c correct, hold a correct one.
+    """Return 1 - C(n - c, k)/C(n, k): the probability that k of n samples hold one of c correct.
 
     Chen et al., "Evaluating large language models trained on code" (arXiv 2107.03374), Eq. 1. With
-    s = min(c, k) and l = max(c, k) the fraction is Π_{j<s} (1 - l/(n - j)), summed here in
-    logarithms: no factorial, and small results keep their precision.
+    s = min(c, k) and l = max(c, k) the fraction is Π_{j<s} (1 - l/(n - j)). It is computed as a sum
+    of logarithms, so there are no factorials, and small results keep their precision.
 
     Args:
         num_samples: n, an integer or a tensor of them.
@@ -20,7 +20,7 @@ def pass_at_k(num_samples: int | Tensor, num_correct: int | Tensor, k: int | Ten
         float64, of the broadcast shape.
 
     Raises:
-        ValueError: if c or k is out of range.
+        ValueError: c or k is out of range.
 
     Example:
         >>> pass_at_k(4, torch.tensor([0, 1, 4]), 2)
@@ -31,20 +31,20 @@ def pass_at_k(num_samples: int | Tensor, num_correct: int | Tensor, k: int | Ten
     size = torch.as_tensor(k, device=c.device)
     shape = (n + c + size).shape
     n, c, size = n.expand(shape), c.expand(shape), size.expand(shape)
-    _check_range(c, 0, n, "num_correct", "count the correct among those")
-    _check_range(size, 1, n, "k", "draw at least k samples, or lower k")
+    _check_range(c, 0, n, "num_correct", "count correct samples only")
+    _check_range(size, 1, n, "k", "sample more, or lower k")
     if n.numel() == 0:
         return n.double()
     fewer, more = torch.minimum(c, size), torch.maximum(c, size)
     j = torch.arange(int(fewer.max()), device=n.device)
-    # Where no k samples can all be wrong some factor is 0; the ones after it are below and clamped.
+    # If k samples cannot all be wrong, one factor is 0; the later ones are negative and clamped.
     share = (more[..., None] / (n[..., None] - j).clamp(min=1).double()).clamp(max=1)
     terms = torch.where(j < fewer[..., None], torch.log1p(-share), 0.0)
     return 0.0 - torch.expm1(terms.sum(-1))  # not -expm1, which makes -0.0
 
 
-def _check_range(values: Tensor, low: int, high: Tensor, name: str, mend: str) -> None:
+def _check_range(values: Tensor, low: int, high: Tensor, name: str, fix: str) -> None:
     wrong = (values < low) | (values > high)
     if wrong.any():
         value, most = values[wrong][0].item(), high[wrong][0].item()
-        raise ValueError(f"{name} is {value}, outside {low} to num_samples = {most}: {mend}")
+        raise ValueError(f"{name}={value}: outside {low} to num_samples={most}; {fix}.")

@@ -1,6 +1,6 @@
-"""The process term: what Process Reward Learning adds to an outcome advantage, token by token.
+"""The process term, which Process Reward Learning adds to the outcome advantage of each token.
 
-All of it is detached: these are coefficients of ∇ log π, not terms to differentiate.
+All results are detached: they are coefficients of ∇ log π and are not differentiated.
 """
 
 from torch import Tensor
@@ -16,26 +16,26 @@ def process_term(
     divergence: str | Divergence = "reverse_kl",
     step_ends: Tensor | None = None,
 ) -> Tensor:
-    """reg_t = Σ_{j≥t} f(u_j) - f'(u_t)·u_t, the future regularisation.
+    """Return reg_t = Σ_{j≥t} f(u_j) - f'(u_t)·u_t, the future regularisation.
 
-    From PRL v2 (arXiv 2601.10201), Theorem 4.1; constants that no action changes are dropped, so
-    for reverse KL it is Σ_{j≥t} δ_j. With `step_ends` every token of a step carries the value at
-    the step's last token (PRL v1).
+    From PRL v2 (arXiv 2601.10201), Theorem 4.1. Constants that do not depend on the action are
+    dropped, so for reverse KL it is Σ_{j≥t} δ_j. With `step_ends` every token of a step gets the
+    value at the step's last token (PRL v1).
 
-    Sums are in float32, or float64 if the input is. Log-ratios of any size are summed as they are;
-    where one is exponentiated it is bounded to ±`MAX_LOG_RATIO` first.
+    Sums are in float32, or float64 if the input is. Log-ratios are summed unbounded; before one is
+    exponentiated it is bounded to ±`MAX_LOG_RATIO`.
 
     Args:
         log_ratios: δ = log π - log π_ref at the sampled tokens, (B, T); not read outside the mask.
         completion_mask: (B, T), true on completion tokens.
         divergence: a name of `get_divergence`, or a `Divergence`.
-        step_ends: bool (B, T), true on the last token of each step; None means token by token.
+        step_ends: bool (B, T), true on the last token of each step; None for one step per token.
 
     Returns:
         (B, T), zero outside the mask.
 
     Raises:
-        ValueError: if shapes disagree or the divergence is unknown.
+        ValueError: shapes disagree or the divergence is unknown.
 
     Example:
         >>> import torch
@@ -52,11 +52,11 @@ def process_term(
 
 
 def process_baseline(completion_mask: Tensor, mean_kl: Tensor) -> Tensor:
-    """b_t = (T_i - t)·mean token KL: the expected sum of f(u) over the tokens that follow t.
+    """Return b_t = (T_i - t)·mean token KL: the expected sum of f(u) over the tokens after t.
 
-    PRL v2's optional baseline for the k3 divergences, whose terms are never negative; the paper
-    sees no gain. To use it, add β·b to the outcome advantages: A - β(reg - b) = (A + βb) - β·reg.
-    T_i depends on later actions, so unlike the process term it biases the gradient.
+    This is the optional baseline of PRL v2 for the k3 divergences, whose terms are never negative;
+    the paper sees no gain. To use it, add β·b to the outcome advantages: A - β(reg - b) =
+    (A + βb) - β·reg. T_i depends on later actions, so the baseline biases the gradient.
 
     Args:
         completion_mask: (B, T), true on completion tokens.
@@ -82,24 +82,24 @@ def prl_advantages(
     divergence: str | Divergence = "reverse_kl",
     step_ends: Tensor | None = None,
 ) -> Tensor:
-    """A_{i,t} = sg(A_i - β·reg_{i,t}): the advantage of PRL, also known as FRPO.
+    """Return A_{i,t} = sg(A_i - β·reg_{i,t}): the advantage of PRL, also known as FRPO.
 
     PRL v2 (arXiv 2601.10201), Eq. 5.1; with `step_ends` PRL v1. Outcome and process are decoupled:
-    A_i comes from the unmodified rewards and the process term is added after it.
+    A_i is computed from the unmodified rewards, and the process term is subtracted afterwards.
 
     Args:
-        outcome_advantages: A, (B,), or (B, T) for one that differs between tokens.
+        outcome_advantages: A, (B,), or (B, T) if it differs between tokens.
         log_ratios: δ = log π - log π_ref at the sampled tokens, (B, T); not read outside the mask.
         completion_mask: (B, T), true on completion tokens.
         beta: weight of the regulariser; PRL v1 writes η = 1/β.
         divergence: a name of `get_divergence`, or a `Divergence`.
-        step_ends: bool (B, T), true on the last token of each step; None means token by token.
+        step_ends: bool (B, T), true on the last token of each step; None for one step per token.
 
     Returns:
         (B, T), detached, zero outside the mask.
 
     Raises:
-        ValueError: if shapes disagree or the divergence is unknown.
+        ValueError: shapes disagree or the divergence is unknown.
 
     Example:
         >>> import torch
@@ -115,10 +115,10 @@ def prl_advantages(
 def process_rewards(
     rewards: Tensor, log_ratios: Tensor, completion_mask: Tensor, beta: float
 ) -> Tensor:
-    """r_t = r - β Σ_{j>t} δ_j: the process reward of the prefix up to and including t.
+    """Return r_t = r - β Σ_{j>t} δ_j: the process reward of the prefix up to and including t.
 
-    PRL v1 and v2 (arXiv 2601.10201), Eq. 5.4. For display and analysis; consecutive prefixes
-    differ by β·δ, and the whole completion's process reward is its outcome reward.
+    PRL v1 and v2 (arXiv 2601.10201), Eq. 5.4, for display and analysis. Consecutive prefixes
+    differ by β·δ, and the process reward of the whole completion is its outcome reward.
 
     Args:
         rewards: r, (B,).
@@ -130,7 +130,7 @@ def process_rewards(
         (B, T), detached, zero outside the mask.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: shapes disagree.
 
     Example:
         >>> import torch
@@ -143,29 +143,24 @@ def process_rewards(
 
 
 def per_token(values: Tensor, completion_mask: Tensor, name: str) -> Tensor:
-    """Values of (B,) or (B, T) as (B, T), zero outside the mask.
+    """Expand values of (B,) or (B, T) to (B, T), zero outside the mask.
 
     Args:
         values: (B,) or (B, T).
         completion_mask: (B, T), true on completion tokens.
-        name: what `values` is called in the error message.
+        name: what error messages call `values`.
 
     Returns:
         (B, T).
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: values has another shape.
 
     Example:
         >>> import torch
         >>> per_token(torch.tensor([2.0]), torch.tensor([[1, 0]]), "rewards")
         tensor([[2., 0.]])
     """
-    if values.ndim == 1 and completion_mask.ndim == 2 and len(values) == len(completion_mask):
+    if values.shape == completion_mask.shape[:1]:
         values = values[:, None].expand(completion_mask.shape)
-    elif values.shape != completion_mask.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(values.shape)} and completion_mask "
-            f"{tuple(completion_mask.shape)}: pass {name} as (B,) or (B, T)"
-        )
     return keep_tokens(values, completion_mask, name)

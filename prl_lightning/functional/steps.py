@@ -1,19 +1,21 @@
-"""Cut completions into steps (PRL v1, arXiv 2601.10201): which tokens end one.
+"""Split completions into steps (PRL v1, arXiv 2601.10201).
 
 Steps are described by `step_ends`, bool (B, T), true on each step's last token. The last completion
-token always ends a step. Tokens are counted over the completion mask, so padding on either side and
-holes in the middle change nothing.
+token always ends a step. Only tokens inside the completion mask count, so neither padding nor holes
+in the middle change the steps.
 """
 
 import torch
 from torch import Tensor
 
+from prl_lightning.functional.masks import check_same_shape
+
 
 def fixed_length_steps(completion_mask: Tensor, length: int) -> Tensor:
-    """Steps of `length` completion tokens; the last one may be shorter.
+    """Split into steps of `length` completion tokens; the last one may be shorter.
 
-    Token number n of a completion (from 1, over the mask) ends a step when n mod length = 0 or
-    n = T_i. `length=1` is the token form (PRL v2). PRL v1 uses 256.
+    Token n of a completion (from 1, over the mask) ends a step if n mod length = 0 or n = T_i.
+    `length=1` is the token form (PRL v2). PRL v1 uses 256.
 
     Args:
         completion_mask: (B, T), true on completion tokens.
@@ -23,14 +25,14 @@ def fixed_length_steps(completion_mask: Tensor, length: int) -> Tensor:
         step_ends, bool (B, T).
 
     Raises:
-        ValueError: if `length` is below 1.
+        ValueError: `length` is below 1.
 
     Example:
         >>> fixed_length_steps(torch.tensor([[1, 1, 1, 0]]), 2)
         tensor([[False,  True,  True, False]])
     """
     if length < 1:
-        raise ValueError(f"length is {length}: a step has at least 1 token")
+        raise ValueError(f"length={length}: a step has at least 1 token.")
     mask = completion_mask.bool()
     return mask & (mask.cumsum(-1) % length == 0) | last_tokens(mask)
 
@@ -38,14 +40,14 @@ def fixed_length_steps(completion_mask: Tensor, length: int) -> Tensor:
 def delimiter_steps(
     completion_ids: Tensor, completion_mask: Tensor, is_delimiter: Tensor
 ) -> Tensor:
-    """Steps that end at delimiter tokens, such as newlines or blank lines (PRL v1).
+    """Split into steps that end at delimiter tokens, such as newlines or blank lines (PRL v1).
 
-    Token t ends a step when is_delimiter[a_t], or when it is the last of its completion. Which
-    tokens delimit is a table over the whole vocabulary, not one id, because tokenizers merge a
-    newline with its neighbours.
+    Token t ends a step if is_delimiter[a_t], or if it is the last of its completion. The delimiters
+    are a table over the vocabulary instead of one id, because tokenizers merge a newline with its
+    neighbours.
 
     Args:
-        completion_ids: (B, T) token ids; outside the mask they are not read.
+        completion_ids: (B, T) token ids; not read outside the mask.
         completion_mask: (B, T), true on completion tokens.
         is_delimiter: bool (V,), by token id.
 
@@ -53,7 +55,7 @@ def delimiter_steps(
         step_ends, bool (B, T).
 
     Raises:
-        ValueError: if the shapes disagree or a completion token is outside the table.
+        ValueError: the shapes disagree or a completion token is outside the table.
 
     Example:
         >>> ids, mask = torch.tensor([[4, 1, 4, 0]]), torch.tensor([[1, 1, 1, 0]])
@@ -61,26 +63,20 @@ def delimiter_steps(
         tensor([[False,  True,  True, False]])
     """
     mask = completion_mask.bool()
-    if completion_ids.shape != mask.shape:
-        raise ValueError(
-            f"completion_ids has shape {tuple(completion_ids.shape)} and completion_mask "
-            f"{tuple(mask.shape)}: pass both as (B, T)"
-        )
+    check_same_shape("BT", completion_ids=completion_ids, completion_mask=mask)
     strange = mask & ((completion_ids < 0) | (completion_ids >= len(is_delimiter)))
-    # A GPU would have to be waited for; there the index below fails by itself.
+    # Reading this flag would wait for a GPU. There, the indexing below fails by itself.
     if not strange.is_cuda and strange.any():
         raise ValueError(
-            f"completion_ids holds {completion_ids[strange][0].item()} but is_delimiter has "
-            f"{len(is_delimiter)} entries: give it one for every row of the model's embedding"
+            f"completion_ids has token {completion_ids[strange][0].item()}, but is_delimiter has "
+            f"{len(is_delimiter)} entries: pass one per row of the model's embedding."
         )
-    if mask.numel() == 0 or len(is_delimiter) == 0:
-        return mask
     ids = torch.where(mask, completion_ids, torch.zeros_like(completion_ids))
     return mask & is_delimiter.bool()[ids] | last_tokens(mask)
 
 
 def last_tokens(completion_mask: Tensor) -> Tensor:
-    """True on the last completion token of each row, nowhere in an empty row.
+    """Mark the last completion token of each row; an empty row has none.
 
     Args:
         completion_mask: (B, T), true on completion tokens.
@@ -98,10 +94,9 @@ def last_tokens(completion_mask: Tensor) -> Tensor:
 
 
 def take_at_step_end(values: Tensor, completion_mask: Tensor, step_ends: Tensor) -> Tensor:
-    """v_t := v_e with e the first step end at or after t: one value for all tokens of a step.
+    """Set v_t := v_e with e the first step end at or after t: one value for all tokens of a step.
 
-    The position e is searched, never the value, so a value of 0.0 at a step's end is kept like any
-    other.
+    The search is for the position e and not for a non-zero value, so 0.0 is a value like any other.
 
     Args:
         values: (B, T).
@@ -112,7 +107,7 @@ def take_at_step_end(values: Tensor, completion_mask: Tensor, step_ends: Tensor)
         (B, T), zero outside the mask.
 
     Raises:
-        ValueError: if step_ends is not of the mask's shape.
+        ValueError: the shapes of step_ends and the mask differ.
 
     Example:
         >>> values, mask = torch.tensor([[3.0, 0.0, 5.0]]), torch.ones(1, 3)
@@ -120,11 +115,7 @@ def take_at_step_end(values: Tensor, completion_mask: Tensor, step_ends: Tensor)
         tensor([[0., 0., 5.]])
     """
     mask = completion_mask.bool()
-    if step_ends.shape != mask.shape:
-        raise ValueError(
-            f"step_ends has shape {tuple(step_ends.shape)} and completion_mask "
-            f"{tuple(mask.shape)}: pass both as (B, T)"
-        )
+    check_same_shape("BT", step_ends=step_ends, completion_mask=mask)
     if mask.numel() == 0:
         return values
     last = mask.shape[-1] - 1

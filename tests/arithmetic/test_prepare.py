@@ -1,7 +1,4 @@
 import json
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -28,29 +25,32 @@ TINY = ArithmeticTask(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> ArithmeticTask:
-    """Made as a run makes it, in a process of its own."""
     task = replace(TINY, folder=str(tmp_path_factory.mktemp("arithmetic") / "deep" / "task"))
     assert not task.is_made()
+    before = torch.get_rng_state()
     task()
+    assert torch.equal(torch.get_rng_state(), before)  # the run that needs the folder goes on
     return task
 
 
 @pytest.fixture
 def instant(monkeypatch: pytest.MonkeyPatch, tied_model: str) -> None:
     """No training: any model will do."""
+    model = Qwen2ForCausalLM.from_pretrained(tied_model)
+    monkeypatch.setattr(base_model, "train_base_model", lambda *_, **__: model)
 
-    def load(*_: Any, **__: Any) -> Qwen2ForCausalLM:
-        return Qwen2ForCausalLM.from_pretrained(tied_model)
 
-    monkeypatch.setattr(base_model, "train_base_model", load)
+@pytest.fixture
+def task(tmp_path: Path, instant: None) -> ArithmeticTask:
+    return replace(TINY, folder=str(tmp_path / "task"))
 
 
 def rows(folder: str, name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
 
 
-def forbidden(*_: Any, **__: Any) -> None:
-    raise AssertionError("made again")
+def siblings(folder: str) -> list[str]:
+    return [path.name for path in Path(folder).parent.iterdir()]
 
 
 def test_the_folder_is_complete(made: ArithmeticTask) -> None:
@@ -64,20 +64,14 @@ def test_the_folder_is_complete(made: ArithmeticTask) -> None:
         text = row["prompt"].removesuffix("?")
         problem = Problem(tuple(map(int, text[::2])), tuple(text[1::2]))
         assert (row["prompt"], row["answer"]) == (problem.prompt, problem.answer)
-    # Nothing is left beside it.
-    assert [path.name for path in Path(made.folder).parent.iterdir()] == ["task"]
+    assert siblings(made.folder) == ["task"]
 
 
 def test_the_base_model_loads_with_the_same_ids(made: ArithmeticTask) -> None:
     base = str(Path(made.folder) / "base")
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(base),
-        AutoModelForCausalLM.from_pretrained(base),
-    )
-    text = "3+5*2?3+5=8\n8*2=6\n\\boxed{6}<eos>"
-    ids = make_tokenizer()(text)["input_ids"]
-    assert tokenizer(text)["input_ids"] == ids
-    assert tokenizer.decode(ids) == text
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    ids = make_tokenizer()("3+5*2?3+5=8\n8*2=6\n\\boxed{6}<eos>")["input_ids"]
     assert model.config.vocab_size == len(tokenizer) == len(make_tokenizer())
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (32, 1)
     assert stop_token_ids(base, tokenizer) == (tokenizer.eos_token_id,)
@@ -87,39 +81,31 @@ def test_the_base_model_loads_with_the_same_ids(made: ArithmeticTask) -> None:
 def test_a_folder_that_is_made_is_kept(
     made: ArithmeticTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subprocess, "run", forbidden)
-    before = {path: path.stat().st_mtime_ns for path in Path(made.folder).rglob("*")}
+    monkeypatch.delattr(ArithmeticTask, "make")
     made()
-    assert {path: path.stat().st_mtime_ns for path in Path(made.folder).rglob("*")} == before
+    assert not any(
+        replace(made, **change).is_made()
+        for change in ({"seed": 1}, {"base_steps": 3}, {"error_rate": 0.5})
+    )
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"base_steps": 3}, {"error_rate": 0.5}])
-def test_other_settings_are_another_task(made: ArithmeticTask, change: dict[str, Any]) -> None:
-    assert not replace(made, **change).is_made()
-
-
-@pytest.mark.usefixtures("instant")
-def test_a_folder_of_other_settings_is_made_anew(tmp_path: Path) -> None:
-    folder = str(tmp_path / "task")
-    replace(TINY, folder=folder).make()
-    first = rows(folder, "train.jsonl")
-    other = replace(TINY, folder=folder, seed=1)
-    assert not other.is_made()
-    other.make()
+def test_a_folder_of_other_settings_is_made_anew(task: ArithmeticTask) -> None:
+    Path(task.folder).mkdir()  # an empty folder is used
+    task.make()
+    first = rows(task.folder, "train.jsonl")
+    other = replace(task, seed=1)
+    other()
     assert other.is_made()
-    assert not replace(TINY, folder=folder).is_made()
-    assert rows(folder, "train.jsonl") != first
-    assert [path.name for path in tmp_path.iterdir()] == ["task"]
+    assert not task.is_made()
+    assert rows(task.folder, "train.jsonl") != first
+    assert siblings(task.folder) == ["task"]
 
 
 @pytest.mark.parametrize("where", ["training", "saving", "problems", "last file"])
-@pytest.mark.usefixtures("instant")
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    task: ArithmeticTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    folder = str(tmp_path / "task")
-    old, new = replace(TINY, folder=folder), replace(TINY, folder=folder, seed=1)
-    old.make()
+    task.make()
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -138,61 +124,26 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(
         "last file": (Path, "write_text", interrupt_last),
     }[where]
     monkeypatch.setattr(*target)
-    for task in (new, replace(new, folder=str(tmp_path / "fresh"))):
+    for new in (replace(task, seed=1), replace(task, folder=str(tmp_path / "fresh"))):
         with pytest.raises(KeyboardInterrupt):
-            task.make()
-        assert not task.is_made()
-    # What was there is whole, and nothing else is.
-    assert old.is_made()
-    assert [path.name for path in tmp_path.iterdir()] == ["task"]
+            new.make()
+        assert not new.is_made()
+    assert task.is_made()
+    assert siblings(task.folder) == ["task"]
 
 
-@pytest.mark.usefixtures("instant")
-def test_a_folder_with_something_else_is_not_replaced(tmp_path: Path) -> None:
+def test_a_folder_with_something_else_is_not_replaced(task: ArithmeticTask, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"no arithmetic task\. Name another"):
-        replace(TINY, folder=str(tmp_path)).make()
+    with pytest.raises(FileExistsError, match=f"folder='{tmp_path}'"):
+        replace(task, folder=str(tmp_path)).make()
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.usefixtures("instant")
-def test_an_empty_folder_is_used(tmp_path: Path) -> None:
-    (tmp_path / "task").mkdir()
-    task = replace(TINY, folder=str(tmp_path / "task"))
-    task.make()
-    assert task.is_made()
-
-
-@pytest.mark.usefixtures("instant")
-def test_more_problems_than_there_are_is_an_error(tmp_path: Path) -> None:
-    few = replace(
-        TINY, folder=str(tmp_path / "task"), min_operations=1, max_operations=1, train_problems=291
-    )
-    with pytest.raises(ValueError, match=r"train_problems=291 is more than the 300 problems of 1"):
+def test_more_problems_than_there_are_is_an_error(task: ArithmeticTask) -> None:
+    few = replace(task, min_operations=1, max_operations=1, train_problems=291)
+    with pytest.raises(ValueError, match=r"train_problems=291 .*300"):
         few.make()
     replace(few, train_problems=290).make()
-
-
-def test_the_process_belongs_to_no_launcher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A rank of a distributed run makes the folder alone."""
-    seen: list[dict[str, str]] = []
-    monkeypatch.setattr(subprocess, "run", lambda *_, env, **__: seen.append(env))
-    monkeypatch.setenv("SURROUNDINGS", "kept")
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "1")
-    replace(TINY, folder=str(tmp_path / "task"))()
-    (env,) = seen
-    assert env["SURROUNDINGS"] == "kept"
-    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(env)
-
-
-def test_a_failed_process_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A base model that was not made must not be looked for later."""
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(subprocess.CalledProcessError):
-        replace(TINY, folder=str(tmp_path / "task"))()
 
 
 # What the base model is trained on
@@ -201,8 +152,8 @@ def test_a_failed_process_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monk
 def test_labels_are_the_trace_and_its_end_alone() -> None:
     tokenizer = make_tokenizer()
     problems = [Problem((3, 5), ("+",)), Problem((1, 2, 3, 4), ("+", "*", "-"))]
-    traces = base_model._Traces(problems, tokenizer, error_rate=0.0, batch_size=8, seed=0)
-    input_ids, labels = next(iter(traces))
+    traces = base_model.trace_batches(problems, tokenizer, error_rate=0.0, batch_size=8, seed=0)
+    input_ids, labels = next(traces)
     right = {
         "3+5?": "3+5=8\n\\boxed{8}<eos>",
         "1+2*3-4?": "1+2=3\n3*3=9\n9-4=5\n\\boxed{5}<eos>",
@@ -220,4 +171,17 @@ def test_labels_are_the_trace_and_its_end_alone() -> None:
 def test_no_bar_of_the_training_is_drawn_into_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     problems = list(islice(draw_problems(3, 3, 0), 4))
     base_model.train_base_model(problems, make_tokenizer(), hidden_size=32, layers=1, steps=2)
-    assert "Epoch" not in "".join(capsys.readouterr())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_training_learns_the_traces() -> None:
+    """The loss of a token falls from a uniform guess of 22 tokens to less than half."""
+    problems, tokenizer = list(islice(draw_problems(1, 1, 0), 300)), make_tokenizer()
+    input_ids, labels = next(base_model.trace_batches(problems, tokenizer, 0.0, 64, seed=1))
+    losses = []
+    for steps in (1, 60):
+        model = base_model.train_base_model(
+            problems, tokenizer, 0.0, hidden_size=32, layers=1, steps=steps, learning_rate=1e-2
+        )
+        losses.append(model(input_ids=input_ids, labels=labels).loss.item())
+    assert losses[1] < losses[0] / 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -37,32 +39,46 @@ def test_two_problems_by_hand(make_rollout: MakeRollout) -> None:
     # Of two problems a resample has none, one or both of the solved one.
     assert found.metrics["mean@3"][1:] == pytest.approx((0.0, 2 / 3))
     assert found.metrics["length"][1:] == pytest.approx((2.0, 6.0))
-    assert found.pass_curve["k"] == [1, 2, 3]
-    assert found.pass_curve["pass"] == pytest.approx([1 / 3, 0.5, 0.5])
-    assert found.pass_curve["low"] == pytest.approx([0, 0, 0])
-    assert found.pass_curve["high"] == pytest.approx([2 / 3, 1, 1])
+    curve = {"pass": [1 / 3, 0.5, 0.5], "low": [0, 0, 0], "high": [2 / 3, 1, 1]}
+    assert found.pass_curve.pop("k") == [1, 2, 3]
+    assert found.pass_curve == {name: pytest.approx(values) for name, values in curve.items()}
 
 
-def test_a_reward_of_exactly_that_much_is_solved(make_rollout: MakeRollout) -> None:
-    metrics = SetMetrics(Evaluation(samples=2, pass_at=()))
-    metrics.update(group(make_rollout, [0.5, 0.499], [None, None], [1, 1]))
-    assert metrics.results().metrics["mean@2"].mean == 0.5
-
-
-def test_results_begin_anew(make_rollout: MakeRollout) -> None:
+def test_a_single_sample_has_a_curve_and_results_begin_anew(make_rollout: MakeRollout) -> None:
     metrics = SetMetrics(Evaluation(samples=1, pass_at=()))
     for reward in (1.0, 0.0):
         metrics.update(group(make_rollout, [reward], [0], [2]))
-        assert metrics.results().metrics["mean@1"].mean == reward
+        found = metrics.results()
+        assert found.metrics["mean@1"].mean == reward
+        assert found.pass_curve == {"k": [1], "pass": [reward], "low": [reward], "high": [reward]}
 
 
-def test_without_answers_there_is_no_vote(make_rollout: MakeRollout) -> None:
-    metrics = SetMetrics(Evaluation(samples=2, pass_at=(1,)))
-    metrics.update(group(make_rollout, [1.0, 0.0], [None, None], [2, 2]))
-    assert set(metrics.results().metrics) == {"mean@2", "pass@1", "length"}
+def test_without_answers_there_is_no_vote_and_exactly_the_limit_is_solved(
+    make_rollout: MakeRollout,
+) -> None:
+    metrics = SetMetrics(Evaluation(samples=2, pass_at=(1,), solved_at=0.25))
+    metrics.update(group(make_rollout, [0.25, 0.249], [None, None], [2, 2]))
+    found = metrics.results().metrics
+    assert set(found) == {"mean@2", "pass@1", "length"}
+    assert found["mean@2"].mean == 0.5
 
 
-def test_metrics_move_with_the_module() -> None:
-    """Their states are where the samples are, whatever the module's own precision is."""
+def test_states_are_float64_whatever_the_precision_of_the_module() -> None:
     metrics = SetMetrics(Evaluation(samples=1, pass_at=(1,))).to(torch.bfloat16)
     assert metrics.length.per_problem().dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 0, "pass_at": ()}, "samples=0"),
+        ({"samples": 4, "pass_at": (2, 5)}, r"pass_at=\(2, 5\)"),
+        ({"samples": 4, "pass_at": (0,)}, r"pass_at=\(0,\)"),
+        ({"temperature": 0.0}, r"temperature=0\.0"),
+        ({"top_p": 0.0}, r"top_p=0\.0"),
+        ({"top_p": 1.5}, r"top_p=1\.5"),
+    ],
+)
+def test_settings_out_of_range_are_errors(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"evaluation\.{message}"):
+        Evaluation(**settings)

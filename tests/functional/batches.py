@@ -1,5 +1,6 @@
 """Batches for hypothesis: any shape, masks with holes and empty rows, NaN in all the padding."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 AGGREGATIONS = ["token_mean", "sequence_mean", "constant"]
+DIVERGENCES = ["reverse_kl", "reverse_k3", "forward_kl", "forward_k3"]
 
 quick = settings(max_examples=40, deadline=None)
 
@@ -20,8 +22,8 @@ class Batch:
     """(B, T) float64, NaN outside the mask."""
     rewards: Tensor
     """(B,) float64."""
-    group_size: int
-    seed: int
+    group_size: int = 1
+    seed: int = 0
 
     def noise(self, salt: int) -> Tensor:
         """Another (B, T) of the same kind as `log_ratios`."""
@@ -31,6 +33,17 @@ class Batch:
     def rows(self) -> list[list[int]]:
         """The positions of each row's tokens."""
         return [[t for t, kept in enumerate(row) if kept] for row in self.mask.tolist()]
+
+    def by_loop(self, value: Callable[[int, int, list[int]], float]) -> Tensor:
+        """(B, T) float64 of value(row, position, positions of the row), zero outside the mask."""
+        result = torch.zeros(self.mask.shape, dtype=torch.float64)
+        for i, positions in enumerate(self.rows()):
+            for t in positions:
+                result[i, t] = value(i, t, positions)
+        return result
+
+    def delta(self, i: int, positions: list[int]) -> list[float]:
+        return [self.log_ratios[i, t].item() for t in positions]
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -53,6 +66,16 @@ def batches(draw: st.DrawFn, max_groups: int = 3) -> Batch:
     binary = draw(st.booleans(), label="binary rewards")
     rewards = torch.randn(rows, generator=generator).double()
     return Batch(mask, log_ratios, (rewards > 0).double() if binary else rewards, group_size, seed)
+
+
+def assert_close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def value_and_slope(loss: Tensor, leaf: Tensor) -> tuple[float, float]:
+    """A scalar and its derivative in a one-element tensor."""
+    (slope,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.item(), slope.item()
 
 
 def slow_aggregate(values: Tensor, batch: Batch, kind: str, max_length: int) -> float:

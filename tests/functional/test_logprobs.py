@@ -1,4 +1,3 @@
-import math
 import weakref
 from typing import Any
 
@@ -7,12 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prl_lightning.functional.logprobs as logprobs_file
 from prl_lightning.functional import token_logprobs
 
-from .batches import quick
+from .batches import assert_close, quick, value_and_slope
 
 
 def reference(
@@ -32,10 +32,6 @@ def inputs(
     weight = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64)
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
-
-
-def gradients(loss: Tensor, *tensors: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, tensors))
 
 
 @quick
@@ -58,114 +54,79 @@ def test_token_logprobs_is_log_softmax_and_gather(
     hidden, weight, targets = inputs(tokens, vocabulary, width, seed)
     logprobs, entropy = token_logprobs(hidden, weight, targets, temperature, chunk_size)
     want, want_entropy = reference(hidden, weight, targets, temperature)
-    torch.testing.assert_close(logprobs, want, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(entropy, want_entropy.detach(), rtol=1e-10, atol=1e-12)
-    upstream = torch.linspace(-1, 2, tokens, dtype=torch.float64)
-    got = gradients((logprobs * upstream).sum(), hidden, weight)
-    expected = gradients((want * upstream).sum(), hidden, weight)
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
-
-
-def test_gradient_is_numerically_the_derivative() -> None:
-    hidden, weight, targets = inputs(5, 4, 3)
-    assert torch.autograd.gradcheck(
-        lambda h, w: token_logprobs(h, w, targets, 0.7, 2)[0], (hidden, weight)
-    )
-
-
-def test_by_hand() -> None:
-    hidden = torch.tensor([[1.0], [2.0]])
-    weight = torch.tensor([[0.0], [math.log(3)]])
-    logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([1, 0]))
-    # Probabilities 1/4, 3/4 and 1/10, 9/10.
-    assert logprobs.tolist() == pytest.approx([math.log(3 / 4), math.log(1 / 10)], rel=1e-6)
-    want = [-sum(p * math.log(p) for p in row) for row in ([0.25, 0.75], [0.1, 0.9])]
-    assert entropy.tolist() == pytest.approx(want, rel=1e-6)
-
-
-def test_entropy_is_not_differentiable() -> None:
-    logprobs, entropy = token_logprobs(*inputs(3, 4, 2))
-    assert logprobs.requires_grad
+    assert_close(logprobs, want)
+    assert_close(entropy, want_entropy.detach())
     assert not entropy.requires_grad
+    upstream = torch.linspace(-1, 2, tokens, dtype=torch.float64)
+    got = grad((logprobs * upstream).sum(), (hidden, weight))
+    for found, expected in zip(got, grad((want * upstream).sum(), (hidden, weight)), strict=True):
+        assert_close(found, expected)
 
 
 @pytest.mark.parametrize("trained", [(True, False), (False, True)])
 def test_only_the_wanted_gradient_is_computed(trained: tuple[bool, bool]) -> None:
     hidden, weight, targets = inputs(7, 5, 3)
-    want = gradients(reference(hidden, weight, targets, 1.0)[0].sum(), hidden, weight)
+    want = grad(reference(hidden, weight, targets, 1.0)[0].sum(), (hidden, weight))
     hidden.requires_grad_(trained[0])
     weight.requires_grad_(trained[1])
     logprobs, _ = token_logprobs(hidden, weight, targets, chunk_size=2)
     with Recorder() as recorder:
         logprobs.sum().backward()
-    for tensor, is_trained, grad in zip((hidden, weight), trained, want, strict=True):
+    for tensor, is_trained, expected in zip((hidden, weight), trained, want, strict=True):
         assert (tensor.grad is not None) == is_trained
         if tensor.grad is not None:
-            torch.testing.assert_close(tensor.grad, grad)
+            assert_close(tensor.grad, expected)
     # One product a chunk to make the logits again, one for the gradient: none for the other.
     assert recorder.products == 4 * 2
 
 
 def test_nothing_is_kept_under_no_grad() -> None:
-    hidden, weight, targets = inputs(4, 5, 3)
-    want, _ = token_logprobs(hidden, weight, targets)
     with torch.no_grad():
-        got, _ = token_logprobs(hidden, weight, targets)
-    assert got.grad_fn is None
-    assert torch.equal(got, want.detach())
+        assert token_logprobs(*inputs(4, 5, 3))[0].grad_fn is None
 
 
 @pytest.mark.parametrize("peak", [1e4, -1e4])
 def test_large_logits_do_not_overflow(peak: float) -> None:
     hidden = torch.tensor([[peak]], requires_grad=True)
     logprobs, entropy = token_logprobs(hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
-    logprobs.sum().backward()
-    assert logprobs.item() == (-2e4 if peak > 0 else 0)
     assert entropy.item() == 0
-    assert hidden.grad is not None
-    assert hidden.grad.item() == (-2 if peak > 0 else 0)
+    assert value_and_slope(logprobs, hidden) == ((-2e4, -2) if peak > 0 else (0, 0))
 
 
-def close_to_float64(dtype: torch.dtype, weight_dtype: torch.dtype, autocast: bool) -> None:
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "autocast"),
+    [(BF16, BF16, False), (BF16, F32, False), (BF16, F32, True), (F32, F32, True)],
+)
+def test_bfloat16_is_close_to_float64(
+    dtype: torch.dtype, weight_dtype: torch.dtype, autocast: bool
+) -> None:
     hidden, weight, targets = inputs(40, 30, 16, dtype=dtype)
     weight = weight.detach().to(weight_dtype).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         logprobs, entropy = token_logprobs(hidden, weight, targets, 0.8, chunk_size=7)
     assert logprobs.dtype == entropy.dtype == torch.float32
-    got = gradients(logprobs.sum(), hidden, weight)
-    assert [grad.dtype for grad in got] == [dtype, weight_dtype]
+    got = grad(logprobs.sum(), (hidden, weight))
+    assert [found.dtype for found in got] == [dtype, weight_dtype]
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     want, want_entropy = reference(*exact, targets, 0.8)
     # Logits of size 10 to 20 in bfloat16 are off by up to 2^-9 of that, over the temperature.
-    torch.testing.assert_close(logprobs.double(), want.detach(), rtol=0, atol=0.15)
-    torch.testing.assert_close(entropy.double(), want_entropy.detach(), rtol=0, atol=0.15)
-    for grad, expected in zip(got, gradients(want.sum(), *exact), strict=True):
-        assert (grad.double() - expected).norm() < 0.03 * expected.norm()
+    torch.testing.assert_close(logprobs.double(), want, rtol=0, atol=0.15)
+    torch.testing.assert_close(entropy.double(), want_entropy, rtol=0, atol=0.15)
+    for found, expected in zip(got, grad(want.sum(), exact), strict=True):
+        assert (found.double() - expected).norm() < 0.03 * expected.norm()
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
-def test_bfloat16_hidden(weight_dtype: torch.dtype) -> None:
-    close_to_float64(torch.bfloat16, weight_dtype, autocast=False)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_autocast(dtype: torch.dtype) -> None:
-    close_to_float64(dtype, torch.float32, autocast=True)
-
-
-def test_autocast_is_used() -> None:
-    hidden, weight, targets = inputs(40, 30, 16, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low, _ = token_logprobs(hidden, weight, targets)
-    want, _ = token_logprobs(hidden.bfloat16(), weight.bfloat16(), targets)
-    assert torch.equal(low, want)
-
-
-def test_autocast_leaves_float64_alone() -> None:
-    hidden, weight, targets = inputs(40, 30, 16, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("dtype", "product"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)]
+)
+def test_autocast_is_used_but_for_float64(dtype: torch.dtype, product: torch.dtype) -> None:
+    hidden, weight, targets = inputs(40, 30, 16, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, _ = token_logprobs(hidden, weight, targets)
-    assert torch.equal(found, token_logprobs(hidden, weight, targets)[0])
+    assert torch.equal(found, token_logprobs(hidden.to(product), weight.to(product), targets)[0])
 
 
 def test_weight_gradient_of_many_chunks_is_summed_in_float32() -> None:
@@ -173,9 +134,7 @@ def test_weight_gradient_of_many_chunks_is_summed_in_float32() -> None:
     hidden = torch.ones(512, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     logprobs, _ = token_logprobs(hidden, weight, torch.zeros(512).long(), chunk_size=1)
-    logprobs.sum().backward()
-    assert weight.grad is not None
-    assert weight.grad.tolist() == [[256.0], [-256.0]]
+    assert grad(logprobs.sum(), weight)[0].tolist() == [[256.0], [-256.0]]
 
 
 class Recorder(TorchDispatchMode):
@@ -247,26 +206,17 @@ def test_a_gpu_has_larger_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert logprobs_file._CHUNK_ELEMENTS["cuda"] == 2**28
 
 
-def test_no_tokens() -> None:
-    hidden, weight, targets = inputs(0, 5, 3)
-    logprobs, entropy = token_logprobs(hidden, weight, targets)
-    assert logprobs.shape == entropy.shape == (0,)
-    logprobs.sum().backward()
-    assert weight.grad is not None
-    assert weight.grad.abs().sum() == 0
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"temperature": 0.0}, "temperature is 0.0: it must be above 0"),
-        ({"chunk_size": 0}, "chunk_size is 0: use at least 1"),
-        ({"targets": torch.zeros(3).long()}, r"targets \(3,\): pass one target for each row"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"chunk_size": 0}, "chunk_size=0"),
+        ({"targets": torch.zeros(3).long()}, r"targets \(3,\)"),
         ({"head_weight": torch.zeros(5, 9)}, r"hidden has shape \(4, 3\), head_weight \(5, 9\)"),
-        ({"hidden": torch.zeros(2, 2, 3)}, r"hidden has shape \(2, 2, 3\).*\(N, H\)"),
+        ({"hidden": torch.zeros(2, 2, 3)}, r"hidden has shape \(2, 2, 3\)"),
     ],
 )
-def test_errors_name_the_field_the_value_and_the_mend(change: dict[str, Any], message: str) -> None:
+def test_errors(change: dict[str, Any], message: str) -> None:
     hidden, weight, targets = inputs(4, 5, 3)
     arguments = {"hidden": hidden, "head_weight": weight, "targets": targets, **change}
     with pytest.raises(ValueError, match=message):
