@@ -35,11 +35,14 @@ def bootstrap_interval(values: Tensor, level: float = 0.95, resamples: int = RES
         return values.new_full((2, *values.shape[1:]), torch.nan)
     generator = torch.Generator(values.device).manual_seed(0)
 
-    def resample() -> Tensor:
-        drawn = torch.randint(count, (count,), generator=generator, device=generator.device)
-        return values[drawn].mean(0)
+    def resample(times: int) -> Tensor:
+        shape = (times, count)
+        drawn = torch.randint(count, shape, generator=generator, device=generator.device)
+        return values[drawn].mean(1)
 
-    # One at a time: all at once would need P times as much memory.
-    means = torch.stack([resample() for _ in range(resamples)])
+    # In chunks of a million numbers: all at once would need P times as much memory as `values`.
+    chunk = max(1, 2**20 // values.numel())
+    starts = range(0, resamples, chunk)
+    means = torch.cat([resample(min(chunk, resamples - start)) for start in starts])
     ends = means.new_tensor([(1 - level) / 2, (1 + level) / 2])
     return means.quantile(ends, dim=0)
