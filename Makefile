@@ -9,7 +9,7 @@ ENGINE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 # tests start some hundred processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test check
+.PHONY: install demo test quick check
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -36,6 +36,10 @@ WORKERS ?= $(if $(filter gpu,$(ENGINE)),0,2)
 
 test: install
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+# For each save: what starts no process, in less than 90 seconds.
+quick: install
+	$(BIN)/pytest -q -n $(WORKERS) --no-processes -m 'not slow and not process'
 
 check: install
 	$(BIN)/ruff check .

@@ -1,8 +1,11 @@
 """Tiny models and rollouts that any test can use."""
 
 import os
+import subprocess
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 # Before torch is loaded, here and in what the tests start: a tiny model on several threads waits
 # for them more than it computes.
@@ -76,6 +79,22 @@ def make_rollout() -> MakeRollout:
         return Rollout(Prompt(prompt, ""), Completion(completion, logprobs, finished=True), text="")
 
     return make
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-processes", action="store_true", help="refuse to start processes")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_processes(request: pytest.FixtureRequest) -> None:
+    """With ``--no-processes``, a test that starts one fails and says how to mark it."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("mark this test with pytest.mark.process: it starts a process")
+
+    if request.config.getoption("--no-processes"):
+        subprocess.Popen._execute_child = refuse  # type: ignore[attr-defined]
+        BaseProcess.start = refuse  # type: ignore[method-assign]
 
 
 @pytest.fixture(autouse=True, scope="session")

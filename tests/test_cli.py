@@ -15,6 +15,8 @@ from prl_lightning.checks.contradictions import ConfigurationError
 from prl_lightning.cli import main, run_command
 from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
+pytestmark = pytest.mark.process
+
 PRL = str(Path(sys.executable).with_name("prl"))  # the installed command
 
 

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from prl_lightning.objective import Objective
 from tiny_runs import fit, metrics_of, tiny_overrides
 
+pytestmark = pytest.mark.process
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
 

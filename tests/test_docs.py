@@ -10,6 +10,8 @@ import pytest
 
 from tiny_runs import fit, metrics_of, tiny_overrides
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[1]
 METRICS = ROOT / "docs" / "metrics.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

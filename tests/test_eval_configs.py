@@ -13,6 +13,8 @@ from prl_lightning.cli import main
 from prl_lightning.runs.tables import read_table
 from tiny_runs import fit, tiny_overrides
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[1]
 MATH = ROOT / "configs" / "eval" / "math.yaml"
 COPIES = ROOT.parent / "shared" / "data" / "eval"

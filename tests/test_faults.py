@@ -18,6 +18,8 @@ from prl_lightning.sampling import HFSampler
 from ranks import SUPPORT, environment
 from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
+pytestmark = pytest.mark.process
+
 FAULTS = {
     "memory": "FaultySampler failed on 4 prompts x 4.*MemoryError: 16 GiB wanted",
     "no group": "12 completions in 3 groups.*asked for 4 groups of 4",

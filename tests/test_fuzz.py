@@ -22,6 +22,8 @@ from prl_lightning.rewards.match import number_answers, reference_texts, same_te
 from prl_lightning.rewards.math import boxed_answer
 from tiny_runs import QUICKSTART, tiny_overrides
 
+pytestmark = pytest.mark.process
+
 LATEX = st.sampled_from(
     ["\\boxed{", "\\fbox{", "{", "}", "\\frac", "$", ",", " and ", "\\text{ or }", "\\", "1", "x=",
      "\\boxed", "(", ")", "\n", "\ud800", "\u202e", "٣"]

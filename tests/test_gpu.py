@@ -20,6 +20,7 @@ from ranks import SUPPORT, environment, gap, recorded_run, run_all
 from tiny_runs import QUICKSTART, metrics_of, tiny_overrides
 
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]

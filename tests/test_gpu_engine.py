@@ -18,6 +18,7 @@ from prl_lightning.types import Prompt
 from ranks import environment
 
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]

@@ -59,6 +59,7 @@ def test_callbacks_are_imported_by_the_command_line_alone() -> None:
     assert importing == {"callbacks", "cli"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

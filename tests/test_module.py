@@ -76,6 +76,7 @@ def test_weights_name_a_tied_head_too(tied_model: str) -> None:
     assert torch.equal(names["lm_head.weight"], names["model.embed_tokens.weight"])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_an_update_is_clipped_by_the_norm_that_is_computed_once(
     tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
@@ -110,6 +111,7 @@ def test_an_update_is_clipped_by_the_norm_that_is_computed_once(
         torch.testing.assert_close(step, expected, atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.process
 def test_a_fused_optimizer_is_clipped_under_bf16_mixed(tied_model: str, tmp_path: Path) -> None:
     """Lightning refuses it, for gradients that a scaler has scaled; here there is none."""
     fit(

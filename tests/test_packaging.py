@@ -14,6 +14,8 @@ import torch
 from ranks import SUPPORT, environment
 from tiny_runs import QUICKSTART, metrics_of, tiny_overrides
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[1]
 
 

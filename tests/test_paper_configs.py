@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from prl_lightning.arithmetic import make_tokenizer
 from ranks import Record, run_all
 
+pytestmark = pytest.mark.process
+
 CONFIGS = Path(__file__).parents[1] / "configs" / "paper"
 MODELS = sorted(file.stem for file in CONFIGS.glob("v?-*.yaml"))
 KINDS = {

@@ -16,6 +16,8 @@ from prl_lightning.cli import main
 from prl_lightning.sampling import HFSampler
 from tiny_runs import fit, metrics_of, tiny_overrides, write_prompts
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 DOCS = [file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))]

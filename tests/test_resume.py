@@ -30,6 +30,8 @@ from prl_lightning.sampling import HFSampler
 from prl_lightning.trainer import PRLTrainer
 from tiny_runs import write_prompts
 
+pytestmark = pytest.mark.process
+
 # In one process: every moment at which a checkpoint can be saved
 
 

@@ -22,6 +22,8 @@ from prl_lightning.models.export import export_checkpoint
 from prl_lightning.runs.unpickling import refuse_code
 from tiny_runs import fit, tiny_overrides
 
+pytestmark = pytest.mark.process
+
 EVIL_CODE = """
 from pathlib import Path
 Path({trace!r}).touch()

@@ -13,6 +13,8 @@ import pytest
 from ranks import SUPPORT, environment
 from tiny_runs import QUICKSTART, metrics_of, tiny_overrides
 
+pytestmark = pytest.mark.process
+
 EPOCHS = 300
 SETTLED = 100  # caches are full and every path has been taken
 

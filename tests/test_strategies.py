@@ -17,6 +17,8 @@ from prl_lightning.runs.tables import read_table
 from ranks import Record, gap, read, recorded_run, run_all, start_two
 from tiny_runs import QUICKSTART, fit
 
+pytestmark = pytest.mark.process
+
 # What differs from the quickstart in each comparison; the split into micro-batches changes as well.
 OBJECTIVES = {
     "token_mean": ["--model.objective.aggregation=token_mean"],

@@ -12,6 +12,8 @@ import study
 from compare import difference, frpo_less, half_width, interval
 from study import Run
 
+pytestmark = pytest.mark.process
+
 
 def test_intervals_by_hand() -> None:
     """1, 2, 3: standard error 1 / sqrt(3), Student's t of 2 degrees of freedom 4.303."""

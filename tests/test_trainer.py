@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader
 import prl_lightning.trainer
 from prl_lightning.trainer import PRLTrainer, last_checkpoint
 
+pytestmark = pytest.mark.process
+
 
 class Model(LightningModule):
     def __init__(self) -> None:

@@ -19,6 +19,8 @@ from prl_lightning.runs.tables import read_table
 from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
 from trainer_runs import TRAIN_ALONE
 
+pytestmark = pytest.mark.process
+
 BETA = 0.01
 NAMES = ["epoch=00000.parquet", "epoch=00002.parquet"]
 HOSTILE = "a|b `c`\n</script><script>alert(1)</script>"

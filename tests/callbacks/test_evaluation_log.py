@@ -30,6 +30,8 @@ from prl_lightning.sampling.sample_cache import SampleCache, fingerprint
 from prl_lightning.types import Completion, Prompt
 from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
+pytestmark = pytest.mark.process
+
 CONFIG = SamplingConfig(n=2, temperature=1.0, max_new_tokens=4, stop_token_ids=(1,))
 
 

@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tiny_runs import fit, metrics_of, tiny_overrides
 
+pytestmark = pytest.mark.process
+
 NAMES = (
     "rollout/reward",
     "rollout/reward_failures/even_digits",

@@ -23,6 +23,8 @@ from sample_rewards import even_digits
 from tiny_runs import write_prompts
 from trainer_runs import train, weights_of
 
+pytestmark = pytest.mark.process
+
 
 def parameters(weights: dict[str, Tensor]) -> Tensor:
     return torch.cat([weight.flatten() for weight in weights.values()])

@@ -16,6 +16,8 @@ from sample_rewards import raises_on_odd
 from tiny_runs import write_prompts
 from trainer_runs import train
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize("has_logger", [True, False], ids=["TensorBoard", "no logger"])
 def test_the_files_go_to_the_loggers_folder_or_the_root(

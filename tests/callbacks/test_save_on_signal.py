@@ -17,6 +17,8 @@ from prl_lightning.cli import main
 from tiny_runs import QUICKSTART
 from trainer_runs import TRAIN_ALONE
 
+pytestmark = pytest.mark.process
+
 # test_resume has rewards that draw random numbers; their processes start slowly.
 REWARDS = "--rollout.rewards=[sample_rewards.even_digits]"
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +10,12 @@ import pytest
 import torch
 
 from interruptions import Command
-from ranks import SUPPORT, environment, read, recorded_run
+from ranks import read, recorded_run, start_on_ranks
+from stop_all import stop_all
 from tiny_runs import QUICKSTART, tiny_overrides
 from trainer_runs import TRAIN_ALONE
+
+pytestmark = pytest.mark.process
 
 SIGNAL = "{class_path: interruptions.SignalAt, init_args: {hook: on_train_batch_start, call: 5}}"
 POISON = ["--trainer.callbacks+=poison.Poison", "--trainer.callbacks.value=.nan"]
@@ -53,23 +54,13 @@ def runs(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             "--rollout.limits.max_failures=0.4",
         ],
     }
-    file = root / "runs.json"
     fit = ["fit", f"--config={QUICKSTART}"]
-    file.write_text(json.dumps([[*fit, *args, *TRAIN_ALONE] for args in commands.values()]))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, "stop_all.py", str(file)],
-        cwd=SUPPORT,
-        env=environment(),
-        timeout=900,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == 0, done.stdout
-    ranks = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in (0, 1)]
+    words = [[*fit, *args, *TRAIN_ALONE] for args in commands.values()]
+    code, output = start_on_ranks(2, stop_all, words, str(root)).finish(timeout=900)
+    assert code == 0, output
+    ranks = [json.loads((root / f"endings.{rank}").read_text()) for rank in (0, 1)]
     endings = [dict(zip(commands, of_rank, strict=True)) for of_rank in ranks]
-    return Runs(root, endings, done.stdout, signalled)
+    return Runs(root, endings, output, signalled)
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ from ranks import read, recorded_run
 from tiny_runs import fit, metrics_of, tiny_overrides
 from trainer_runs import TRAIN_ALONE
 
+pytestmark = pytest.mark.process
+
 SCALER = (
     "--trainer.plugins={class_path: lightning.pytorch.plugins.MixedPrecision, "
     "init_args: {precision: 16-mixed, device: cpu}}"

@@ -57,6 +57,7 @@ def test_contradictions_are_named_all_at_once(bare_model: str, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.process
 def test_check_takes_what_fit_takes_and_what_it_has_written(
     tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +160,7 @@ def test_a_run_from_python_is_refused_the_same(tied_model: str, tmp_path: Path) 
         trainer.fit(module, datamodule=data)
 
 
+@pytest.mark.process
 def test_an_evaluation_is_not_bothered_by_what_only_training_needs(
     tied_model: str, tmp_path: Path
 ) -> None:

@@ -111,6 +111,7 @@ def compute_on_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_three_processes_compute_what_one_computes(tmp_path: Path) -> None:
     multiprocessing.set_forkserver_preload(["prl_lightning.evaluation.metrics"])
     mp.start_processes(compute_on_rank, (str(tmp_path),), nprocs=3, start_method="forkserver")

@@ -19,6 +19,8 @@ from prl_lightning.sampling import SamplingConfig, VLLMSampler
 from prl_lightning.types import Prompt
 from tiny_runs import fit, tiny_overrides
 
+pytestmark = pytest.mark.process
+
 
 class Run:
     """A finished run with HFExport: the model that it started from, and its results."""

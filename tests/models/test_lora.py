@@ -105,6 +105,7 @@ def test_without_peft_the_error_names_the_extra(
         load_policy(tied_model, LORA)
 
 
+@pytest.mark.process
 def test_a_run_trains_the_adapter_alone_and_keeps_no_second_model(
     tied_model: str, tmp_path: Path
 ) -> None:

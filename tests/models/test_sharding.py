@@ -18,6 +18,8 @@ from prl_lightning.module import PRLModule
 from prl_lightning.trainer import FSDP2Strategy
 from ranks import start_two
 
+pytestmark = pytest.mark.process
+
 
 class Mesh(dict[str, Any]):
     """Two data-parallel ranks, and this number of tensor-parallel ones."""

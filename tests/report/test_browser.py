@@ -15,6 +15,8 @@ from prl_lightning.report import write_report
 from prl_lightning.runs.tables import read_table, write_table
 from report.made_run import HOSTILE, STORED, make_group, make_run
 
+pytestmark = pytest.mark.process
+
 
 def rows_of(run_dir: Path, epoch: int) -> list[dict[str, Any]]:
     return read_table(run_dir / "completions" / f"epoch={epoch:05d}.parquet")

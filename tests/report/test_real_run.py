@@ -13,6 +13,8 @@ from prl_lightning.cli import main
 from prl_lightning.runs.tables import read_table
 from tiny_runs import QUICKSTART, metrics_of, tiny_overrides, write_prompts
 
+pytestmark = pytest.mark.process
+
 
 def data_of(run_dir: Path) -> dict[str, Any]:
     """Return the data in the page of a run."""

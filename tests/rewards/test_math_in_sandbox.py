@@ -11,6 +11,8 @@ from prl_lightning.rewards import MathReward, RewardLimits, equality
 from rewards.hostile import HOSTILE
 from rewards.orders import PATIENT
 
+pytestmark = pytest.mark.process
+
 
 class Patched(MathReward):
     """With another function in the place of math-verify's."""

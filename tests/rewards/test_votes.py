@@ -22,6 +22,7 @@ class Stubborn(Whole):
         return [0 if text else -1 for text in completions]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("groups", "left_out", "numbers", "failures"),
     [

@@ -22,6 +22,8 @@ from sample_rewards import even_digits
 from tiny_runs import write_prompts
 from trainer_runs import Watch, train
 
+pytestmark = pytest.mark.process
+
 EPOCHS = 4
 TIMEOUT = 60.0  # seconds; without overlap the sampler would wait forever
 

@@ -16,6 +16,8 @@ from prl_lightning.types import Completion, Prompt, Rollout
 from tiny_runs import fit, metrics_of, tiny_overrides
 from trainer_runs import TRAIN_ALONE
 
+pytestmark = pytest.mark.process
+
 REWARDS = "--rollout.rewards=[sample_rewards.even_digits, sample_rewards.raises_on_odd]"
 
 

@@ -18,6 +18,8 @@ from prl_lightning.runs import progress
 from prl_lightning.runs.progress import progress_bar, sampling_bar
 from tiny_runs import QUICKSTART, tiny_overrides
 
+pytestmark = pytest.mark.process
+
 BARS = {"rich": RichProgressBar, "tqdm": TQDMProgressBar}
 
 

@@ -16,6 +16,8 @@ from prl_lightning.sampling import HFSampler, Sampler, SamplingConfig, VLLMSampl
 from prl_lightning.types import Prompt
 from random_models import EXPERTS, random_model
 
+pytestmark = pytest.mark.process
+
 KINDS = ["qwen2_moe", "qwen3_moe", "olmoe", "mixtral"]
 SAMPLING = SamplingConfig(n=4, temperature=1.0, max_new_tokens=16, stop_token_ids=(1,))
 PROMPTS = [Prompt([5 + row, 14, 7], "", seed=100 * row) for row in range(4)]

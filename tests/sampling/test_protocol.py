@@ -19,6 +19,8 @@ from prl_lightning.sampling import (
 )
 from prl_lightning.types import Completion, Prompt
 
+pytestmark = pytest.mark.process
+
 LONG = 200  # longer than the engines' cache blocks, so that a stale prefix would be reused
 TOKEN_IDS = [[5, 14, 7, 17], [9], [4 + i % 9 for i in range(LONG)], [6, 13, 8, 15, 3, 17]]
 PROMPTS = [Prompt(ids, "", seed=11 + 100 * row) for row, ids in enumerate(TOKEN_IDS)]

@@ -20,6 +20,8 @@ from torch import Tensor
 from prl_lightning.sampling import Progress, Sampler, SamplingConfig, SubprocessSampler
 from prl_lightning.types import Completion, Prompt
 
+pytestmark = pytest.mark.process
+
 CONFIG = SamplingConfig(n=1, temperature=1.0, max_new_tokens=1, stop_token_ids=(1,))
 FAILS, HANGS = replace(CONFIG, max_new_tokens=0), replace(CONFIG, max_new_tokens=2)
 PROMPTS = [Prompt([5], "")]

@@ -9,6 +9,8 @@ import torch
 
 from prl_lightning.sampling import SamplingConfig, VLLMSampler
 
+pytestmark = pytest.mark.process
+
 CONFIG = SamplingConfig(n=1, temperature=1.0, max_new_tokens=1, stop_token_ids=(1,))
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from prl_lightning.cli import main
 
 
-def ending(args: list[str]) -> str:
+def ending(args: Sequence[str]) -> str:
     try:
         main(args)
     except SystemExit as exit:
@@ -20,6 +20,6 @@ def ending(args: list[str]) -> str:
     return "completed"
 
 
-if __name__ == "__main__":
-    endings = [ending(args) for args in json.loads(Path(sys.argv[1]).read_text())]
-    Path(f"{sys.argv[1]}.{os.environ['RANK']}").write_text(json.dumps(endings))
+def stop_all(commands: Sequence[Sequence[str]], folder: str) -> None:
+    endings = [ending(args) for args in commands]
+    (Path(folder) / f"endings.{os.environ['RANK']}").write_text(json.dumps(endings))

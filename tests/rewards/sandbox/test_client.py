@@ -20,6 +20,8 @@ from prl_lightning.rewards import RewardLimits, RewardScores, RewardSum
 from prl_lightning.rewards.sandbox import client
 from rewards.orders import PATIENT, TIGHT, Whole, is_alive, length, wait_until
 
+pytestmark = pytest.mark.process
+
 
 def test_values_are_those_of_a_call_without_limits(scored: Any) -> None:
     texts = ["a" * n for n in range(50)]

@@ -4,6 +4,8 @@ import pytest
 
 from prl_lightning.rewards.sandbox.cores import usable_cores
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize(
     ("group", "quotas", "cores"),

@@ -4,6 +4,8 @@ import pytest
 
 from prl_lightning.rewards import RewardLimits
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize(
     ("field", "value"),

@@ -14,6 +14,8 @@ import pytest
 from prl_lightning.rewards import RewardLimits
 from rewards.orders import PATIENT, is_alive, obey, wait_until
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize(
     ("text", "kind", "message"),

@@ -8,6 +8,8 @@ import pytest
 
 from prl_lightning.rewards.sandbox import worker
 
+pytestmark = pytest.mark.process
+
 
 def test_memory_that_an_error_holds_is_freed_before_it_is_described(
     monkeypatch: pytest.MonkeyPatch,
