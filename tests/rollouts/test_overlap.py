@@ -23,7 +23,7 @@ from tiny_runs import write_prompts
 from trainer_runs import Watch, train
 
 EPOCHS = 4
-TIMEOUT = 60.0  # seconds; without overlap the sampler would wait forever
+TIMEOUT = 600.0  # seconds; without overlap the sampler would wait forever
 
 
 class ConcurrentSampler(HFSampler):
@@ -132,7 +132,7 @@ def test_prompts_are_those_of_a_run_without_overlap(run: Run, tied_model: str) -
 def test_the_engines_thread_ends(run: Run) -> None:
     for thread in threading.enumerate():
         if thread.name.startswith("prl-engine"):
-            thread.join(timeout=30)  # it has been told to end
+            thread.join(timeout=600)  # it has been told to end
             assert not thread.is_alive()
 
 
