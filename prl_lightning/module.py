@@ -268,7 +268,7 @@ class PRLModule(LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         device = self.trainer.strategy.root_device
         self.eval_metrics = {
-            name: SetMetrics(data.evaluation).to(device) for name in data.eval_rollouts
+            name: SetMetrics(data.evaluation).to(device) for name in data.eval_buffers
         }
         # FSDP1 moves only what it shards; batches and logged values would stay on the CPU.
         self.to(device)

@@ -32,8 +32,8 @@ class MajorityVote(Callback):
     ) -> None:
         """Vote on one problem: its samples are one batch."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        name = list(data.eval_rollouts)[dataloader_idx]
-        rollouts = data.eval_rollouts[name].micro_batch_rollouts[batch_idx]
+        name = list(data.eval_buffers)[dataloader_idx]
+        rollouts = data.eval_buffers[name].micro_batch_rollouts[batch_idx]
         found = [ANSWER.search(rollout.text) for rollout in rollouts]
         # Numbered as they come: an answer may have more digits than an int64 holds.
         numbers: dict[str, int] = {}

@@ -72,7 +72,7 @@ class CompletionLog(Callback):
         if trainer.current_epoch % self.every_n_epochs and not is_last_epoch(trainer):
             return
         module, size = prl_module(pl_module), prompt_data(trainer).group_size
-        rollouts = prompt_data(trainer).train_rollouts.rollouts
+        rollouts = prompt_data(trainer).train_buffer.rollouts
         kept = math.ceil(self.groups / trainer.world_size)
         for number in range(len(rollouts) // size):
             group = rollouts[number * size : (number + 1) * size]
@@ -94,7 +94,7 @@ class CompletionLog(Callback):
         """Add one prompt's group."""
         if outputs is None:
             return
-        names, buffers = zip(*prompt_data(trainer).eval_rollouts.items(), strict=True)
+        names, buffers = zip(*prompt_data(trainer).eval_buffers.items(), strict=True)
         number = batch_idx + sum(len(buffer) for buffer in buffers[:dataloader_idx])
         group = buffers[dataloader_idx].micro_batch_rollouts[batch_idx]
         self._add(trainer, group, outputs, number, names[dataloader_idx])

@@ -116,7 +116,7 @@ def _interval(estimate: Estimate | None) -> str:
 
 def _samples(trainer: Trainer) -> Iterator[dict[str, Any]]:
     """Yield a row for each completion of this rank."""
-    for name, buffer in prompt_data(trainer).eval_rollouts.items():
+    for name, buffer in prompt_data(trainer).eval_buffers.items():
         for number, group in enumerate(buffer.micro_batch_rollouts):
             for sample, rollout in enumerate(group):
                 if rollout.prompt.is_padding:

@@ -131,7 +131,7 @@ class RolloutCallback(Callback):
         config = self._sampling(data.group_size, self.settings.temperature)
         prompts = data.next_prompts()
         rollouts = self.collector.collect(prompts, config, data.updates_per_epoch, accumulate)
-        data.train_rollouts.fill(rollouts)
+        data.train_buffer.fill(rollouts)
         self._log(pl_module, self.collector.metrics)
         data.advance()
         if self.settings.overlap and not is_last_epoch(trainer):
@@ -178,7 +178,7 @@ class RolloutCallback(Callback):
             of_set = [next(remaining) for _ in range(len(own) * settings.samples)]
             if trainer.state.fn == TrainerFn.PREDICTING:  # predict also writes advantages
                 set_advantages(prl_module(pl_module), of_set, settings.samples, 1, len(own))
-            data.eval_rollouts[name].fill(of_set)
+            data.eval_buffers[name].fill(of_set)
 
     on_test_epoch_start = on_validation_epoch_start
     on_predict_epoch_start = on_validation_epoch_start
@@ -195,7 +195,7 @@ class RolloutCallback(Callback):
         is_resumed = self.resume.restore(trainer)
         if is_between_epochs(trainer.fit_loop):
             self.on_train_epoch_start(trainer, pl_module)
-        elif is_resumed and prompt_data(trainer).train_rollouts.rollouts:
+        elif is_resumed and prompt_data(trainer).train_buffer.rollouts:
             self._log(pl_module, self.resume.logged)
 
     def on_save_checkpoint(

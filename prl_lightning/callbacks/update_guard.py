@@ -91,7 +91,7 @@ class UpdateGuard(Callback):
         )
 
     def _write(self, trainer: Trainer, losses: list[Tensor]) -> None:
-        buffer = prompt_data(trainer).train_rollouts
+        buffer = prompt_data(trainer).train_buffer
         micro_batches = buffer.micro_batch_rollouts[buffer.position - len(losses) : buffer.position]
         finite = torch.stack(losses).isfinite().tolist()
         # Over all ranks: if one has a bad loss, the prompts of the others are not suspects.

@@ -86,19 +86,19 @@ class PromptFormat:
         """
         if not source or not isinstance(source, str | list):
             raise ValueError(
-                f"data: prompt={source!r} is neither text nor chat messages. Remove the row, or "
-                "name the column of the prompts in data.format.columns."
+                f"data: the prompt of a row is {source!r}, neither text nor chat messages. Remove "
+                "the row, or name the column of the prompts in data.format.columns."
             )
         has_template = tokenizer.chat_template is not None
         wants_chat = has_template if self.chat_template is None else self.chat_template
         is_chat = wants_chat or isinstance(source, list)
-        chat = source if isinstance(source, list) else [{"role": "user", "content": source}]
-        messages = [dict(message) for message in chat]
         if is_chat and not has_template:
             raise ValueError(
                 "data: the prompts are chat messages (or data.format.chat_template is true), but "
                 "the tokenizer has no chat template. Use text prompts or another tokenizer."
             )
+        chat = source if isinstance(source, list) else [{"role": "user", "content": source}]
+        messages = [dict(message) for message in chat]
         messages[-1]["content"] = self.template.replace("{prompt}", messages[-1]["content"])
         if not is_chat:
             head = "" if self.system_prompt is None else f"{self.system_prompt}\n\n"

@@ -74,8 +74,8 @@ class PromptDataModule(LightningDataModule):
         self.seed = seed
         self.prepare = prepare
         self.prompts_seen = 0
-        self.train_rollouts = RolloutBuffer(0)
-        self.eval_rollouts: dict[str, RolloutBuffer] = {}
+        self.train_buffer = RolloutBuffer(0)
+        self.eval_buffers: dict[str, RolloutBuffer] = {}
         self.eval_prompts: dict[str, list[Prompt]] = {}  # of this rank
         self._pass: int | None = None  # number of the pass over the data that _order belongs to
 
@@ -93,7 +93,7 @@ class PromptDataModule(LightningDataModule):
         for name, source in self.eval_sources.items():
             prompts = self._prompt_set(source, f"evaluation.sets.{name}")
             self.eval_prompts[name] = self._share_of(name, prompts)
-            self.eval_rollouts[name] = RolloutBuffer(num_updates=len(self.eval_prompts[name]))
+            self.eval_buffers[name] = RolloutBuffer(num_updates=len(self.eval_prompts[name]))
 
     def _share_of(self, name: str, prompts: PromptSet) -> list[Prompt]:
         """Return this rank's prompts of an evaluation set, the same number on every rank.
@@ -121,7 +121,7 @@ class PromptDataModule(LightningDataModule):
             )
         sizes = self.sizes(self.trainer)
         rank_zero_info(f"Epoch: {sizes}")
-        self.train_rollouts = RolloutBuffer(self.updates_per_epoch, sizes.micro_batches)
+        self.train_buffer = RolloutBuffer(self.updates_per_epoch, sizes.micro_batches)
 
     def sizes(self, trainer: Trainer | None) -> EpochSizes:
         """Return how an epoch is cut.
@@ -157,7 +157,7 @@ class PromptDataModule(LightningDataModule):
         """
         sets = self.eval_prompts.items()
         columns = {f"evaluation.sets.{name}": set(some[0].columns) for name, some in sets}
-        if self.train_rollouts.num_updates:
+        if self.train_buffer.num_updates:
             columns["data.train"] = self._train_columns
         shared = set.intersection(*columns.values()) if columns else set()
         return columns | {"every set": shared}
@@ -187,11 +187,11 @@ class PromptDataModule(LightningDataModule):
 
     def train_dataloader(self) -> RolloutLoader:
         """Return a loader of micro-batches; the callback fills the buffer before it is read."""
-        return RolloutLoader(self.train_rollouts, self._rank, self._ranks)
+        return RolloutLoader(self.train_buffer, self._rank, self._ranks)
 
     def val_dataloader(self) -> Sequence[RolloutLoader]:
         """Return one loader per evaluation set; each batch is the group of one prompt."""
-        return [RolloutLoader(buffer) for buffer in self.eval_rollouts.values()]
+        return [RolloutLoader(buffer) for buffer in self.eval_buffers.values()]
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from collections.abc import Sequence
+=======
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+>>>>>>> data
 
 import torch
 from torch import Tensor
@@ -47,20 +52,14 @@ def split_by_tokens(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollou
             chunks[-1].append(rollout)
         return chunks
 
-    low = max(len(r.prompt.token_ids) + r.completion.length for r in rollouts)
-    high = low * len(rollouts)
-    while low < high:
-        middle = (low + high) // 2
-        if len(cut(middle)) <= parts:
-            high = middle
-        else:
-            low = middle + 1
-    chunks = cut(high)
+    longest = max(len(r.prompt.token_ids) + r.completion.length for r in rollouts)
+    limits = range(longest, longest * len(rollouts) + 1)
+    smallest = bisect_left(limits, True, key=lambda limit: len(cut(limit)) <= parts)
+    chunks = cut(limits[smallest])
     while len(chunks) < parts:
         largest = max(range(len(chunks)), key=lambda i: len(chunks[i]))
-        chunk = chunks[largest]
-        half = len(chunk) // 2
-        chunks[largest : largest + 1] = [chunk[:half], chunk[half:]]
+        half = len(chunks[largest]) // 2
+        chunks[largest : largest + 1] = [chunks[largest][:half], chunks[largest][half:]]
     return chunks
 
 

@@ -92,8 +92,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     evaluations = [] if EVALUATIONS in missing else _read_evaluations(folder / EVALUATIONS, notes)
     epochs = _read_epochs(folder, notes)
     updates, iterations = _progress(curves, evaluations)
-    config = folder / CONFIG
     path = folder.resolve()
+    config = None if CONFIG in missing else (path / CONFIG).read_text("utf-8", errors="replace")
     run = {
         "name": f"{path.parent.name}/{path.name}" if path.name[:8] == "version_" else path.name,
         "updates": updates,
@@ -104,7 +104,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         },
         "sets": _by_set(evaluations or _without_intervals(curves)),
         "epochs": epochs,
-        "config": None if CONFIG in missing else config.read_text("utf-8", errors="replace"),
+        "config": config,
         "notes": notes,
     }
     return tidy(run)

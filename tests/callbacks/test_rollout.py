@@ -202,7 +202,7 @@ def test_one_start_one_call_per_sampling_and_no_needless_load(
     assert sampler.calls == 3 + 2
     # Sanity check and first epoch share weights, as do an epoch's evaluation and the next epoch.
     assert sampler.loads == 3
-    texts = [r.text for r in module.trainer.datamodule.eval_rollouts["two"].rollouts]
+    texts = [r.text for r in module.trainer.datamodule.eval_buffers["two"].rollouts]
     assert len(texts) == 6
     assert texts[::2] == texts[1::2]
 

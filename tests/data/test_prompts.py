@@ -133,8 +133,8 @@ def test_evaluation_sets_are_split_without_loss_or_duplicate(
             seen[name] += [prompt.source for prompt in counted]
             seeds |= {prompt.source: prompt.seed for prompt in counted}
             # A loader needs its length before anything is sampled.
-            assert len(data.eval_rollouts[name]) == len(prompts)
-        assert not len(data.train_rollouts)
+            assert len(data.eval_buffers[name]) == len(prompts)
+        assert not len(data.train_buffer)
     assert {name: sorted(sources) for name, sources in seen.items()} == expected
     # The seed of a prompt does not depend on the rank, and no two prompts share one.
     alone = make_data(stage="validate", eval_sets="ab").eval_prompts
@@ -160,7 +160,7 @@ def test_reward_columns_are_those_that_training_and_evaluation_share(make_data: 
 def test_a_buffer_has_one_item_a_micro_batch(make_data: MakeData) -> None:
     data = make_data(prompts_per_epoch=12, group_size=4, updates_per_epoch=3, accumulate=8)
     # 12 x 4 = 48 completions, 16 an update, 8 micro-batches of 2: 24 in all.
-    assert len(data.train_dataloader()) == len(data.train_rollouts) == 24
+    assert len(data.train_dataloader()) == len(data.train_buffer) == 24
 
 
 @pytest.mark.parametrize(

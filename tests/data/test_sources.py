@@ -202,9 +202,9 @@ def test_a_prompt_is_rendered(
     [
         ({}, CHAT, None, r"data\.format\.chat_template"),
         ({"chat_template": True}, "1+1?", None, r"data\.format\.chat_template"),
-        ({}, None, CHAT_TEMPLATE, r"prompt=None.*data\.format\.columns"),
-        ({}, 3, CHAT_TEMPLATE, r"prompt=3.*data\.format\.columns"),
-        ({}, [], CHAT_TEMPLATE, r"prompt=\[\].*data\.format\.columns"),
+        ({}, None, CHAT_TEMPLATE, r" None, .*data\.format\.columns"),
+        ({}, 3, CHAT_TEMPLATE, r" 3, .*data\.format\.columns"),
+        ({}, [], CHAT_TEMPLATE, r" \[\], .*data\.format\.columns"),
         ({"template": "Solve:"}, "1+1?", None, r"data\.format\.template='Solve:'.*{prompt}"),
     ],
 )

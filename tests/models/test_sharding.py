@@ -44,7 +44,7 @@ class MetaFSDP2(FSDP2Strategy):
 def attached(strategy: Any, precision: str = "32-true", mesh: Mesh | None = None) -> PRLModule:
     """A module whose Trainer has this strategy, on a device that is not the CPU."""
     module = PRLModule("no model")
-    data = SimpleNamespace(eval_rollouts={"some": None}, evaluation=Evaluation())
+    data = SimpleNamespace(eval_buffers={"some": None}, evaluation=Evaluation())
     module._trainer = SimpleNamespace(strategy=strategy, precision=precision, datamodule=data)
     module._device_mesh = mesh
     return module
