@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Sequence
-=======
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
->>>>>>> data
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
