@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import MakeRollout
+from prl_lightning.data import collate
 from prl_lightning.models.sharding import total_norm
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
@@ -39,6 +41,15 @@ def test_reference_is_loaded_only_where_it_is_used(
     assert (module.reference is not None) == has_reference
     if module.reference is not None:
         assert not any(p.requires_grad for p in module.reference.parameters())
+
+
+def test_a_reference_that_is_not_loaded_is_not_replaced_by_the_policy(
+    tied_model: str, make_rollout: MakeRollout
+) -> None:
+    module = loaded(tied_model, Objective(kl="none"))
+    batch = collate([make_rollout([3], [4])], 1, 1)
+    with pytest.raises(RuntimeError, match=r"model\.track_reference"):
+        module.score(batch, "reference")
 
 
 def test_checkpoint_leaves_the_reference_out_and_loads_strictly(tied_model: str) -> None:

@@ -49,4 +49,6 @@ class FaultySampler(HFSampler):
                 groups[0][0] = Completion(first.token_ids[:1], first.logprobs[:1], finished=False)
             case "no log-probability":
                 groups[0][0] = replace(first, logprobs=first.logprobs[:-1])
+            case "mask too long":
+                groups[0][0] = replace(first, is_sampled=[*first.is_sampled, True])
         return groups

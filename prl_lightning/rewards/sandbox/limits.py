@@ -18,7 +18,7 @@ class RewardLimits:
 
     Calls run in two passes, so that calls that hang delay the others only a little. In the first
     pass each clock has a short limit: one and a half times the longest call of the function that
-    has returned so far, and at least a fiftieth of `seconds`. (Until one has returned, calls have
+    has returned so far, and at least a tenth of `seconds`. (Until one has returned, calls have
     the full limit.) Calls that exceed the short limit run again under the full limit after all
     others. The second pass ends early once max(2, workers) calls in a row have exceeded the full
     limit. The remaining calls then fail without a second run.

@@ -22,7 +22,7 @@ from prl_lightning.rewards.sandbox.worker import work
 # of the full limit. A call that hangs costs the short limit. An honest call that exceeds it runs
 # twice, and may be given up if most of the other late ones hang.
 _LONGEST = 1.5
-_SHORT = 0.02
+_SHORT = 0.1
 _WAITING = 2.0  # times the limit: what a call waits for may be slow because the machine is busy
 
 # A worker is looked at whenever its call's age has grown by a tenth, at the soonest after this.
