@@ -137,7 +137,7 @@ class PRLModule(LightningModule):
         policy_logprobs, entropy = self.loaded_policy(batch)
         step_ends = self.splitter(batch.completion_ids, batch.completion_mask)
         loss, stats = self.objective.loss(policy_logprobs, ref_logprobs, batch, step_ends)
-        # Undo Lightning's mean over micro-batches and ranks: the loss is a share of the update's.
+        # Undo Lightning's mean over micro-batches and ranks: their losses add up to the update's.
         loss = loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
         self._log_step(batch, stats | {"entropy": entropy, "loss": loss.detach()})
         if ref_logprobs is not None:

@@ -54,8 +54,8 @@ class Objective:
             ("rollout"); equal with one update per rollout and no ``rollout.overlap``.
         unbiased_std: divide by n - 1 in the group's standard deviation, as the authors' code does.
         surrogate: loss of a token: "clip" (PPO, DAPO), or a name of `register_loss`.
-        clip_low: the importance ratio is clipped below 1 - clip_low,
-        clip_high: and above 1 + clip_high.
+        clip_low: the lower bound of the importance ratio is 1 - clip_low.
+        clip_high: the upper bound of the importance ratio is 1 + clip_high.
         aggregation: "token_mean", "sequence_mean" or "constant".
         max_length: tokens that "constant" divides by; only for "constant", which needs it.
         importance_cap: truncated importance weight between engine and trainer; None is off. Not
@@ -121,8 +121,8 @@ class Objective:
             )
         if self.kl in KL_IN_REWARD and self.outcome == "raft":
             yield (
-                f"outcome='raft' with kl={self.kl!r}: the KL in the reward alone can make it "
-                "positive. Change outcome or kl."
+                f"outcome='raft' with kl={self.kl!r}: the KL term can make the reward of a wrong "
+                "completion positive, and raft would train on it. Change outcome or kl."
             )
         token_form = self.kl == "process" and self.steps == "token"
         if self.baseline and not (token_form and self.divergence in K3):

@@ -66,7 +66,7 @@ class CompletionLog(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Write the epoch before its first update, as its first policy sees it."""
+        """Write the epoch before its first update, with the current policy's log-probabilities."""
         if batch_idx or not self.every_n_epochs:
             return
         if trainer.current_epoch % self.every_n_epochs and not is_last_epoch(trainer):

@@ -89,7 +89,7 @@ def _states(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> 
 def _engine(module: PRLModule, rollout: RolloutSettings) -> str:
     sampler = getattr(rollout.sampler, "sampler", rollout.sampler)  # inside a SubprocessSampler
     if not isinstance(sampler, VLLMSampler):
-        return f"{type(sampler).__name__}: at most the weights again, and its cache"
+        return f"{type(sampler).__name__}: at most a second copy of the weights, and its cache"
     size = 4 if sampler.dtype == "float32" else 2
     weights = _parameters(module.policy_name) * size / MIB
     return (

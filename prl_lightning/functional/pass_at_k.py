@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def pass_at_k(num_samples: int | Tensor, num_correct: int | Tensor, k: int | Tensor) -> Tensor:
-    """Return 1 - C(n - c, k)/C(n, k): the probability that k of n samples hold one of c correct.
+    """Return 1 - C(n - c, k)/C(n, k): the chance that k of n samples have one of the c correct.
 
     Chen et al., "Evaluating large language models trained on code" (arXiv 2107.03374), Eq. 1. With
     s = min(c, k) and l = max(c, k) the fraction is Π_{j<s} (1 - l/(n - j)). It is computed as a sum

@@ -26,8 +26,8 @@ def write_report(run_dir: str, output: str | None = None) -> None:
     the process reward of each token.
 
     Args:
-        run_dir: the folder of a run, with metrics.csv, also of prl validate, test or predict. Or
-            the folder above it: the newest version_* that has trained is used.
+        run_dir: the folder of a run of prl fit, validate, test or predict, or its parent folder,
+            of which the newest version_* that has trained is used.
         output: the file to write or replace; by default report.html in the folder of the run.
 
     Raises:

@@ -77,8 +77,8 @@ def number_answers(
 
     Args:
         answers: Texts; `None` or an empty text means "no answer".
-        are_same: Compares two texts. Each answer is compared with the first one of every number, so
-            a relation that is not transitive joins no answers that were never compared.
+        are_same: Compares two texts. Each answer is compared only with the first one of every
+            number, so two answers may share a number without being compared with each other.
 
     Returns:
         One number per answer, `NO_ANSWER` where there is none.

@@ -166,8 +166,8 @@ class RewardSum:
         Args:
             groups: The completions of each prompt.
             left_out: Completions that are not compared, as (index of the group, index in it).
-                Those that could not be judged would hang the comparison as well. Each counts as a
-                distinct answer.
+                A completion on which the function failed would fail the comparison as well. Each
+                counts as a distinct answer.
 
         Returns:
             The numbers, or `None` if no function has the method.

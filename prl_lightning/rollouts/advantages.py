@@ -56,7 +56,7 @@ def set_advantages(
 def _score(module: PRLModule, micro_batches: Sequence[list[Rollout]]) -> None:
     """Set the log-probabilities of the policy that sampled and, if there is one, the reference.
 
-    Rollouts of an older policy keep those that its engine reported: it cannot be asked any more.
+    Stale rollouts keep the log-probabilities of the engine: the weights no longer exist.
     """
     for rollouts in micro_batches:
         batch = collate(rollouts, 1, 1).to(module.device)

@@ -41,8 +41,8 @@ def refuse_multi_process(engine_args: dict[str, Any]) -> None:
         if engine_args.get(name) not in (None, 1):
             raise ValueError(
                 f"rollout.sampler.engine_args.{name}={engine_args[name]}: each of the trainer's "
-                f"processes runs its own engine inside, on one GPU. Remove {name}; the model must "
-                "fit one GPU."
+                f"processes runs its own engine, on one GPU. Remove {name}; the model must fit "
+                "on one GPU."
             )
 
 

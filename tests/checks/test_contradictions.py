@@ -42,7 +42,7 @@ def test_contradictions_are_named_all_at_once(bare_model: str, tmp_path: Path) -
         "--rollout.sampler=SubprocessSampler",
         "--rollout.sampler.sampler=HFSampler",
     ]
-    with pytest.raises(ValueError, match="The configuration") as raised:
+    with pytest.raises(ConfigurationError) as raised:
         fit(*overrides)
     first, *found = str(raised.value).split("\n- ")
     assert len(found) == 5

@@ -19,8 +19,8 @@ from prl_lightning.rewards.sandbox.process_tree import kill_tree, usage
 from prl_lightning.rewards.sandbox.worker import work
 
 # The short limit: this many times the longest call of the function so far, and at least this share
-# of the full limit. A call that hangs costs the short limit. An honest call that exceeds it runs
-# twice, and may be given up if most of the other late ones hang.
+# of the full limit. A call that hangs costs the short limit. A slow call that does not hang runs
+# twice if it exceeds it, and fails without the second run if too many late calls in a row time out.
 _LONGEST = 1.5
 _SHORT = 0.1
 _WAITING = 2.0  # times the limit: what a call waits for may be slow because the machine is busy
