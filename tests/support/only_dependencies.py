@@ -9,11 +9,12 @@ another tool happened to install would hide a dependency that is missing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -45,9 +46,8 @@ def needed(extras: set[str]) -> set[str]:
     return found
 
 
-def hidden_modules(extras: set[str]) -> set[str]:
-    """Top-level modules of all other distributions."""
-    there = needed(extras)
+def hidden_modules(there: set[str]) -> set[str]:
+    """Top-level modules of all distributions but these."""
     return {
         module
         for module, distributions in metadata.packages_distributions().items()
@@ -56,9 +56,10 @@ def hidden_modules(extras: set[str]) -> set[str]:
 
 
 class OnlyThese(PathFinder):
-    """Looks for modules as usual, and finds none that is hidden."""
+    """Looks for modules and distributions as usual, and finds none that is hidden."""
 
     hidden: frozenset[str] = frozenset()
+    there: frozenset[str] = frozenset()
 
     @classmethod
     def find_spec(
@@ -68,10 +69,17 @@ class OnlyThese(PathFinder):
             return None
         return super().find_spec(fullname, path, target)
 
+    @classmethod
+    def find_distributions(cls, *args: Any, **kwargs: Any) -> Iterator[metadata.Distribution]:
+        for distribution in PathFinder.find_distributions(*args, **kwargs):
+            if canonicalize_name(distribution.name or "") in cls.there:
+                yield distribution
+
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    OnlyThese.hidden = frozenset(hidden_modules(set(sys.argv[1].split(",")) - {""}) | TAKEN_AWAY)
+    OnlyThese.there = frozenset(needed(set(sys.argv[1].split(",")) - {""}))
+    OnlyThese.hidden = frozenset(hidden_modules(set(OnlyThese.there)) | TAKEN_AWAY)
     sys.meta_path[sys.meta_path.index(PathFinder)] = OnlyThese
     assert "pytest" in OnlyThese.hidden
     from prl_lightning.cli import main
