@@ -75,7 +75,7 @@ class Unguarded(MathReward):
 @pytest.mark.parametrize("function", [MathReward(), Unguarded()])
 def test_hostile_answers_change_no_other_result(function: MathReward, scored: Any) -> None:
     texts = [text for answer in HOSTILE.values() for text in (rf"\boxed{{{answer}}}", r"\boxed{1}")]
-    scores = scored(texts, function, RewardLimits(seconds=4.0, workers=2))
+    scores = scored(texts, function, RewardLimits(seconds=2.0, workers=2))
     assert len(HOSTILE) >= 40
     assert scores.total[1::2].tolist() == [1.0] * len(HOSTILE)
     named = dict(zip(HOSTILE, scores.total[::2].tolist(), strict=True))
