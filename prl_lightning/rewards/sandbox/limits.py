@@ -17,7 +17,7 @@ class RewardLimits:
     compute for `seconds`, and it may wait for twice as long.
 
     Calls run in two passes, so that calls that hang delay the others only a little. In the first
-    pass each clock has a short limit: one and a half times the longest call of the function that
+    pass each clock has a short limit: three times the longest call of the function that
     has returned so far, and at least a tenth of `seconds`. (Until one has returned, calls have
     the full limit.) Calls that exceed the short limit run again under the full limit after all
     others. The second pass ends early once max(2, workers) calls in a row have exceeded the full

@@ -21,7 +21,7 @@ from prl_lightning.rewards.sandbox.worker import work
 # The short limit: this many times the longest call of the function so far, and at least this share
 # of the full limit. A call that hangs costs the short limit. A slow call that does not hang runs
 # twice if it exceeds it, and fails without the second run if too many late calls in a row time out.
-_LONGEST = 1.5
+_LONGEST = 3.0
 _SHORT = 0.1
 _WAITING = 2.0  # times the limit: what a call waits for may be slow because the machine is busy
 
