@@ -99,10 +99,15 @@ class PRLModule(LightningModule):
         )
         sharding = sharding_of(self)
         self.policy = load_on_ranks(policy, sharding, keep_root=True)
-        shares_weights = self.lora is not None and self.reference_name == self.policy_name
-        if self.keeps_reference and not shares_weights:
+        if self.loads_reference:
             reference = partial(load_reference, self.reference_name, self.compile_blocks)
             self.reference = load_on_ranks(reference, sharding, keep_root=False)
+
+    @property
+    def loads_reference(self) -> bool:
+        """Whether the reference is a second model, not the policy with its adapter off."""
+        shares_weights = self.lora is not None and self.reference_name == self.policy_name
+        return self.keeps_reference and not shares_weights
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which model the weights belong to, for ``prl export``."""
@@ -190,6 +195,11 @@ class PRLModule(LightningModule):
         """
         return named_weights(self.loaded_policy, dtype, as_in_file)
 
+    @property
+    def scales_gradient(self) -> bool:
+        """Whether a gradient scaler (16-mixed) multiplies the gradient, and skips on overflow."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
     def gradient_norm(self) -> Tensor:
         """Return the norm of this update's unclipped gradient, computed once; a collective."""
         if self._gradient_norm is None:
@@ -208,8 +218,7 @@ class PRLModule(LightningModule):
         optimizers under bf16-mixed although nothing has to be unscaled there.
         """
         norm, self._gradient_norm = self._gradient_norm, None
-        is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        by_norm = gradient_clip_algorithm in (None, "norm") and not is_scaled
+        by_norm = gradient_clip_algorithm in (None, "norm") and not self.scales_gradient
         if gradient_clip_val and by_norm and norm is not None:
             clip_grads_with_norm_(self.loaded_policy.parameters(), gradient_clip_val, norm)
         else:

@@ -32,13 +32,7 @@ class EvaluationLog(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the results that the module has computed over all ranks."""
-        self._write(trainer, prl_module(pl_module), "val")
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the results that the module has computed over all ranks."""
-        self._write(trainer, prl_module(pl_module), "test")
-
-    def _write(self, trainer: Trainer, module: PRLModule, stage: str) -> None:
+        module = prl_module(pl_module)
         folder, results = run_folder(trainer), module.eval_results
         if not results:
             return
@@ -50,7 +44,7 @@ class EvaluationLog(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         evaluation = {
             **weights_origin(trainer, module),
-            "stage": stage,
+            "stage": "test" if trainer.testing else "val",
             **_conditions(trainer, module),
         }
         evaluation["sets"] = {name: asdict(some) for name, some in results.items()}
@@ -62,6 +56,8 @@ class EvaluationLog(Callback):
             rows.sort(key=lambda row: (order.index(row["set"]), row["problem"], row["sample"]))
             write_table(folder / "samples.parquet", rows)
             self._show(folder, evaluation, results)
+
+    on_test_end = on_validation_end
 
     def _show(
         self, folder: Path, evaluation: dict[str, Any], results: dict[str, SetResults]

@@ -56,18 +56,18 @@ class UpdateGuard(Callback):
     ) -> None:
         """Remove a non-finite gradient: optimizers skip parameters without one."""
         losses, self._losses = self._losses, []
-        is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if is_scaled:
+        module = prl_module(pl_module)
+        if module.scales_gradient:
             is_finite = bool(torch.stack(losses).isfinite().all())
         else:
-            is_finite = bool(full(prl_module(pl_module).gradient_norm()).isfinite())
+            is_finite = bool(full(module.gradient_norm()).isfinite())
         is_usable = trainer.strategy.reduce_boolean_decision(is_finite, all=True)
         # Equal on every rank.
         pl_module.log("train/skipped_updates", float(not is_usable), on_step=False, on_epoch=True,
                       reduce_fx="sum")  # fmt: skip
         self._in_a_row = 0 if is_usable else self._in_a_row + 1
         if not is_usable:
-            if not is_scaled:
+            if not module.scales_gradient:
                 optimizer.zero_grad(set_to_none=True)
             self._write(trainer, losses)
 

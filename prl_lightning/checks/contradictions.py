@@ -12,10 +12,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
-from transformers import AutoConfig
 
 from prl_lightning.data import PromptDataModule
-from prl_lightning.models.loading import load_tokenizer, max_model_tokens
+from prl_lightning.models.loading import load_config, load_tokenizer, max_model_tokens
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import RewardLimits
@@ -153,7 +152,7 @@ def warn_of_one_step(module: PRLModule, rollout: RolloutSettings) -> None:
 
 def _read_config(name: str) -> None:
     try:
-        AutoConfig.from_pretrained(name, trust_remote_code=False)
+        load_config(name)
     except OSError as error:
         raise OSError(f"model.policy={name!r} cannot be read: {error}") from error
 

@@ -74,7 +74,7 @@ def _memory(trainer: Trainer, module: PRLModule) -> Iterator[tuple[str, float]]:
         moments = len(_states(module.optimizer([probe]), probe))
         yield "gradient", weights
         yield f"optimizer ({moments})", weights * moments
-    if module.keeps_reference and not (module.lora and module.reference_name == module.policy_name):
+    if module.loads_reference:
         yield "reference", _parameters(module.reference_name) * size / ranks
 
 

@@ -83,7 +83,7 @@ def compare_in_sandbox(
         if row not in numbers[group]
     ]
     for (group, (row,)), reply in zip(alone, replies(alone), strict=True):
-        unused = max(NO_ANSWER, *numbers[group].values(), -1) + 1
+        unused = max([NO_ANSWER, *numbers[group].values()]) + 1
         has_none = not reply.failure and reply.values == [NO_ANSWER]
         numbers[group][row] = NO_ANSWER if has_none else unused
     return GroupAnswers([[row[place] for place in sorted(row)] for row in numbers], failures)

@@ -62,6 +62,7 @@ class Warm:
             process.kill()
             process.join()
         output = self._log.read_text(errors="replace")
+        self._log.unlink()
         assert not is_late, f"not finished after {timeout} s:\n{output}"
         return next((p.exitcode for p in self.processes if p.exitcode), 0), output
 

@@ -17,11 +17,11 @@ class RewardLimits:
     compute for `seconds`, and it may wait for twice as long.
 
     Calls run in two passes, so that calls that hang delay the others only a little. In the first
-    pass each clock has a short limit: three times the longest call of the function that
-    has returned so far, and at least a tenth of `seconds`. (Until one has returned, calls have
-    the full limit.) Calls that exceed the short limit run again under the full limit after all
-    others. The second pass ends early once max(2, workers) calls in a row have exceeded the full
-    limit. The remaining calls then fail without a second run.
+    pass each clock has a short limit: three times the longest call of the function that has
+    returned so far, and at least a tenth of `seconds`. (Until one has returned, calls have the full
+    limit.) Calls that exceed the short limit run again under the full limit after all others. The
+    second pass ends early once max(2, workers) calls in a row have exceeded the full limit. The
+    remaining calls then fail without a second run.
 
     A call whose process dies (a crash, an exit, the out-of-memory killer) runs again once, in a new
     process. So does a call that runs out of memory, since earlier calls may have kept some of it.
