@@ -1,4 +1,4 @@
-"""Compare two mathematical answers with math-verify, and refuse those that would take minutes."""
+"""Compare two mathematical answers, and refuse those that would take math-verify minutes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import logging
 import re
 from functools import lru_cache
 from typing import Any
+
+from prl_lightning.rewards.normalize import normalize
+from prl_lightning.rewards.structure import (
+    are_set_and_tuple,
+    as_choices,
+    items,
+    only_item,
+    same_base,
+    same_words,
+    unequal_sides,
+)
 
 # math-verify's own time limits use SIGALRM: they only work in the main thread and cancel other
 # alarms. They are off here. Instead, answers that are known to take minutes are refused up front.
@@ -24,6 +35,11 @@ _UNREASONABLE = re.compile(
 # readings count. A few look like "-1./3", which math-verify cannot parse.
 _SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?!\w)")
 _FULL_STOP = re.compile(r"(?<=\d)\.(?=\s*[-+*/^)]|\s*$)|(?<=\$)\.\s*$")
+
+_DEGREES = re.compile(r"(.*\d)\^(?:\\circ|\{\\circ\})")
+_IMAGINARY = re.compile(r"(?<=\d)i(?![A-Za-z])")  # math-verify looks for i as a word
+_NUMBERS = re.compile(r"(?<![\d_^{])\d+ \d")
+_POINTS = ((2.375, 0.75, 1.875), (0.3125, 5.125, 2.25), (-1.75, 2.875, 0.625), (7.75, -0.875, -3.5))
 
 # One pair of equal answers for each common form. math-verify's parser and sympy build their tables
 # when a form is first used.
@@ -83,14 +99,11 @@ def warm_up() -> None:
             )
 
 
-def tidy(answer: str) -> str:
-    """Remove what only changes how an answer looks."""
-    answer = re.sub(r"\\left\b|\\right\b|\\[,;:!]|\\ |[\s$]", "", answer)
-    return re.sub(r"\\[dt]frac\b", r"\\frac", answer)
-
-
 def is_equal(gold: str, answer: str) -> bool:
-    """Check whether math-verify finds an answer equal to the reference answer.
+    r"""Check whether an answer equals the reference answer.
+
+    math-verify compares the values. Around it stands what it does not know: units, choices, bases,
+    how often an item of a list occurs, sets and tuples, words whose letters are not factors.
 
     Args:
         gold: The reference answer, as it would be written in a box.
@@ -99,15 +112,31 @@ def is_equal(gold: str, answer: str) -> bool:
     Raises:
         UnreasonableError: One of them would take math-verify minutes.
         Exception: Whatever sympy raises.
+
+    Example:
+        >>> is_equal("3 1/2", "3.5"), is_equal("1, 1, 2", "1, 2, 2"), is_equal("18", "£18")
+        (True, False, True)
     """
     for text in (gold, answer):
         if _is_unreasonable(text):
             raise UnreasonableError(f"too complex for math-verify: {text[:80]!r}")
-    from math_verify import verify
-
-    left, right = _parse(gold), _parse(answer)
-    same = verify(list(left), list(right), timeout_seconds=None, raise_on_error=True)
-    return bool(same) and not _differs_in_scale(left, right)
+    (left, unit), (right, other_unit) = normalize(gold), normalize(answer)
+    if unit and other_unit and unit != other_unit:
+        return False
+    left, right = as_choices(only_item(left), only_item(right))
+    if left == right:
+        return True
+    for compare in (same_base, same_words):
+        decided = compare(left, right)
+        if decided is not None:
+            return decided
+    for split in (unequal_sides, items):
+        lefts, rights = split(left), split(right)
+        if len(lefts) == len(rights) > 1:
+            return _match(lefts, rights)
+    if unequal_sides(left)[1:] or unequal_sides(right)[1:]:
+        return False  # math-verify raises
+    return not are_set_and_tuple(left, right) and _have_equal_values(left, right)
 
 
 def is_same(first: str, answer: str) -> bool:
@@ -132,41 +161,105 @@ def _is_unreasonable(answer: str) -> bool:
     )
 
 
+def _match(lefts: list[str], rights: list[str]) -> bool:
+    """Check that each item of one list has its own equal item in the other."""
+    left_over = list(rights)
+    for item in lefts:
+        equal = next((other for other in left_over if other == item or is_equal(item, other)), None)
+        if equal is None:
+            return False
+        left_over.remove(equal)
+    return True
+
+
+def _have_equal_values(gold: str, answer: str) -> bool:
+    from math_verify import verify
+
+    lefts, rights = _parse(gold), _parse(answer)
+    if verify(list(lefts), list(rights), timeout_seconds=None, raise_on_error=True):
+        return not _differ_in_size(lefts, rights)
+    return any(_are_equal_where_real(left, right) for left in lefts for right in rights)
+
+
 # The completions of a group have the same reference answer, and often the same answer.
 @lru_cache(maxsize=4096)
 def _parse(answer: str) -> tuple[Any, ...]:
     """Parse an answer into math-verify's readings: an expression, if there is one, and its text."""
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
+    from sympy import nan, zoo
 
     _silence_time_limit_warning()
     readings = parse(
-        rf"\boxed{{{_FULL_STOP.sub('', answer)}}}",
-        [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)],
+        rf"\boxed{{{_IMAGINARY.sub(' i', _FULL_STOP.sub('', answer))}}}",
+        [
+            LatexExtractionConfig(
+                try_extract_without_anchor=False,
+                boxed_match_priority=0,
+                normalization_config=NormalizationConfig(malformed_operators=True, nits=True),
+            )
+        ],
         extraction_mode="first_match",  # the box or nothing: never a fraction somewhere inside it
         parsing_timeout=None,
         raise_on_error=True,
     )
+    readings = [r for r in readings if r is not zoo and r is not nan]  # 12:00 is no division
     if _SCIENTIFIC.search(answer):
         readings += _parse(_SCIENTIFIC.sub(r"\1\\times 10^{\2}", answer))
+    elif found := _DEGREES.fullmatch(answer):
+        readings += _parse(rf"({found[1]})\cdot\frac{{\pi}}{{180}}")
+    elif _NUMBERS.search(answer):  # "1 2" is neither 12 nor 3
+        readings = [answer]
     elif "=" in answer and all(isinstance(reading, str) for reading in readings):
         # The left side cannot be parsed, as in "m_{\max} = 3"; the right side often can.
         readings += _parse(answer.rsplit("=", 1)[1])
     return tuple(readings)
 
 
-def _differs_in_scale(gold: tuple[Any, ...], answer: tuple[Any, ...]) -> bool:
-    """Check that no two numeric readings agree to a relative 1e-4, for a small reference.
+def _differ_in_size(gold: tuple[Any, ...], answer: tuple[Any, ...]) -> bool:
+    """Check that no two numeric readings agree to a relative 1e-4.
 
-    math-verify compares decimals to six places, and so finds 3e-8 and 5e-9 equal.
+    math-verify compares decimals to six places, and so finds 3e-8 and 5e-9 equal; and it finds
+    1/200! and 1/199! equal, whose difference is nothing to it.
     """
     golds, answers = _values(gold), _values(answer)
-    if not any(0 < abs(value) < 1e-2 for value in golds) or not answers:
+    if not golds or not answers:
         return False
     return not any(abs(left - right) <= 1e-4 * abs(left) for left in golds for right in answers)
 
 
-def _values(readings: tuple[Any, ...]) -> list[complex]:
-    return [complex(r.doit().evalf()) for r in readings if getattr(r, "is_number", False)]
+def _values(readings: tuple[Any, ...]) -> list[Any]:
+    numbers = [r.doit().evalf(30) for r in readings if getattr(r, "is_number", False)]
+    if any(isinstance(reading, str) and "%" in reading for reading in readings):
+        numbers += [100 * number for number in numbers]  # 28% is 28 to math-verify as well
+    return [number for number in numbers if number.is_finite]
+
+
+def _are_equal_where_real(gold: Any, answer: Any) -> bool:
+    """Check that two expressions with roots are equal as functions of real variables.
+
+    sympy's variables are complex: there sqrt(1/n) and 1/sqrt(n) differ where n is negative.
+    """
+    from sympy import Expr, Pow
+
+    if not (isinstance(gold, Expr) and isinstance(answer, Expr)):
+        return False
+    names = sorted(gold.free_symbols, key=str)
+    powers = gold.atoms(Pow) | answer.atoms(Pow)
+    has_roots = any(power.exp.is_integer is False for power in powers)
+    if not has_roots or set(names) != answer.free_symbols or not 1 <= len(names) <= 3:
+        return False
+    seen = 0
+    for point in _POINTS:
+        at = dict(zip(names, point, strict=False))
+        left, right = (side.subs(at).doit().evalf(20) for side in (gold, answer))
+        if left.is_real and right.is_real:
+            seen += 1
+            if abs(left - right) > 1e-12 * abs(left):
+                return False
+        elif left.is_real or right.is_real:
+            return False
+    return seen > 1
 
 
 @lru_cache(maxsize=1)

@@ -9,11 +9,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from prl_lightning.rewards.equality import UnreasonableError, is_equal, is_same, tidy, warm_up
+from prl_lightning.rewards.equality import UnreasonableError, is_equal, is_same, warm_up
 from prl_lightning.rewards.match import number_answers, reference_texts
+from prl_lightning.rewards.normalize import tidy
 from prl_lightning.rewards.protocol import completion_text
 
-_BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
+# LaTeX also takes the next sign without braces, as in \boxed 2.
+_BOX = re.compile(
+    r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>-?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?|[A-Za-z](?![A-Za-z])"
+    r"|\\[A-Za-z]+(?:\{[^{}]*\})*))"
+)
 _BRACE = re.compile(r"\\[{}\\]|[{}]")  # \{ is text, not a brace
 
 # Between boxes that form one answer: "\boxed{1}$ and $\boxed{2}", "x=\boxed{1}, x=\boxed{2}".
@@ -31,6 +36,14 @@ class MathReward:
     solution does, that box counts. Otherwise what follows GSM8K's `####` counts, or else the whole
     text. Several boxes joined by commas, "and" or "or" form one answer.
 
+    The last box of the whole completion counts, wherever it stands; an empty one is an answer, and
+    wrong. With `reasoning_end="</think>"` only boxes after the last `</think>` count, and a
+    completion without it scores 0. These are TRL's `accuracy_reward` and
+    `reasoning_accuracy_reward`.
+
+    Args:
+        reasoning_end: The text that ends the reasoning.
+
     Attributes:
         failures: How many completions of the last call could not be judged, because math-verify
             raised or an answer was too complex for it. They score 0.
@@ -47,7 +60,8 @@ class MathReward:
 
     columns = (("answer", "ground_truth", "solution"),)
 
-    def __init__(self) -> None:
+    def __init__(self, reasoning_end: str | None = None) -> None:
+        self.reasoning_end = reasoning_end
         self.failures = 0
         self.errors: list[Exception] = []
 
@@ -99,13 +113,19 @@ class MathReward:
 
         Answers that math-verify cannot compare are equal only if their texts are.
         """
-        return number_answers([tidy(boxed_answer(text) or "") for text in completions], is_same)
+        return number_answers([tidy(self._answer(text) or "") for text in completions], is_same)
+
+    def _answer(self, completion: str) -> str | None:
+        if self.reasoning_end is None:
+            return boxed_answer(completion)
+        _, end, text = completion.rpartition(self.reasoning_end)
+        return boxed_answer(text) if end else None
 
     def _reward(self, completion: str, reference: Any) -> float | None:
         if reference is None:
             return None
         golds = [boxed_answer(text) or _marked(text) for text in reference_texts(reference)]
-        answer = boxed_answer(completion)
+        answer = self._answer(completion)
         if not answer:
             return 0.0
         if any(tidy(answer) == tidy(gold) for gold in golds):
@@ -142,12 +162,15 @@ def boxed_answer(text: str) -> str | None:
     next_start = None
     closings = _closing_braces(text)
     for opening in reversed(list(_BOX.finditer(text))):
-        end = closings.get(opening.end() - 1)
+        start, bare = opening.end(), opening["bare"]
+        end = start if bare else closings.get(start - 1)
         if end is None:
             continue
-        if next_start is not None and not _BETWEEN_BOXES.fullmatch(text, end + 1, next_start):
+        if next_start is not None and not _BETWEEN_BOXES.fullmatch(
+            text, end + (not bare), next_start
+        ):
             break
-        answers.insert(0, text[opening.end() : end].strip())
+        answers.insert(0, bare or text[start:end].strip())
         next_start = opening.start()
     return ", ".join(dict.fromkeys(answers)) if answers else None
 

@@ -88,11 +88,32 @@ def test_answer_outside_a_closed_box_scores_zero(completion: Any) -> None:
         (r"\boxed{2}, \boxed{2}", "2"), (r"\boxed{9} \boxed{1}, \boxed{2}", "1, 2"),
         (r"\fbox{3}", "3"), (r"\boxed {4}", "4"), (r"\boxed{\boxed{5}}", "5"),
         (r"\boxed{\left\{x=1\right.}", r"\left\{x=1\right."), (r"\boxed{a \\}", r"a \\"),
-        ("no box", None),
+        ("no box", None), (r"So it is $\boxed 2$.", "2"), (r"\boxed12", "12"),
+        (r"\boxed -3.5.", "-3.5"),
+        (r"$\boxed\frac{1}{2}$", r"\frac{1}{2}"), (r"\boxed 2, \boxed{3}", "2, 3"),
+        (r"$\boxed A$", "A"), (r"\boxed{5} and \boxed", "5"), (r"\boxed{5} so \boxed{}", ""),
     ],
 )  # fmt: skip
 def test_boxed_answer(text: str, expected: Any) -> None:
     assert boxed_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "whole", "after_reasoning"),
+    [
+        (r"<think>\boxed{5}</think> It is \boxed{5}", 1.0, 1.0),
+        (r"<think>\boxed{4}</think> It is \boxed{5}", 1.0, 1.0),
+        (r"<think>\boxed{5}</think> It is five", 1.0, 0.0),
+        (r"<think>It is \boxed{5}", 1.0, 0.0),
+        (r"It is \boxed{5}", 1.0, 0.0),
+        (r"</think>\boxed{5} so \boxed{}", 0.0, 0.0),
+    ],
+)
+def test_boxes_within_the_reasoning(completion: str, whole: float, after_reasoning: float) -> None:
+    """TRL's accuracy_reward judges the whole text, its reasoning_accuracy_reward the rest."""
+    for reward, value in ((MathReward(), whole), (MathReward("</think>"), after_reasoning)):
+        assert reward(["?"], [completion], answer=["5"]) == [value]
+        assert (reward.answers([completion])[0] >= 0) == (value == 1.0)
 
 
 def test_columns_in_the_order_of_the_conventions() -> None:
@@ -174,7 +195,7 @@ def test_a_broken_math_verify_is_an_error_at_once(
     verify: Any, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("math_verify.verify", verify)
-    with pytest.raises(RuntimeError, match=f"'12' and '12.0' equal.*{trouble}"):
+    with pytest.raises(RuntimeError, match=rf"'0.25' and .* equal.*{trouble}"):
         MathReward().warm_up()
 
 
@@ -217,8 +238,6 @@ def test_every_reference_of_the_evaluation_sets_equals_itself(name: str) -> None
 
 # By set and perturbation, the rows whose altered answer math-verify accepts.
 NOT_TO_BE_TOLD_APART = {
-    # Of 52_8 and 52_87 it reads the number 52.
-    ("math500", "digit"): {30, 70, 71, 137, 338},
     # Right all the same: 0 and 0q, the whole answer or the right side of an equation.
     ("math500", "symbol"): {76, 179, 191, 204, 317, 391, 406, 457},
     ("minerva_math", "symbol"): {62, 68, 89},
