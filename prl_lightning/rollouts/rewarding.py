@@ -31,7 +31,7 @@ class Rewarder:
     """Call the reward functions, count failures, and stop the run if there are too many.
 
     ``reward_failures.jsonl`` in the run's folder gets the first 16 failures of every rank and
-    iteration.
+    call of ``reward``.
 
     Args:
         rewards: the reward functions.
