@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
-from interruptions import Command, SaveAt, Settings, callback, differing
+from interruptions import At, Command, SaveAt, Settings, callback, differing
 from noisy import noisy_digits
 from prl_lightning.callbacks import CompletionLog, EvaluationLog, RolloutCallback, RunSummary
 from prl_lightning.data import PromptDataModule
@@ -152,6 +152,46 @@ def test_a_run_goes_on_exactly_from_any_moment(
     whole = load(folder / "whole.ckpt")
     assert whole["global_step"] == 6
     assert differing(resumed, whole) == []
+
+
+class StopAt(At):
+    """As ``max_time`` does, also within an update."""
+
+    def act(self, trainer: Trainer) -> None:
+        trainer.should_stop = True
+
+
+CUTS: list[tuple[list[Callback], Settings, Settings]] = [
+    ([], STEPS | {"max_steps": 3}, STEPS),
+    ([], {"max_epochs": 3, "max_steps": 1}, EPOCHS),
+    ([StopAt("on_train_batch_end", 6)], EPOCHS, EPOCHS),
+    ([StopAt("on_train_batch_end", 4)], EPOCHS, EPOCHS),  # within the first update of an epoch
+    ([], {"max_epochs": 3, "max_steps": 3, "val_check_interval": 2}, EPOCHS),
+]
+
+
+@pytest.mark.parametrize(("stops", "options", "later"), CUTS)
+def test_a_run_that_ended_within_an_epoch_goes_on_with_its_other_updates(
+    stops: list[Callback],
+    options: Settings,
+    later: Settings,
+    whole_run: Callable[[Settings], Path],
+    tied_model: str,
+    tmp_path: Path,
+) -> None:
+    at_end = tmp_path / "at_end.ckpt"  # of the epoch that is not over
+    save = SaveAt("on_train_epoch_end", options.get("max_steps", 3) // 2, str(at_end))
+    after_fit = train(tied_model, tmp_path, *stops, save, **options)
+    whole, goes_on = whole_run(later), options | {"max_steps": -1} | later
+    shown = read_metrics(whole / "run" / "version_0" / "metrics.csv")
+    for saved in (after_fit, at_end):
+        moved = saved.rename(tmp_path / "moved.ckpt")
+        end = train(tied_model, tmp_path, checkpoint=str(moved), seed=99, **goes_on)
+        assert differing(load(end), load(whole / "whole.ckpt")) == [], saved
+        newest = max((tmp_path / "run").iterdir(), key=lambda folder: folder.name)
+        curves = read_metrics(newest / "metrics.csv")
+        assert curves["rollout/reward"] == shown["rollout/reward"]
+        assert curves["train/loss"][0] == shown["train/loss"][0]  # steps: one row an epoch
 
 
 def test_saving_and_evaluating_do_not_change_the_run(tied_model: str, tmp_path: Path) -> None:

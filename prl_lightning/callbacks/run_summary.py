@@ -56,7 +56,9 @@ class RunSummary(Callback):
         earlier = next_to_it if next_to_it.is_file() else Path(self._earlier_file)
         if earlier.is_file():
             for step, row in metrics_rows(earlier):
-                if step < trainer.global_step:
+                # An epoch that is not over when a run ends has means, and will have them again.
+                is_of_part = row.get("epoch") == trainer.current_epoch and "train/loss" in row
+                if step < trainer.global_step and not is_of_part:
                     logger.log_metrics(row, step)
             _carry_over(earlier.parent, folder, trainer.global_step)
 
