@@ -148,7 +148,7 @@ class PRLCLI(LightningCLI):
         root = Path(trainer.default_root_dir)
         # Flushed at every row: a killed process loses what is buffered.
         csv = CSVLogger(root.parent, name=root.name, flush_logs_every_n_steps=1)
-        board = TensorBoardLogger(root.parent, name=root.name, version=csv.version)
+        board = TensorBoardLogger(root.parent, name=root.name)  # the Trainer numbers both
         trainer.loggers = [csv, *(trainer.loggers or [board])]
         return trainer
 

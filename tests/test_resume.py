@@ -231,8 +231,9 @@ def test_what_a_continued_run_shows_is_that_of_one_left_alone(
     folder = tmp_path / "run"
     with (folder / "version_0" / "metrics.csv").open("a") as file:
         file.write("0.1")  # a row that a kill has cut
-    (folder / "version_0" / "checkpoints").mkdir()
-    moved = shutil.copy(saved, folder / "version_0" / "checkpoints")
+    named_by_metric = folder / "version_0" / "checkpoints" / "epoch=1-val" / "held"
+    named_by_metric.mkdir(parents=True)
+    moved = shutil.copy(saved, named_by_metric)
     for version, checkpoint in ((1, saved), (2, moved)):
         train(tied_model, tmp_path, *shown, checkpoint=str(checkpoint))
         for name in (
