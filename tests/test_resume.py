@@ -25,7 +25,7 @@ from prl_lightning.evaluation import Evaluation
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.rewards import RewardLimits
-from prl_lightning.runs.files import read_metrics
+from prl_lightning.runs.files import Curve, read_metrics
 from prl_lightning.sampling import HFSampler
 from prl_lightning.trainer import PRLTrainer
 from tiny_runs import write_prompts
@@ -113,6 +113,12 @@ MOMENTS: list[tuple[str, int, Settings]] = [
 ]
 
 
+def curves_of(folder: Path) -> dict[str, Curve]:
+    """The curves of its newest run."""
+    newest = max((folder / "run").iterdir(), key=lambda version: version.name)
+    return read_metrics(newest / "metrics.csv")
+
+
 def saved_at(folder: Path, hook: str, call: int) -> Path:
     return folder / f"{hook}-{call}.ckpt"
 
@@ -152,6 +158,9 @@ def test_a_run_goes_on_exactly_from_any_moment(
     whole = load(folder / "whole.ckpt")
     assert whole["global_step"] == 6
     assert differing(resumed, whole) == []
+    shown, curves = (curves_of(some) for some in (folder, tmp_path))
+    assert curves["rollout/reward"] == shown["rollout/reward"]
+    assert curves["train/loss"][0] == shown["train/loss"][0]
 
 
 class StopAt(At):
@@ -183,13 +192,12 @@ def test_a_run_that_ended_within_an_epoch_goes_on_with_its_other_updates(
     save = SaveAt("on_train_epoch_end", options.get("max_steps", 3) // 2, str(at_end))
     after_fit = train(tied_model, tmp_path, *stops, save, **options)
     whole, goes_on = whole_run(later), options | {"max_steps": -1} | later
-    shown = read_metrics(whole / "run" / "version_0" / "metrics.csv")
+    shown = curves_of(whole)
     for saved in (after_fit, at_end):
         moved = saved.rename(tmp_path / "moved.ckpt")
         end = train(tied_model, tmp_path, checkpoint=str(moved), seed=99, **goes_on)
         assert differing(load(end), load(whole / "whole.ckpt")) == [], saved
-        newest = max((tmp_path / "run").iterdir(), key=lambda folder: folder.name)
-        curves = read_metrics(newest / "metrics.csv")
+        curves = curves_of(tmp_path)
         assert curves["rollout/reward"] == shown["rollout/reward"]
         assert curves["train/loss"][0] == shown["train/loss"][0]  # steps: one row an epoch
 

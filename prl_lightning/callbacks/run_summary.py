@@ -116,9 +116,10 @@ def _checkpoint(trainer: Trainer) -> str:
 
 def _kept_rows(trainer: Trainer, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the rows before the checkpoint, without the means over a part of its epoch."""
+    is_within = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     for step, row in metrics_rows(file):
-        is_of_part = row.get("epoch") == trainer.current_epoch and "train/loss" in row
-        if step < trainer.global_step and not is_of_part:
+        is_of_epoch = row.get("epoch") == trainer.current_epoch and "train/loss" in row
+        if step < trainer.global_step and not (is_within and is_of_epoch):
             yield step, row
 
 
