@@ -172,7 +172,6 @@ class StopAt(At):
 
 CUTS: list[tuple[list[Callback], Settings, Settings]] = [
     ([], STEPS | {"max_steps": 3}, STEPS),
-    ([], {"max_epochs": 3, "max_steps": 1}, EPOCHS),
     ([StopAt("on_train_batch_end", 6)], EPOCHS, EPOCHS),
     ([StopAt("on_train_batch_end", 4)], EPOCHS, EPOCHS),  # within the first update of an epoch
     ([], {"max_epochs": 3, "max_steps": 3, "val_check_interval": 2}, EPOCHS),
