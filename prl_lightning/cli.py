@@ -6,11 +6,12 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import Namespace, auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -56,6 +57,9 @@ IRRELEVANT_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 
+# Options that take one object or a list of them.
+OBJECTS = ("trainer.callbacks", "trainer.logger", "trainer.plugins", "rollout.rewards")
+
 
 class Parser(LightningArgumentParser):
     """Lightning's parser, whose errors are one message instead of the whole usage."""
@@ -67,6 +71,35 @@ class Parser(LightningArgumentParser):
             ConfigurationError: always.
         """
         raise ConfigurationError(message) from ex
+
+    def replace_objects(self) -> None:
+        """Let objects of a second file replace the first one's.
+
+        jsonargparse merges objects, also those in the same place of two lists, so that a callback
+        would have arguments of another one.
+        """
+        actions: list[Any] = self._actions
+        for action in actions:
+            if action.dest in OBJECTS:
+                action._check_type_ = partial(_check_anew, action._check_type_, action.dest)
+
+
+def _check_anew(
+    check: Callable[..., Any],
+    option: str,
+    value: Any,
+    cfg: Any = None,
+    append: bool = False,
+    **options: Any,
+) -> Any:
+    """Call jsonargparse's check; objects that replace earlier ones are not merged with them."""
+    is_list = isinstance(value, list) or (isinstance(value, str) and value.startswith("["))
+    is_object = isinstance(value, dict | str) and "class_path" in value
+    if (is_list or is_object) and not append:
+        earlier, cfg = cfg.get(option) if cfg else None, None
+        if isinstance(earlier, Namespace) and not is_list:  # two objects are merged after the check
+            value = f"[{value}]" if isinstance(value, str) else [value]
+    return check(value, cfg=cfg, append=append, **options)
 
 
 class PRLCLI(LightningCLI):
@@ -86,7 +119,7 @@ class PRLCLI(LightningCLI):
         every = LightningCLI.subcommands()
         return {k: v for k, v in every.items() if k == self._first_word} or every
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def add_arguments_to_parser(self, parser: Parser) -> None:  # type: ignore[override]
         """Add the sections, and link what two of them share."""
         parser.add_class_arguments(Evaluation, "evaluation")
         parser.add_lightning_class_args(RolloutCallback, "rollout")
@@ -94,6 +127,7 @@ class PRLCLI(LightningCLI):
         parser.add_lightning_class_args(UpdateGuard, "guard")
         parser.link_arguments("model.policy", "data.tokenizer")
         parser.link_arguments("evaluation", "data.evaluation", apply_on="instantiate")
+        parser.replace_objects()
 
     def instantiate_classes(self) -> None:
         """Create the configured objects.
@@ -114,7 +148,7 @@ class PRLCLI(LightningCLI):
         root = Path(trainer.default_root_dir)
         # Flushed at every row: a killed process loses what is buffered.
         csv = CSVLogger(root.parent, name=root.name, flush_logs_every_n_steps=1)
-        board = TensorBoardLogger(root.parent, name=root.name, version=csv.version)
+        board = TensorBoardLogger(root.parent, name=root.name)  # the Trainer numbers both
         trainer.loggers = [csv, *(trainer.loggers or [board])]
         return trainer
 
@@ -175,7 +209,7 @@ class PRLCLI(LightningCLI):
 class CheckCLI(PRLCLI):
     """Accepts the arguments of ``prl fit`` and the config of a run, and runs nothing."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def add_arguments_to_parser(self, parser: Parser) -> None:  # type: ignore[override]
         """Accept the arguments of a run."""
         super().add_arguments_to_parser(parser)
         for name in ("ckpt_path", "weights_only"):

@@ -12,8 +12,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
 
+from prl_lightning.runs.folders import claim_folders, keep_metrics
 from prl_lightning.runs.unpickling import refuse_code
 
 
@@ -82,12 +84,17 @@ class PRLTrainer(Trainer):
     ) -> Any:
         """Run fit, validate, test or predict, and load checkpoints with ``weights_only``.
 
-        Lightning treats None as False for a checkpoint at a URL.
+        Lightning treats None as False for a checkpoint at a URL. The loggers' folders are prepared
+        here, because Lightning opens them before it calls the first hook.
         """
         if weights_only is None:
             weights_only = True
         if weights_only and ckpt_path is not None:
             refuse_code(Path(ckpt_path))
+        if self.is_global_zero:
+            claim_folders(self.loggers)
+            is_new = self.state.fn == TrainerFn.FITTING and ckpt_path is None
+            keep_metrics(self.loggers, is_new)
         return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
 
     def save_checkpoint(
@@ -126,7 +133,8 @@ class PRLTrainer(Trainer):
 def last_checkpoint(trainer: Trainer) -> Path | None:
     """Find the newest complete ``last*.ckpt`` among the runs of this root folder.
 
-    If there is none, find the newest checkpoint of any name.
+    If there is none, find the newest checkpoint of any name. A metric such as ``val/set/mean@8`` in
+    the file name makes folders, which are searched too.
 
     Args:
         trainer: its root folder, loggers and checkpoint callbacks are searched.
@@ -143,11 +151,14 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
         for callback in trainer.checkpoint_callbacks
         if isinstance(callback, ModelCheckpoint) and callback.dirpath
     }
-    for pattern in ("last*.ckpt", "[!.]*.ckpt"):  # incomplete ones start with a dot
-        found = [path for folder in folders for path in folder.glob(pattern) if _is_complete(path)]
-        if found:
-            return max(found, key=_written_at)
-    return None
+    names = {path: path.relative_to(at) for at in folders for path in at.rglob("[!.]*.ckpt")}
+    found = [
+        path  # incomplete ones start with a dot; a folder in a folder is of another run
+        for path, name in names.items()
+        if "checkpoints" not in name.parts and _is_complete(path)
+    ]
+    last = [path for path in found if str(names[path]).startswith("last")]
+    return max(last or found, key=_written_at, default=None)
 
 
 def _is_complete(checkpoint: Path) -> bool:

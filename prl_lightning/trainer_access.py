@@ -42,12 +42,20 @@ def weights_origin(trainer: Trainer, module: LightningModule) -> dict[str, int]:
     return prl_module(module).loaded_at
 
 
-def checkpoint_path(trainer: Trainer) -> Path:
-    """Return the path of an unscheduled checkpoint, which replaces the last one."""
+def save_now(trainer: Trainer) -> str:
+    """Save an unscheduled checkpoint, which replaces the last one; a collective.
+
+    Returns:
+        What was done: "saved" and the path. A ``fast_dev_run`` saves nothing.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return "saved nothing (trainer.fast_dev_run)"
+    path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
     callback = trainer.checkpoint_callback
-    if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
-        return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-    return Path(callback.last_model_path or Path(callback.dirpath) / "last.ckpt")
+    if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+        path = Path(callback.last_model_path or Path(callback.dirpath) / "last.ckpt")
+    trainer.save_checkpoint(path)
+    return f"saved {path}"
 
 
 def append_rows(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> None:

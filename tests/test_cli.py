@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from prl_lightning.checks.contradictions import ConfigurationError
-from prl_lightning.cli import main, run_command
+from prl_lightning.cli import CheckCLI, _command_line, main, run_command
 from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
 pytestmark = pytest.mark.process
@@ -193,6 +194,50 @@ def test_a_mistake_is_a_message(
 ) -> None:
     words = [f"--config={QUICKSTART}", *without_rewards(tied_model, tmp_path), *command[1:]]
     assert said in refused(monkeypatch, tmp_path, command[0], *words)
+
+
+LAST = "prl_lightning.callbacks.LastCheckpoint"
+CSV = "lightning.pytorch.loggers.CSVLogger"
+BOARD = "lightning.pytorch.loggers.TensorBoardLogger"
+
+
+@pytest.mark.parametrize(
+    ("option", "first", "second", "expected"),
+    [
+        ("callbacks", [[LAST, {"dirpath": "x"}]], [[LAST, {}]], [[LAST, {}]]),
+        ("callbacks", [LAST, {"dirpath": "x"}], [LAST, {}], [[LAST, {}]]),
+        ("callbacks", [[LAST, {"dirpath": "x"}]], [LAST, {}], [LAST, {}]),
+        # Another class with a parameter of the same name.
+        ("logger", [[CSV, {"save_dir": "a", "version": 3}]],
+         [[BOARD, {"save_dir": "b"}]], [[BOARD, {"save_dir": "b"}]]),
+        ("logger", [CSV, {"save_dir": "a", "version": 3}], [CSV, {"save_dir": "b"}],
+         [[CSV, {"save_dir": "b"}]]),
+        # Arguments alone change the earlier object.
+        ("callbacks", [LAST, {"every_n_epochs": 3}], [None, {"dirpath": "x"}],
+         [LAST, {"every_n_epochs": 3, "dirpath": "x"}]),
+    ],
+)  # fmt: skip
+def test_objects_of_a_second_file_replace_the_first_ones(
+    option: str, first: Any, second: Any, expected: Any, tmp_path: Path
+) -> None:
+    def spec(some: Any) -> Any:
+        if isinstance(some[0], list):
+            return [spec(one) for one in some]
+        return ({"class_path": some[0]} if some[0] else {}) | {"init_args": some[1]}
+
+    def parsed(*values: Any, by: str = "file") -> Any:
+        words = [*tiny_overrides("no/model", tmp_path), f"--config={QUICKSTART}"]
+        for number, value in enumerate(values):
+            file = tmp_path / f"{number}.yaml"
+            file.write_text(yaml.safe_dump({"trainer": {option: value}}))
+            words.append(f"--config={file}")
+        if by == "flag":
+            words[-1] = f"--trainer.{option}={json.dumps(values[-1])}"
+        return _command_line(words, CheckCLI, run=False).config.trainer[option]
+
+    whole = parsed(spec(expected))
+    assert parsed(spec(first), spec(second)) == whole
+    assert parsed(spec(first), spec(second), by="flag") == whole
 
 
 def test_a_tool_says_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

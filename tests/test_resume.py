@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
-from interruptions import Command, SaveAt, Settings, callback, differing
+from interruptions import At, Command, SaveAt, Settings, callback, differing
 from noisy import noisy_digits
 from prl_lightning.callbacks import CompletionLog, EvaluationLog, RolloutCallback, RunSummary
 from prl_lightning.data import PromptDataModule
@@ -25,7 +25,7 @@ from prl_lightning.evaluation import Evaluation
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.rewards import RewardLimits
-from prl_lightning.runs.files import read_metrics
+from prl_lightning.runs.files import Curve, read_metrics
 from prl_lightning.sampling import HFSampler
 from prl_lightning.trainer import PRLTrainer
 from tiny_runs import write_prompts
@@ -113,6 +113,12 @@ MOMENTS: list[tuple[str, int, Settings]] = [
 ]
 
 
+def curves_of(folder: Path) -> dict[str, Curve]:
+    """The curves of its newest run."""
+    newest = max((folder / "run").iterdir(), key=lambda version: version.name)
+    return read_metrics(newest / "metrics.csv")
+
+
 def saved_at(folder: Path, hook: str, call: int) -> Path:
     return folder / f"{hook}-{call}.ckpt"
 
@@ -152,6 +158,47 @@ def test_a_run_goes_on_exactly_from_any_moment(
     whole = load(folder / "whole.ckpt")
     assert whole["global_step"] == 6
     assert differing(resumed, whole) == []
+    shown, curves = (curves_of(some) for some in (folder, tmp_path))
+    assert curves["rollout/reward"] == shown["rollout/reward"]
+    assert curves["train/loss"][0] == shown["train/loss"][0]
+
+
+class StopAt(At):
+    """As ``max_time`` does, also within an update."""
+
+    def act(self, trainer: Trainer) -> None:
+        trainer.should_stop = True
+
+
+CUTS: list[tuple[list[Callback], Settings, Settings]] = [
+    ([], STEPS | {"max_steps": 3}, STEPS),
+    ([StopAt("on_train_batch_end", 6)], EPOCHS, EPOCHS),
+    ([StopAt("on_train_batch_end", 4)], EPOCHS, EPOCHS),  # within the first update of an epoch
+    ([], {"max_epochs": 3, "max_steps": 3, "val_check_interval": 2}, EPOCHS),
+]
+
+
+@pytest.mark.parametrize(("stops", "options", "later"), CUTS)
+def test_a_run_that_ended_within_an_epoch_goes_on_with_its_other_updates(
+    stops: list[Callback],
+    options: Settings,
+    later: Settings,
+    whole_run: Callable[[Settings], Path],
+    tied_model: str,
+    tmp_path: Path,
+) -> None:
+    at_end = tmp_path / "at_end.ckpt"  # of the epoch that is not over
+    save = SaveAt("on_train_epoch_end", options.get("max_steps", 3) // 2, str(at_end))
+    after_fit = train(tied_model, tmp_path, *stops, save, **options)
+    whole, goes_on = whole_run(later), options | {"max_steps": -1} | later
+    shown = curves_of(whole)
+    for saved in (after_fit, at_end):
+        moved = saved.rename(tmp_path / "moved.ckpt")
+        end = train(tied_model, tmp_path, checkpoint=str(moved), seed=99, **goes_on)
+        assert differing(load(end), load(whole / "whole.ckpt")) == [], saved
+        curves = curves_of(tmp_path)
+        assert curves["rollout/reward"] == shown["rollout/reward"]
+        assert curves["train/loss"][0] == shown["train/loss"][0]  # steps: one row an epoch
 
 
 def test_saving_and_evaluating_do_not_change_the_run(tied_model: str, tmp_path: Path) -> None:
@@ -191,8 +238,9 @@ def test_what_a_continued_run_shows_is_that_of_one_left_alone(
     folder = tmp_path / "run"
     with (folder / "version_0" / "metrics.csv").open("a") as file:
         file.write("0.1")  # a row that a kill has cut
-    (folder / "version_0" / "checkpoints").mkdir()
-    moved = shutil.copy(saved, folder / "version_0" / "checkpoints")
+    named_by_metric = folder / "version_0" / "checkpoints" / "epoch=1-val" / "held"
+    named_by_metric.mkdir(parents=True)
+    moved = shutil.copy(saved, named_by_metric)
     for version, checkpoint in ((1, saved), (2, moved)):
         train(tied_model, tmp_path, *shown, checkpoint=str(checkpoint))
         for name in (

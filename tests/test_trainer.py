@@ -28,6 +28,7 @@ class Model(LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.log("val/held/mean@8", 0.5)
         return (self.weight - 1) ** 2
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -227,6 +228,27 @@ def test_the_newest_whole_one_of_all_runs_is_last(tmp_path: Path) -> None:
     for path in paths:
         path.unlink()
     assert last_checkpoint(trainer) == own / "epoch=9.ckpt"
+
+
+@pytest.mark.parametrize("own", [None, "own"])
+def test_a_metric_in_the_name_makes_folders_that_are_searched(
+    own: str | None, tmp_path: Path
+) -> None:
+    class Last(ModelCheckpoint):
+        CHECKPOINT_NAME_LAST = "last-{val/held/mean@8:.1f}"
+
+    name = "{epoch}-{val/held/mean@8:.1f}"
+    folder = tmp_path / (own or "checkpoints")
+    dirpath = own and str(folder)
+    for some, expected in (
+        (ModelCheckpoint(dirpath, name), "epoch=0-val/held/mean@8=0.5.ckpt"),
+        (Last(dirpath, name, save_last=True), "last-val/held/mean@8=0.5.ckpt"),
+    ):
+        trainer = fitted(tmp_path, enable_checkpointing=True, callbacks=[some])
+        other = folder / "other" / "version_0" / "checkpoints" / "last.ckpt"
+        trainer.save_checkpoint(other)
+        assert last_checkpoint(trainer) == folder / expected
+        other.unlink()
 
 
 def test_strategies_are_known_by_name_from_python() -> None:

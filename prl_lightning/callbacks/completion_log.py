@@ -150,7 +150,7 @@ class CompletionLog(Callback):
         """Write the rows of all ranks to one file and the loggers; a collective."""
         shares = gather(self._rows)
         self._rows = []
-        if shares is None:
+        if shares is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         rows = sorted((row for share in shares for row in share), key=lambda row: row["group"])
         if rows:

@@ -34,7 +34,7 @@ class EvaluationLog(Callback):
         """Write the results that the module has computed over all ranks."""
         module = prl_module(pl_module)
         folder, results = run_folder(trainer), module.eval_results
-        if not results:
+        if not results or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         is_alone = trainer.state.fn != TrainerFn.FITTING
         rows = list(_samples(trainer)) if is_alone else []

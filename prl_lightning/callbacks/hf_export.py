@@ -14,7 +14,8 @@ from prl_lightning.trainer_access import prl_module, run_folder
 class HFExport(Callback):
     """Write the policy at the end of training, for ``from_pretrained`` and for engines.
 
-    Under a strategy that shards, rank 0 gathers the weights one by one.
+    Under a strategy that shards, rank 0 gathers the weights one by one. A ``fast_dev_run`` writes
+    nothing.
 
     Args:
         folder: by default ``huggingface`` in the run's folder.
@@ -32,12 +33,14 @@ class HFExport(Callback):
             FileExistsError: ``folder`` exists.
             ValueError: ``dtype`` is not a floating-point type of torch.
         """
-        if stage == "fit":
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             torch_dtype(self.dtype)
             refuse_existing(self._target(trainer), "HFExport.folder")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         module = prl_module(pl_module)
         folder = self._target(trainer)
         keep = trainer.is_global_zero

@@ -34,7 +34,6 @@ class LastCheckpoint(ModelCheckpoint):
             every_n_epochs=every_n_epochs,
             save_on_train_epoch_end=True,
         )
-        self._saved_step = -1
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after the validation of the epoch."""
@@ -43,11 +42,12 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the updates since the last checkpoint."""
-        if self._saved_step != trainer.global_step:
-            self._save(trainer)
+        self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        """Save and tell the loggers, which may upload it; not twice, and not in a fast_dev_run."""
+        if self._should_skip_saving_checkpoint(trainer):
+            return
         path = Path(self.dirpath or trainer.default_root_dir) / f"last{self.FILE_EXTENSION}"
         self.last_model_path = str(path)  # is part of the saved state
-        self._saved_step = trainer.global_step
-        trainer.save_checkpoint(path)
+        self._save_checkpoint(trainer, self.last_model_path)

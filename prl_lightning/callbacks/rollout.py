@@ -190,6 +190,9 @@ class RolloutCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue exactly where the checkpoint was saved."""
         is_resumed = self.resume.restore(trainer)
+        if not trainer.fit_loop.restarted_mid_epoch:
+            # With max_steps, Lightning would count the last update of the finished epoch again.
+            trainer.fit_loop.epoch_loop.restarting = False
         if is_between_epochs(trainer.fit_loop):
             self.on_train_epoch_start(trainer, pl_module)
         elif is_resumed and prompt_data(trainer).train_buffer.rollouts:

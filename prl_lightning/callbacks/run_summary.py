@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -20,6 +22,7 @@ from prl_lightning.runs.files import (
     read_evaluations,
     read_metrics,
 )
+from prl_lightning.runs.folders import EARLIER_METRICS, folder_of
 from prl_lightning.runs.tables import read_table
 from prl_lightning.trainer_access import csv_logger, run_folder
 
@@ -28,7 +31,8 @@ class RunSummary(Callback):
     """Print the first and last evaluation at the end of a run, and where its files are.
 
     A resumed run writes to a new folder. Metrics, evaluations and completions up to the checkpoint
-    are copied into it, so that it has the complete curves.
+    are copied into it, so that it has the complete curves. In its own folder the metrics up to the
+    checkpoint are kept, and an evaluation keeps all of them.
     """
 
     def __init__(self) -> None:
@@ -37,7 +41,10 @@ class RunSummary(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record where the metrics are written, for a run that resumes this one."""
-        self._metrics_file = str(run_folder(trainer) / METRICS)
+        folder = run_folder(trainer)
+        self._metrics_file = str(folder / METRICS)
+        if stage != "fit" and (folder / EARLIER_METRICS).is_file():
+            _log_again(trainer, metrics_rows(folder / EARLIER_METRICS))
 
     def state_dict(self) -> dict[str, str]:
         """Return where the metrics of this run are."""
@@ -49,16 +56,16 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy what the resumed run wrote up to the checkpoint."""
-        folder, logger = run_folder(trainer), csv_logger(trainer)
-        if logger is None or not trainer.ckpt_path or not trainer.is_global_zero:
+        if csv_logger(trainer) is None or not trainer.ckpt_path or not trainer.is_global_zero:
             return
-        next_to_it = Path(trainer.ckpt_path).parent.parent / METRICS  # if the run was moved
-        earlier = next_to_it if next_to_it.is_file() else Path(self._earlier_file)
-        if earlier.is_file():
-            for step, row in metrics_rows(earlier):
-                if step < trainer.global_step:
-                    logger.log_metrics(row, step)
-            _carry_over(earlier.parent, folder, trainer.global_step)
+        own = run_folder(trainer) / METRICS
+        next_to_it = folder_of(Path(trainer.ckpt_path)) / METRICS  # if the run was moved
+        files = (next_to_it, Path(self._earlier_file or own), own)
+        found = [some for file in files for some in (file.with_name(EARLIER_METRICS), file)]
+        earlier = next((f for f in found if f.is_file() and f.resolve() != own.resolve()), None)
+        if earlier is not None:
+            _log_again(trainer, _kept_rows(trainer, earlier))
+            _carry_over(earlier.parent, own.parent, trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the summary last, on one rank."""
@@ -105,6 +112,26 @@ def _checkpoint(trainer: Trainer) -> str:
     if not isinstance(callback, ModelCheckpoint):
         return ""
     return callback.last_model_path or callback.best_model_path
+
+
+def _kept_rows(trainer: Trainer, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows before the checkpoint, without the means over a part of its epoch."""
+    is_within = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    for step, row in metrics_rows(file):
+        is_of_epoch = row.get("epoch") == trainer.current_epoch and "train/loss" in row
+        if step < trainer.global_step and not (is_within and is_of_epoch):
+            yield step, row
+
+
+def _log_again(trainer: Trainer, rows: Iterable[tuple[int, dict[str, Any]]]) -> None:
+    """Log the rows of an earlier run; then its renamed file is not needed any more."""
+    logger = csv_logger(trainer)
+    if logger is None or not trainer.is_global_zero:
+        return
+    for step, row in rows:
+        logger.experiment.log_metrics(row, step)  # without a second prefix
+    logger.save()
+    (run_folder(trainer) / EARLIER_METRICS).unlink(missing_ok=True)
 
 
 def _carry_over(earlier: Path, folder: Path, step: int) -> None:

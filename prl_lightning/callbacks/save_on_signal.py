@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from prl_lightning.trainer_access import checkpoint_path
+from prl_lightning.trainer_access import save_now
 
 # A scheduler signals every process, and launchers forward the signal to their children.
 SAME_REQUEST_SECONDS = 2.0
@@ -70,10 +70,9 @@ class SaveOnSignal(Callback):
     def _stop_if_asked(self, trainer: Trainer) -> None:
         if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
             return
-        path = checkpoint_path(trainer)
-        trainer.save_checkpoint(path)
+        saved = save_now(trainer)
         rank_zero_info(
-            f"Stopped by a signal: saved {path} after {trainer.global_step} updates. "
+            f"Stopped by a signal: {saved} after {trainer.global_step} updates. "
             "Continue with the same command and --ckpt_path last."
         )
         slurm = _slurm(trainer)

@@ -14,9 +14,9 @@ from prl_lightning.models.sharding import full
 from prl_lightning.runs.text import prompt_text
 from prl_lightning.trainer_access import (
     append_rows,
-    checkpoint_path,
     prl_module,
     prompt_data,
+    save_now,
 )
 
 SKIPPED = "skipped_updates.jsonl"
@@ -81,13 +81,12 @@ class UpdateGuard(Callback):
         """
         if self._in_a_row <= self.max_skipped:
             return
-        path = checkpoint_path(trainer)
-        trainer.save_checkpoint(path)
+        saved = save_now(trainer)
         raise RuntimeError(
             f"{self._in_a_row} updates in a row were skipped because their gradient is NaN or "
-            f"infinite; guard.max_skipped={self.max_skipped} are allowed. The weights before them "
-            f"are in {path}, the prompts in {SKIPPED} in the run's folder. Lower the learning "
-            "rate, or raise the precision."
+            f"infinite; guard.max_skipped={self.max_skipped} are allowed. The weights before them: "
+            f"{saved}. The prompts are in {SKIPPED} in the run's folder. Lower the learning rate, "
+            "or raise the precision."
         )
 
     def _write(self, trainer: Trainer, losses: list[Tensor]) -> None:

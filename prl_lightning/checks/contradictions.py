@@ -12,7 +12,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from prl_lightning.checks.lightning_options import lightning_errors
 from prl_lightning.data import PromptDataModule
 from prl_lightning.models.loading import load_config, load_tokenizer, max_model_tokens
 from prl_lightning.models.step_splitter import StepSplitter
@@ -210,6 +212,27 @@ def _of_training(
             "rollout.overlap=true: the importance ratio already starts from the engine's "
             "log-probabilities. Leave one of them out."
         )
+    yield from _of_optimizer(module)
+    yield from lightning_errors(trainer, data)
+
+
+def _of_optimizer(module: PRLModule) -> Iterator[str]:
     probe = torch.nn.Parameter(torch.zeros(1))
-    for message in errors_of(lambda: module.optimizer([probe])):
-        yield f"model.optimizer cannot be created: {message}."
+    errors = [
+        f"model.optimizer cannot be created: {message}."
+        for message in errors_of(lambda: module.optimizer([probe]))
+    ]
+    yield from errors
+    schedule = module.lr_scheduler
+    if errors or schedule is None:
+        return
+    made: list[Any] = []
+    for message in errors_of(lambda: made.append(schedule(module.optimizer([probe])))):
+        yield f"model.lr_scheduler cannot be created: {message}."
+    if made and isinstance(made[0], ReduceLROnPlateau):
+        monitor = getattr(made[0], "monitor", None)
+        yield (
+            f"model.lr_scheduler={type(made[0]).__name__}(monitor={monitor!r}) waits for a metric, "
+            "but the schedule steps once per update, when none is known. Use one that counts "
+            "updates, such as torch.optim.lr_scheduler.LinearLR."
+        )

@@ -98,8 +98,9 @@ def rewind_progress(checkpoint: dict[str, Any], micro_batches: int) -> None:
     """Set the loop counters back to the start of an update or an epoch, where a run can continue.
 
     The gradient of a partial update is not saved, so the update is repeated. If the epoch is still
-    being sampled, it starts again. If it is finished, the next one starts. Without this, Lightning
-    would count a finished epoch twice, and skip an unfinished one if ``max_steps`` is set.
+    being sampled, it starts again. If it is finished, the next one starts. If the run ended within
+    it (max_steps, max_time), its other updates follow. Without this, Lightning would count a
+    finished epoch twice, and skip an unfinished one if ``max_steps`` is set.
 
     Args:
         checkpoint: Lightning's, changed in place.
@@ -107,16 +108,22 @@ def rewind_progress(checkpoint: dict[str, Any], micro_batches: int) -> None:
     """
     loop = checkpoint["loops"]["fit_loop"]
     epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
-    now = epochs["current"]
-    begun = batches["current"]["ready"] % micro_batches
-    if now["ready"] > now["started"] or now["started"] == now["processed"]:
+    now, ready = epochs["current"], batches["current"]["ready"]
+    begun = 0 if batches["is_last_batch"] else ready % micro_batches
+    is_over = now["started"] == now["processed"]
+    is_cut = is_over and ready > 0 and not batches["is_last_batch"]
+    if is_cut:
+        for counts in (epochs["total"], now):
+            counts["processed"] = counts["completed"] = counts["started"] - 1
+    elif is_over or now["ready"] > now["started"]:
         for counts in (epochs["total"], now):
             counts["ready"], counts["completed"] = counts["started"], counts["processed"]
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
-    elif begun and not batches["is_last_batch"]:
-        # Lightning counts the previous update again if it continues from the end of a batch.
-        if batches["total"]["completed"] < batches["total"]["processed"]:
-            loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+        return
+    if is_cut or begun:  # as if saved at the end of the previous update's last batch
         for counts in (batches["total"], batches["current"]):
-            counts.update({name: count - begun for name, count in counts.items()})
+            done = counts["ready"] - begun
+            counts.update(ready=done, started=done, processed=done, completed=done - 1)
+        # Lightning counts that update when it continues.
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1

@@ -6,18 +6,24 @@ import importlib.util
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch.optim import lr_scheduler
 from transformers import AutoModelForCausalLM
 
-from prl_lightning.callbacks import RolloutCallback
-from prl_lightning.checks.contradictions import ConfigurationError
+from prl_lightning.callbacks import LastCheckpoint, RolloutCallback
+from prl_lightning.checks.contradictions import ConfigurationError, contradictions
+from prl_lightning.checks.lightning_options import lightning_errors
 from prl_lightning.cli import main
 from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.sampling import HFSampler, SubprocessSampler
-from prl_lightning.trainer import PRLTrainer
+from prl_lightning.trainer import FSDP2Strategy, PRLTrainer
 from sample_rewards import even_digits
 from tiny_runs import QUICKSTART, fit, tiny_overrides, write_prompts
 
@@ -89,6 +95,100 @@ def test_a_contradiction_is_named(
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
         main(["check", "--config", str(QUICKSTART), *tiny_overrides(tied_model, tmp_path), change])
+
+
+def test_options_of_lightning_that_would_change_an_update_are_named_at_once(
+    tied_model: str, tmp_path: Path
+) -> None:
+    overrides = [
+        *tiny_overrides(tied_model, tmp_path),
+        "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau",
+        "--model.lr_scheduler.monitor=reward",
+        "--trainer.limit_train_batches=0.5",
+        "--trainer.callbacks+=GradientAccumulationScheduler",
+        "--trainer.callbacks.scheduling={4: 2}",
+        "--trainer.callbacks+=LearningRateFinder",
+        "--trainer.callbacks+=BatchSizeFinder",
+    ]
+    with pytest.raises(ConfigurationError) as raised:
+        main(["check", "--config", str(QUICKSTART), *overrides])
+    for words in (
+        r"- model\.lr_scheduler=ReduceLROnPlateau\(monitor='reward'\)",
+        r"- trainer\.limit_train_batches=0\.5 .*all of its 2 micro",
+        r"- trainer\.callbacks has GradientAccumulationScheduler.*data\.updates_per_epoch",
+        r"- trainer\.callbacks has LearningRateFinder",
+        r"- trainer\.callbacks has BatchSizeFinder",
+    ):
+        assert re.search(words, str(raised.value)), words
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, None),
+        ({"limit_train_batches": 1}, r"trainer\.limit_train_batches=1 "),
+        ({"limit_train_batches": 0}, r"trainer\.limit_train_batches=0 "),
+        ({"overfit_batches": 1}, r"trainer\.overfit_batches=1 "),
+        ({"limit_train_batches": 8}, None),
+        ({"overfit_batches": 1.0}, None),
+        ({"fast_dev_run": True}, None),
+    ],
+)
+def test_an_epoch_is_not_cut(options: dict[str, Any], message: str | None) -> None:
+    trainer = PRLTrainer(accelerator="cpu", logger=False, accumulate_grad_batches=2, **options)
+    errors = list(lightning_errors(trainer, PromptDataModule("no/model", updates_per_epoch=4)))
+    assert len(errors) == (message is not None)
+    assert message is None or re.search(message, errors[0])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer), r"\(monitor=None\)"),
+        (lambda optimizer: lr_scheduler.LinearLR(optimizer, 7), "lr_scheduler cannot be created"),
+        (lambda optimizer: lr_scheduler.LinearLR(optimizer), None),
+    ],
+)
+def test_a_schedule_counts_updates(
+    schedule: Any, message: str | None, tied_model: str, tmp_path: Path
+) -> None:
+    train = str(write_prompts(tmp_path / "train.jsonl"))
+    rollout = RolloutCallback([even_digits], HFSampler(), max_new_tokens=8)
+    trainer = PRLTrainer(accelerator="cpu", logger=False, callbacks=[rollout])
+    module, data = PRLModule(tied_model, lr_scheduler=schedule), PromptDataModule(tied_model, train)
+    errors = contradictions(trainer, module, data, rollout.settings, trains=True)
+    assert len(errors) == (message is not None)
+    assert message is None or re.search(message, errors[0])
+
+
+class Uploads(DummyLogger):
+    """What an MLFlowLogger has."""
+
+    def __init__(self, log_model: Any) -> None:
+        super().__init__()
+        self._log_model = log_model
+        self._checkpoint_callback = None
+
+
+@pytest.mark.parametrize(
+    ("log_model", "strategy", "callbacks", "message"),
+    [
+        (True, "auto", [LastCheckpoint(), ModelCheckpoint()],
+         r"Uploads\(log_model=True\).*callbacks has LastCheckpoint, ModelCheckpoint"),
+        ("all", "fsdp2", [LastCheckpoint()], r"Uploads\(log_model='all'\).*=FSDP2Strategy saves"),
+        (True, FSDP2Strategy(save_distributed_checkpoint=False), [LastCheckpoint()], None),
+        ("all", "auto", [LastCheckpoint(), ModelCheckpoint()], None),
+        (False, "fsdp2", [LastCheckpoint(), ModelCheckpoint()], None),
+    ],
+)  # fmt: skip
+def test_a_logger_that_would_not_upload_is_a_mistake(
+    log_model: Any, strategy: Any, callbacks: list[Callback], message: str | None
+) -> None:
+    logger, options = Uploads(log_model), {"accelerator": "cpu", "devices": 1}
+    trainer = PRLTrainer(logger=logger, strategy=strategy, callbacks=callbacks, **options)
+    errors = list(lightning_errors(trainer, PromptDataModule("no/model")))
+    assert len(errors) == (message is not None)
+    assert message is None or re.search(message, errors[0])
 
 
 def test_a_reference_that_nothing_reads_is_a_mistake(tied_model: str, tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""Options of Lightning that would change an update, or upload nothing, without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+)
+
+from prl_lightning.data import PromptDataModule
+
+# Callbacks that cannot work here, with the reason and the fix.
+UNUSABLE: dict[type[Callback], str] = {
+    GradientAccumulationScheduler: "which changes the number of micro-batches of an update, but an "
+    "update is all rollouts of its prompts. Leave it out, and set data.updates_per_epoch for the "
+    "number of updates",
+    BatchSizeFinder: "which tries batches of other sizes, but a batch is a part of the rollouts. "
+    "Leave it out, and set trainer.accumulate_grad_batches for smaller micro-batches",
+    LearningRateFinder: "which trains on batches that are not sampled yet. Leave it out, and set "
+    "model.optimizer",
+}
+
+
+def lightning_errors(trainer: Trainer, data: PromptDataModule) -> Iterator[str]:
+    """Find options of the Trainer, its callbacks and loggers that cannot work in a training.
+
+    Args:
+        trainer: not started.
+        data: sizes of an epoch.
+
+    Yields:
+        One message per error.
+    """
+    batches = data.updates_per_epoch * trainer.accumulate_grad_batches
+    limit = trainer.limit_train_batches
+    is_whole = limit >= batches if isinstance(limit, int) else limit == 1.0
+    if not is_whole and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        by_overfit = trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        yield (
+            f"trainer.{'overfit_batches' if by_overfit else 'limit_train_batches'}={limit} would "
+            f"cut the updates of an epoch, which need all of its {batches} micro-batches. Leave it "
+            "out, and lower data.prompts_per_epoch for shorter epochs."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, why in UNUSABLE.items():
+            if isinstance(callback, kind):
+                yield f"trainer.callbacks has {type(callback).__name__}, {why}."
+    yield from _of_uploads(trainer)
+
+
+def _of_uploads(trainer: Trainer) -> Iterator[str]:
+    strategy = trainer.strategy
+    is_folder = getattr(strategy, "_save_distributed_checkpoint", False)
+    is_folder |= getattr(strategy, "_state_dict_type", "full") == "sharded"
+    several = [
+        type(callback).__name__
+        for callback in trainer.checkpoint_callbacks
+        if getattr(callback, "save_top_k", 0) != -1
+    ]
+    for logger in trainer.loggers:
+        log_model = getattr(logger, "_log_model", False)
+        name = f"trainer.logger has {type(logger).__name__}(log_model={log_model!r})"
+        if log_model and is_folder:
+            yield (
+                f"{name}, which uploads files, but trainer.strategy={type(strategy).__name__} "
+                "saves checkpoints as folders. Leave log_model out, or let the strategy save files "
+                "(save_distributed_checkpoint: false, state_dict_type: full)."
+            )
+        # Those that remember one callback until the end.
+        if log_model is True and hasattr(logger, "_checkpoint_callback") and len(several) > 1:
+            yield (
+                f"{name}, which uploads the checkpoints of one callback, but trainer.callbacks has "
+                f"{', '.join(several)}. Leave all but one out, or set log_model to 'all'."
+            )
