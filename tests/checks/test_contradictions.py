@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,25 @@ def test_an_engine_needs_a_gpu_for_each_process(tied_model: str, tmp_path: Path)
     ]
     with pytest.raises(ConfigurationError, match=r"gpus=\[0\], but the trainer has 2 processes"):
         main(["check", "--config", str(QUICKSTART), *overrides])
+
+
+def test_a_reward_in_the_folder_of_the_configuration_is_found(
+    tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another working directory, and named by a relative path."""
+    for name in ("own", "work"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "own" / "beside_config.py").write_text(
+        "def short(completions, gold):\n    return [float(len(c) < 5) for c in completions]\n"
+    )
+    (tmp_path / "own" / "run.yaml").write_text("rollout: {rewards: [beside_config.short]}\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path / "work")
+    overrides = tiny_overrides(tied_model, tmp_path)
+    overrides = [flag for flag in overrides if "sample_rewards" not in flag]
+    main(["check", f"--config={QUICKSTART}", "--config=../own/run.yaml", *overrides])
+    # Servers and other ranks get the path, whatever their working directory.
+    assert str(tmp_path / "own") in sys.path
 
 
 def test_steps_that_no_completion_fills_are_said(tied_model: str, tmp_path: Path) -> None:
