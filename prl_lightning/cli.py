@@ -32,6 +32,7 @@ from prl_lightning.checks.contradictions import (
     contradictions,
     file_errors,
     raise_errors,
+    warn_of_greedy,
     warn_of_one_step,
 )
 from prl_lightning.checks.estimate import describe
@@ -235,6 +236,7 @@ def main(args: Sequence[str] | None = None) -> None:
         cli = _command_line([*words[1:], *here], CheckCLI, run=False)
         raise_errors(cli.errors())
         warn_of_one_step(cli.model, cli.rollout)
+        warn_of_greedy(cli.datamodule)
         print(describe(cli.trainer, cli.model, cli.datamodule, cli.rollout))
         return
     _command_line(None if args is None else words)

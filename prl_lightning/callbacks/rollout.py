@@ -15,6 +15,7 @@ from prl_lightning.checks.contradictions import (
     contradictions,
     longest_row,
     raise_errors,
+    warn_of_greedy,
     warn_of_one_step,
 )
 from prl_lightning.models.loading import stop_token_ids
@@ -95,6 +96,7 @@ class RolloutCallback(Callback):
         raise_errors(errors + sampler.missing_requirements())
         if trains:
             warn_of_one_step(module, self.settings)
+        warn_of_greedy(data)
         for where, columns in data.reward_columns.items():
             rewards.check_columns(columns, where)
         longest = longest_row(module, data, self.settings)

@@ -140,6 +140,12 @@ def longest_row(module: PRLModule, data: PromptDataModule, rollout: RolloutSetti
     return longest
 
 
+def warn_of_greedy(data: PromptDataModule) -> None:
+    """Warn if the completions of a problem are all equal in evaluations."""
+    if data.eval_sources and data.evaluation.caution:
+        rank_zero_warn(data.evaluation.caution)
+
+
 def warn_of_one_step(module: PRLModule, rollout: RolloutSettings) -> None:
     """Warn if no completion can be long enough for a second step."""
     steps = module.objective.steps

@@ -63,15 +63,17 @@ class HFSampler(Sampler):
         self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
         """See ``Sampler.generate``."""
-        rows = [(p.token_ids, p.seed + sample) for p in prompts for sample in range(config.n)]
+        size = config.num_distinct
+        rows = [(p.token_ids, p.seed + sample) for p in prompts for sample in range(size)]
         done: list[Completion] = []
         for start in range(0, len(rows), self.batch_size):
             new = self._generate(rows[start : start + self.batch_size], config)
             done += new
             if on_progress is not None:
-                finished = len(done) // config.n - start // config.n
+                finished = len(done) // size - start // size
                 on_progress(finished, sum(completion.length for completion in new))
-        return [done[first : first + config.n] for first in range(0, len(done), config.n)]
+        groups = (done[first : first + size] for first in range(0, len(done), size))
+        return [group * (config.n // size) for group in groups]
 
     def stop(self) -> None:
         """See ``Sampler.stop``."""
@@ -126,7 +128,9 @@ class _SeededSampling(LogitsProcessor):
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logprobs = (scores.float() / self.config.temperature).log_softmax(-1)
+        logprobs = (scores.float() / self.config.logprob_temperature).log_softmax(-1)
+        if not self.config.temperature:
+            return self._keep(logprobs.argmax(-1, keepdim=True), logprobs)
         if self.config.top_p < 1.0:
             nucleus = TopPLogitsWarper(self.config.top_p)
             logprobs = nucleus(input_ids, logprobs).log_softmax(-1)
@@ -135,9 +139,11 @@ class _SeededSampling(LogitsProcessor):
         # Scale by the last entry, which is not exactly 1 because of rounding.
         target = uniform.to(cumulative) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, target, right=True)
-        token = token.clamp(max=scores.shape[-1] - 1)
+        return self._keep(token.clamp(max=scores.shape[-1] - 1), logprobs)
+
+    def _keep(self, token: Tensor, logprobs: Tensor) -> Tensor:
         self.logprobs.append(logprobs.gather(-1, token).squeeze(-1))
-        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+        return torch.full_like(logprobs, -torch.inf).scatter(-1, token, 0.0)
 
 
 def _cut(token_ids: list[int], logprobs: list[float], stop: tuple[int, ...]) -> Completion:

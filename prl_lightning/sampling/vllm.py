@@ -130,7 +130,7 @@ class VLLMSampler(Sampler):
 
         params = [
             SamplingParams(
-                n=config.n,
+                n=config.num_distinct,
                 temperature=config.temperature,
                 top_p=config.top_p,
                 max_tokens=config.max_new_tokens,
@@ -150,7 +150,7 @@ class VLLMSampler(Sampler):
         while self._llm.llm_engine.has_unfinished_requests():
             for output in filter(lambda one: one.finished, self._llm.llm_engine.step()):
                 group = [_completion(sample) for sample in output.outputs]
-                outputs[int(output.request_id)] = group
+                outputs[int(output.request_id)] = group * (config.n // config.num_distinct)
                 if on_progress is not None:
                     on_progress(1, sum(completion.length for completion in group))
         if self.sleeps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
@@ -166,6 +167,18 @@ def test_an_interrupted_evaluation_continues_and_other_settings_are_sampled_anew
     validate(tied_model, tmp_path, "--evaluation.temperature=0.9")
     validate(untied_model, tmp_path)
     assert CountingSampler.sampled == [2, 2, 1] * 3
+
+
+def test_a_greedy_evaluation_says_what_its_metrics_are(tied_model: str, tmp_path: Path) -> None:
+    said = r"evaluation\.temperature=0.*4 completions.*pass@k and maj@4"
+    with pytest.warns(UserWarning, match=said):
+        validate(tied_model, tmp_path, "--evaluation.temperature=0")
+    found = results(tmp_path, 0)["metrics"]
+    assert found["pass@2"] == found["mean@4"]
+    rows = samples(tmp_path, 0)
+    assert all(len({tuple(row["token_ids"]) for row in rows[i : i + 4]}) == 1 for i in (0, 4, 16))
+    table = (tmp_path / "run" / "version_0" / "evaluation.md").read_text()
+    assert re.search(said, table)
 
 
 def test_an_evaluation_records_what_it_evaluated(tied_model: str, tmp_path: Path) -> None:

@@ -220,7 +220,9 @@ def test_a_row_may_be_as_long_as_the_model_takes(tied_model: str) -> None:
         longest_row(PRLModule(tied_model), data, exceeds)
 
 
-@pytest.mark.parametrize(("field", "value"), [("max_new_tokens", 0), ("temperature", 0.0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_new_tokens", 0), ("temperature", 0.0), ("temperature", 0.009)]
+)
 def test_settings_without_samples_are_errors(field: str, value: float) -> None:
     settings: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=rf"rollout\.{field}={value}"):

@@ -17,6 +17,7 @@ from prl_lightning.sampling import (
     SubprocessSampler,
     VLLMSampler,
 )
+from prl_lightning.sampling.base import MIN_TEMPERATURE
 from prl_lightning.types import Completion, Prompt
 
 pytestmark = pytest.mark.process
@@ -122,6 +123,28 @@ def test_a_completion_ends_at_the_first_stop_token_or_at_the_limit(
         assert one.finished or one.length == config.max_new_tokens
         assert one.length == len(one.logprobs) <= config.max_new_tokens
     assert {one.finished for one in completions} == {True, False}
+
+
+def test_temperature_0_is_greedy(engine: Engine) -> None:
+    """All completions of a prompt are one; its log-probabilities are those at temperature 1."""
+    config = replace(SAMPLING, temperature=0.0)
+    reports: list[tuple[int, int]] = []
+    groups = engine.sampler.generate(PROMPTS, config, lambda *numbers: reports.append(numbers))
+    model = load_causal_lm(engine.folder)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        first, *others = group
+        assert others == [first] * (config.n - 1)
+        row = list(prompt.token_ids)
+        for token in first.token_ids:
+            assert token == model(torch.tensor([row])).logits[0, -1].argmax()
+            row.append(token)
+        assert first.finished == (row[-1] == EOS)
+    assert trainer_gap(engine.before, PROMPTS, groups).max() < 1e-4
+    low = engine.sampler.generate(PROMPTS, replace(SAMPLING, temperature=MIN_TEMPERATURE))
+    assert trainer_gap(engine.before, PROMPTS, low, MIN_TEMPERATURE).mean() < 1e-4
+    # One completion of each prompt was sampled.
+    tokens = sum(group[0].length for group in groups)
+    assert [sum(column) for column in zip(*reports, strict=True)] == [len(PROMPTS), tokens]
 
 
 def test_groups_have_the_order_of_the_prompts_and_progress_adds_up(engine: Engine) -> None:
