@@ -34,6 +34,7 @@ from prl_lightning.checks.contradictions import (
     raise_errors,
     warn_of_greedy,
     warn_of_one_step,
+    warn_of_turn_end,
 )
 from prl_lightning.checks.estimate import describe
 from prl_lightning.checks.secrets import SaveConfig
@@ -237,6 +238,7 @@ def main(args: Sequence[str] | None = None) -> None:
         raise_errors(cli.errors())
         warn_of_one_step(cli.model, cli.rollout)
         warn_of_greedy(cli.datamodule)
+        warn_of_turn_end(cli.model, cli.datamodule, cli.rollout)
         print(describe(cli.trainer, cli.model, cli.datamodule, cli.rollout))
         return
     _command_line(None if args is None else words)

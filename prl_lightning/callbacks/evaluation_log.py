@@ -87,6 +87,7 @@ def _conditions(trainer: Trainer, module: PRLModule) -> dict[str, Any]:
             "temperature": settings.temperature,
             "top_p": settings.top_p,
             "max_new_tokens": rollout.max_new_tokens,
+            **({"stop": rollout.stop} if rollout.stop else {}),
         },
         "rewards": list(rollout.rewards.names),
         "solved_at": settings.solved_at,

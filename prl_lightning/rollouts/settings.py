@@ -24,12 +24,15 @@ class RolloutSettings:
     max_engine_gap: float | None
     overlap: bool
     limits: RewardLimits
+    stop: tuple[str | int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name, least in (("max_new_tokens", 1), ("temperature", MIN_TEMPERATURE)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"rollout.{name}={getattr(self, name)}: must be at least {least}.")
+        if "" in self.stop:
+            raise ValueError(f"rollout.stop={list(self.stop)}: a text must not be empty.")
         if self.overlap and not self.sampler.is_concurrent:
             raise ValueError(
                 f"rollout.overlap=true, but {type(self.sampler).__name__} samples in the trainer's "

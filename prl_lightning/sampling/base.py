@@ -26,10 +26,12 @@ class SamplingConfig:
         n: completions per prompt.
         temperature: divides the logits. 0 is greedy: always the most likely token, so all ``n``
             completions of a prompt are one.
-        top_p: sample from the smallest set of tokens with this probability mass. Training samples
-            from the policy itself, so there it is 1.
         max_new_tokens: length limit of a completion.
         stop_token_ids: a completion ends with the first of these tokens, which it includes.
+        top_p: sample from the smallest set of tokens with this probability mass. Training samples
+            from the policy itself, so there it is 1.
+        stop_texts: a completion also ends with the token that completes one of these texts. Special
+            tokens are part of the text.
     """
 
     n: int
@@ -37,6 +39,7 @@ class SamplingConfig:
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
     top_p: float = 1.0
+    stop_texts: tuple[str, ...] = ()
 
     @property
     def num_distinct(self) -> int:

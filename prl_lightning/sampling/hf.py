@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+    TopPLogitsWarper,
+)
 
-from prl_lightning.models.loading import causal_lm_from_config
+from prl_lightning.models.loading import causal_lm_from_config, load_tokenizer
 from prl_lightning.models.packed_attention import disable_cudnn_attention
 from prl_lightning.sampling.base import Progress, Sampler, SamplingConfig
 from prl_lightning.types import Completion, Prompt
@@ -35,6 +42,7 @@ class HFSampler(Sampler):
     def start(self, model: str, max_model_tokens: int) -> None:
         """See ``Sampler.start``."""
         disable_cudnn_attention()  # each decoding step has a new length
+        self._name = model
         self._model = causal_lm_from_config(model, self.dtype)
         # Drop the model's recommended settings, such as top-k: they would change the distribution.
         self._model.generation_config = GenerationConfig()
@@ -88,26 +96,32 @@ class HFSampler(Sampler):
         self, rows: list[tuple[list[int], int]], config: SamplingConfig
     ) -> list[Completion]:
         """Complete rows of prompt and seed."""
-        model, pad = self._started(), config.stop_token_ids[0]
+        model, pad = self._started(), next(iter(config.stop_token_ids), 0)
         prompts = [torch.tensor(token_ids) for token_ids, _ in rows]
         padded = pad_sequence(prompts, True, pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(x) for x in prompts], True, padding_side="left")
         width = padded.shape[1]
         processor = _SeededSampling([seed for _, seed in rows], config, prompt_width=width)
+        ends = _StopTexts(self._name, config, width) if config.stop_texts else None
         output = model.generate(
             padded.to(model.device),
             attention_mask=mask.to(model.device),
             logits_processor=[processor],
+            stopping_criteria=[ends] if ends else None,
             generation_config=GenerationConfig(
                 do_sample=False,
                 max_new_tokens=config.max_new_tokens,
-                eos_token_id=list(config.stop_token_ids),
+                eos_token_id=list(config.stop_token_ids) or None,
                 pad_token_id=pad,
             ),
         )
         sampled = output[:, width:].tolist()
         logprobs = torch.stack(processor.logprobs, 1)[:, : output.shape[1] - width].tolist()
-        return [_cut(*row, config.stop_token_ids) for row in zip(sampled, logprobs, strict=True)]
+        text_ends = ends.of_row if ends else {}
+        return [
+            _cut(*pair, config.stop_token_ids, text_ends.get(row))
+            for row, pair in enumerate(zip(sampled, logprobs, strict=True))
+        ]
 
 
 class _SeededSampling(LogitsProcessor):
@@ -146,7 +160,33 @@ class _SeededSampling(LogitsProcessor):
         return torch.full_like(logprobs, -torch.inf).scatter(-1, token, 0.0)
 
 
-def _cut(token_ids: list[int], logprobs: list[float], stop: tuple[int, ...]) -> Completion:
-    """End a padded row after its first stop token."""
-    end = next((i + 1 for i, token in enumerate(token_ids) if token in stop), None)
+class _StopTexts(StoppingCriteria):
+    """End a row with the token that completes a stop text; ``of_row`` has the rows' ends.
+
+    transformers' ``stop_strings`` reads the prompt as well, and not every tokenizer.
+    """
+
+    def __init__(self, name: str, config: SamplingConfig, prompt_width: int) -> None:
+        self.texts = config.stop_texts
+        self.tokenizer = load_tokenizer(name)
+        self.prompt_width = prompt_width
+        # A token has at least a byte of text, and the first ones may be parts of a character.
+        self.window = max(len(text.encode()) for text in self.texts) + 8
+        self.of_row: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        sampled = input_ids[:, self.prompt_width :]
+        for row, text in enumerate(self.tokenizer.batch_decode(sampled[:, -self.window :])):
+            if any(stop in text for stop in self.texts):
+                self.of_row.setdefault(row, sampled.shape[1])
+        is_done = [row in self.of_row for row in range(len(sampled))]
+        return torch.tensor(is_done, device=input_ids.device)
+
+
+def _cut(
+    token_ids: list[int], logprobs: list[float], stop: tuple[int, ...], text_end: int | None
+) -> Completion:
+    """End a padded row after its first stop token or text."""
+    ends = [i + 1 for i, token in enumerate(token_ids) if token in stop]
+    end = min([*ends[:1], *([text_end] if text_end else [])], default=None)
     return Completion(token_ids[:end], logprobs[:end], finished=end is not None)
