@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import warnings
@@ -32,7 +33,9 @@ from prl_lightning.checks.contradictions import (
     contradictions,
     file_errors,
     raise_errors,
+    warn_of_greedy,
     warn_of_one_step,
+    warn_of_turn_end,
 )
 from prl_lightning.checks.estimate import describe
 from prl_lightning.checks.secrets import SaveConfig
@@ -62,7 +65,12 @@ OBJECTS = ("trainer.callbacks", "trainer.logger", "trainer.plugins", "rollout.re
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, whose errors are one message instead of the whole usage."""
+    """Lightning's parser: errors are one message, and a configuration's folder has modules."""
+
+    def parse_path(self, cfg_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
+        """Read a configuration, which can name reward functions of modules in its folder."""
+        _import_from(Path(cfg_path).expanduser().resolve().parent)
+        return super().parse_path(cfg_path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message.
@@ -246,8 +254,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     for message in IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # a user's reward functions
+    _import_from(Path.cwd())
     words = list(sys.argv[1:] if args is None else args)
     if words and words[0] in TOOLS:
         # `prl report RUN` is positional, `prl export --ckpt_path X --out Y` is not.
@@ -264,9 +271,17 @@ def main(args: Sequence[str] | None = None) -> None:
         cli = _command_line([*words[1:], *here], CheckCLI, run=False)
         raise_errors(cli.errors())
         warn_of_one_step(cli.model, cli.rollout)
+        warn_of_greedy(cli.datamodule)
+        warn_of_turn_end(cli.model, cli.datamodule, cli.rollout)
         print(describe(cli.trainer, cli.model, cli.datamodule, cli.rollout))
         return
     _command_line(None if args is None else words)
+
+
+def _import_from(folder: Path) -> None:
+    """Find a user's modules, such as reward functions, in a folder; installed ones come first."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def run_command() -> None:

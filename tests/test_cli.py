@@ -281,7 +281,7 @@ def test_evaluation_sets_have_any_name(tied_model: str, tmp_path: Path) -> None:
         ("--rollout.max_new_tokens=100000", "max_new_tokens=100000.*the model takes"),
         ("--evaluation.pass_at=[8]", r"evaluation\.pass_at=.*evaluation\.samples=4"),
         ("--model.objective.divergence=renyi", "renyi.*reverse_kl"),
-        ("--evaluation.temperature=0", "evaluation.temperature=0"),
+        ("--evaluation.temperature=-1", "evaluation.temperature=-1"),
         ("--rollout.max_new_tokens=0", "rollout.max_new_tokens=0"),
         ("--model.objective.steps=blank_line", None),
     ],

@@ -55,14 +55,19 @@ class EvaluationLog(Callback):
             order = list(results)
             rows.sort(key=lambda row: (order.index(row["set"]), row["problem"], row["sample"]))
             write_table(folder / "samples.parquet", rows)
-            self._show(folder, evaluation, results)
+            caution = prompt_data(trainer).evaluation.caution
+            self._show(folder, evaluation, results, caution)
 
     on_test_end = on_validation_end
 
     def _show(
-        self, folder: Path, evaluation: dict[str, Any], results: dict[str, SetResults]
+        self,
+        folder: Path,
+        evaluation: dict[str, Any],
+        results: dict[str, SetResults],
+        caution: str,
     ) -> None:
-        table = results_table(results)
+        table = results_table(results) + (caution and f"\n\n{caution}")
         (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
         (folder / "evaluation.md").write_text(table + "\n")
         print(f"\n{table}\n\nMeans over problems with 95% bootstrap intervals. All files: {folder}")
@@ -82,6 +87,7 @@ def _conditions(trainer: Trainer, module: PRLModule) -> dict[str, Any]:
             "temperature": settings.temperature,
             "top_p": settings.top_p,
             "max_new_tokens": rollout.max_new_tokens,
+            **({"stop": rollout.stop} if rollout.stop else {}),
         },
         "rewards": list(rollout.rewards.names),
         "solved_at": settings.solved_at,

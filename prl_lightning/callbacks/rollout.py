@@ -15,7 +15,9 @@ from prl_lightning.checks.contradictions import (
     contradictions,
     longest_row,
     raise_errors,
+    warn_of_greedy,
     warn_of_one_step,
+    warn_of_turn_end,
 )
 from prl_lightning.models.loading import stop_token_ids
 from prl_lightning.rewards import RewardFunction, RewardLimits, RewardSum
@@ -28,6 +30,7 @@ from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.rollouts.statistics import reduction_of
 from prl_lightning.runs.progress import hide_trainer_bar
 from prl_lightning.sampling import Sampler, SamplingConfig, VLLMSampler
+from prl_lightning.sampling.stops import decode, split_stops
 from prl_lightning.trainer_access import is_last_epoch, prl_module, prompt_data
 
 
@@ -53,6 +56,8 @@ class RolloutCallback(Callback):
             gap is then measured only in the first iteration and in evaluations, when engine and
             trainer have the same weights.
         limits: of time and memory of the reward functions, which run in subprocesses.
+        stop: texts and token ids that end a completion, as its end-of-sequence token does, also in
+            evaluations. The reward functions see the completion without the text.
 
     Raises:
         ValueError: a value out of range, or overlap with a sampler that blocks the trainer.
@@ -68,6 +73,7 @@ class RolloutCallback(Callback):
         max_engine_gap: float | None = None,
         overlap: bool = False,
         limits: RewardLimits = RewardLimits(),  # noqa: B008  (frozen)
+        stop: list[str | int] | None = None,
     ) -> None:
         self.settings = RolloutSettings(
             rewards=RewardSum(rewards, reward_weights, limits),
@@ -77,6 +83,7 @@ class RolloutCallback(Callback):
             max_engine_gap=max_engine_gap,
             overlap=overlap,
             limits=limits,
+            stop=tuple(stop or ()),
         )
         self.engine: EngineLink | None = None
         self._training_seconds = 0.0
@@ -95,14 +102,18 @@ class RolloutCallback(Callback):
         raise_errors(errors + sampler.missing_requirements())
         if trains:
             warn_of_one_step(module, self.settings)
+        warn_of_greedy(data)
+        warn_of_turn_end(module, data, self.settings)
         for where, columns in data.reward_columns.items():
             rewards.check_columns(columns, where)
         longest = longest_row(module, data, self.settings)
         self.engine = EngineLink(trainer, module, self.settings, longest)
-        self._stop_token_ids = stop_token_ids(module.policy_name, data.tokenizer)
+        ids, self._stop_texts = split_stops(self.settings.stop, data.tokenizer)
+        self._stop_token_ids = stop_token_ids(module.policy_name, data.tokenizer, ids)
         rewards.start(ranks=trainer.num_devices)
-        decode = partial(data.tokenizer.decode, skip_special_tokens=True)
-        self.collector = Collector(trainer, module, self.engine, Rewarder(rewards, trainer), decode)
+        text_of = partial(decode, tokenizer=data.tokenizer, stop_texts=self._stop_texts)
+        rewarder = Rewarder(rewards, trainer)
+        self.collector = Collector(trainer, module, self.engine, rewarder, text_of)
         self.resume = ResumeState()
         hide_trainer_bar(trainer)
 
@@ -211,6 +222,5 @@ class RolloutCallback(Callback):
         self.resume.load(checkpoint)
 
     def _sampling(self, n: int, temperature: float, top_p: float = 1.0) -> SamplingConfig:
-        return SamplingConfig(
-            n, temperature, self.settings.max_new_tokens, self._stop_token_ids, top_p
-        )
+        limit = self.settings.max_new_tokens
+        return SamplingConfig(n, temperature, limit, self._stop_token_ids, top_p, self._stop_texts)

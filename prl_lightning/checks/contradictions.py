@@ -16,11 +16,17 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from prl_lightning.checks.lightning_options import lightning_errors
 from prl_lightning.data import PromptDataModule
-from prl_lightning.models.loading import load_config, load_tokenizer, max_model_tokens
+from prl_lightning.models.loading import (
+    load_config,
+    load_tokenizer,
+    max_model_tokens,
+    stop_token_ids,
+)
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import RewardLimits
 from prl_lightning.rollouts.settings import RolloutSettings
+from prl_lightning.sampling.stops import split_stops, turn_end
 
 
 class ConfigurationError(ValueError):
@@ -116,6 +122,7 @@ def file_errors(
         *errors_of(
             lambda: longest_row(module, data, rollout),
             lambda: StepSplitter(module.objective.steps, load_tokenizer(module.policy_name)),
+            lambda: _check_stops(module.policy_name, rollout),
         ),
     ]
 
@@ -142,6 +149,17 @@ def longest_row(module: PRLModule, data: PromptDataModule, rollout: RolloutSetti
     return longest
 
 
+def _check_stops(name: str, rollout: RolloutSettings) -> None:
+    tokenizer = load_tokenizer(name)
+    stop_token_ids(name, tokenizer, split_stops(rollout.stop, tokenizer)[0])
+
+
+def warn_of_greedy(data: PromptDataModule) -> None:
+    """Warn if the completions of a problem are all equal in evaluations."""
+    if data.eval_sources and data.evaluation.caution:
+        rank_zero_warn(data.evaluation.caution)
+
+
 def warn_of_one_step(module: PRLModule, rollout: RolloutSettings) -> None:
     """Warn if no completion can be long enough for a second step."""
     steps = module.objective.steps
@@ -149,6 +167,23 @@ def warn_of_one_step(module: PRLModule, rollout: RolloutSettings) -> None:
         rank_zero_warn(
             f"model.objective.steps={steps}, but rollout.max_new_tokens={rollout.max_new_tokens}: "
             "every completion is one step. Lower steps, or raise max_new_tokens."
+        )
+
+
+def warn_of_turn_end(module: PRLModule, data: PromptDataModule, rollout: RolloutSettings) -> None:
+    """Warn if what the chat template closes a turn with does not end a completion."""
+    if data.format.chat_template is False or not is_available(module.policy_name, data):
+        return
+    tokenizer = load_tokenizer(module.policy_name)
+    closing = turn_end(tokenizer, data.format.chat_template_args)
+    more, texts = split_stops(rollout.stop, tokenizer)
+    if closing is None or any(text in closing[0] for text in texts):
+        return
+    if not set(closing[1]) & set(stop_token_ids(module.policy_name, tokenizer, more)):
+        rank_zero_warn(
+            f"the chat template closes a turn with {closing[0]!r}, which neither the tokenizer nor "
+            f"the generation config of model.policy={module.policy_name!r} has as a stop token: a "
+            f"completion goes on after it. Set rollout.stop to [{closing[0]!r}] to end it there."
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from prl_lightning.sampling.base import MIN_TEMPERATURE
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -16,7 +18,7 @@ class Evaluation:
         pass_at: the values of k of pass@k, each at most ``samples``; pass@1 is mean@n.
         solved_at: a completion is correct if its reward, the weighted sum of all reward
             functions, is at least this.
-        temperature: of the sampling.
+        temperature: of the sampling. 0 is greedy: all completions of a prompt are one.
         top_p: of the sampling.
 
     Raises:
@@ -39,8 +41,22 @@ class Evaluation:
                 all(1 <= k <= self.samples for k in self.pass_at),
                 f"each k must be between 1 and evaluation.samples={self.samples}",
             ),
-            ("temperature", self.temperature > 0, "must be above 0"),
+            (
+                "temperature",
+                self.temperature == 0 or self.temperature >= MIN_TEMPERATURE,
+                f"must be at least {MIN_TEMPERATURE}, or 0 for greedy sampling",
+            ),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
         ):
             if not fits:
                 raise ValueError(f"evaluation.{name}={getattr(self, name)}: {wanted}.")
+
+    @property
+    def caution(self) -> str:
+        """What a reader of the metrics has to know about the sampling; empty if nothing."""
+        if self.temperature or self.samples == 1:
+            return ""
+        return (
+            f"evaluation.temperature=0 is greedy: the {self.samples} completions of a problem are "
+            f"one, so mean@{self.samples}, pass@k and maj@{self.samples} all judge this one."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -92,23 +93,38 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
 
 
-def stop_token_ids(name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_token_ids(
+    name_or_path: str, tokenizer: PreTrainedTokenizerBase, more: Sequence[int] = ()
+) -> tuple[int, ...]:
     """Return the tokens that end a completion, from the tokenizer and the generation config.
 
+    Args:
+        name_or_path: Hugging Face id or folder.
+        tokenizer: of the model.
+        more: other such tokens, from ``rollout.stop``.
+
     Raises:
-        ValueError: there are none, so every completion would run to the length limit.
+        ValueError: there are none, so every completion would run to the length limit; or the model
+            lacks one of ``more``.
     """
+    size = load_config(name_or_path).get_text_config().vocab_size
+    if unknown := [index for index in more if not 0 <= index < size]:
+        raise ValueError(
+            f"rollout.stop has the token ids {unknown}, but model.policy={name_or_path!r} has "
+            f"{size} tokens, counted from 0. Name others, or write texts in quotation marks."
+        )
     try:
         generation_config = GenerationConfig.from_pretrained(name_or_path)
     except OSError:  # the model has no generation_config.json
         generation_config = GenerationConfig.from_model_config(load_config(name_or_path))
     configured = generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    ids.discard(None)
+    ids = {*(configured if isinstance(configured, list) else [configured]), *more}
+    ids = {tokenizer.eos_token_id, *ids} - {None}
     if not ids:
         raise ValueError(
             f"model.policy={name_or_path!r}: neither the tokenizer nor the generation config has "
-            "an end-of-sequence token. Set eos_token_id in the model's generation_config.json."
+            "an end-of-sequence token. Set eos_token_id in the model's generation_config.json, or "
+            "name a token in rollout.stop."
         )
     return tuple(sorted(ids))
 

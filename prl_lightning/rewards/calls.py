@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prl_lightning.rewards.protocol import RewardFunction, accepted, checked_rewards
+from prl_lightning.rewards.protocol import RewardFunction, accepted, awaited, checked_rewards
 from prl_lightning.rewards.sandbox.limits import Failure, Reply, RewardLimits, Task
 
 Functions = Mapping[str, RewardFunction]
@@ -114,7 +114,7 @@ def _checked(name: str, reply: Reply, size: int) -> tuple[list[float], Failure |
 def _call(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> Any:
     own = accepted(function, arguments)
     try:
-        return function(**own)
+        return awaited(function(**own))
     except Exception as error:
         raise RuntimeError(
             f"reward function '{name}' raised {type(error).__name__}: {error}. It was called with "

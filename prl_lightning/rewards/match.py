@@ -153,7 +153,11 @@ class ExactMatch:
         answer = self._answer(completion)
         if answer is None:
             return 0.0
-        return float(any(same_text(answer, text) for text in reference_texts(reference)))
+        wanted = map(self._wanted, reference_texts(reference))
+        return float(any(same_text(answer, text) for text in wanted))
+
+    def _wanted(self, reference: str) -> str:
+        return reference
 
     def _answer(self, completion: str) -> str | None:
         return completion
@@ -161,6 +165,9 @@ class ExactMatch:
 
 class RegexMatch(ExactMatch):
     r"""Reward 1.0 if the pattern's last match equals the reference answer, else 0.0.
+
+    The pattern is also applied to a reference answer that is not a number, as GSM8K's column has
+    the whole solution ("... #### 18"). Without a match there, the whole text is the answer.
 
     Args:
         pattern: Regular expression, in Python's syntax.
@@ -173,6 +180,8 @@ class RegexMatch(ExactMatch):
     Example:
         >>> reward = RegexMatch(r"#### *(\S+)")
         >>> reward(["1 + 1?"], ["First #### 3. No: #### 2"], answer=[2.0])
+        [1.0]
+        >>> reward(["1 + 1?"], ["#### 2"], answer=["1 and 1 is 2. #### 2"])
         [1.0]
     """
 
@@ -188,6 +197,9 @@ class RegexMatch(ExactMatch):
                 "or use group=0 for the whole match"
             )
         self.group = group
+
+    def _wanted(self, reference: str) -> str:
+        return reference if _NUMERAL.fullmatch(reference) else self._answer(reference) or reference
 
     def _answer(self, completion: str) -> str | None:
         answer = None

@@ -6,15 +6,19 @@ function"): it is called with keywords only,
     f(prompts=..., completions=..., **columns) -> list[float | None]
 
 where `columns` are the dataset's other columns, one value per completion. A function without
-`**kwargs` gets only the arguments that it names. `None` means "not applicable to this completion".
-A prompt is a text or a list of chat messages. A completion has the same form as its prompt.
+`**kwargs` gets only the arguments that it names. It may be an async function. `None` means "not
+applicable to this completion". A prompt is a text or a list of chat messages. A completion has the
+same form as its prompt.
 """
 
+import asyncio
 import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
+from functools import cache
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -95,6 +99,27 @@ def accepted(function: RewardFunction, arguments: Mapping[str, Any]) -> dict[str
         return dict(arguments)
     names = {parameter.name for parameter in parameters}
     return {key: value for key, value in arguments.items() if key in names}
+
+
+def awaited(returned: Any) -> Any:
+    """Return what a function has returned; if it is an async function, wait for its result.
+
+    All async functions of a process use one event loop, because clients keep connections in it.
+    """
+    if not inspect.isawaitable(returned):
+        return returned
+
+    async def result() -> Any:
+        return await returned
+
+    thread, runner = _event_loop()
+    return thread.submit(runner.run, result()).result()
+
+
+@cache
+def _event_loop() -> tuple[ThreadPoolExecutor, asyncio.Runner]:
+    """In a thread, since the caller's may run an event loop already, as in a notebook."""
+    return ThreadPoolExecutor(1, "prl-rewards"), asyncio.Runner()
 
 
 def checked_rewards(name: str, returned: Any, size: int) -> list[float]:

@@ -119,7 +119,7 @@ class RewardSum:
                     function.warm_up()
             return
         number = self.limits.workers or max(1, usable_cores() // ranks)
-        self._sandbox = Sandbox(self.functions, self.limits.memory_mib, number)
+        self._sandbox = Sandbox(self.functions, self.limits, number)
         self._sandbox.start()
 
     def stop(self) -> None:

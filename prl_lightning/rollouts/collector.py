@@ -106,7 +106,7 @@ class Collector:
                 prompt,
                 completion,
                 self.decode(completion.token_ids),
-                samples.config.temperature,
+                samples.config.logprob_temperature,
                 old_logprobs=torch.tensor(completion.logprobs) if is_stale else None,
             )
             for prompt, group in zip(prompts, samples.groups, strict=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from prl_lightning.rewards import RewardLimits, RewardSum
 from prl_lightning.sampling import Sampler
+from prl_lightning.sampling.base import MIN_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,15 @@ class RolloutSettings:
     max_engine_gap: float | None
     overlap: bool
     limits: RewardLimits
+    stop: tuple[str | int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("max_new_tokens", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"rollout.{name}={getattr(self, name)}: must be above 0.")
+        for name, least in (("max_new_tokens", 1), ("temperature", MIN_TEMPERATURE)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"rollout.{name}={getattr(self, name)}: must be at least {least}.")
+        if "" in self.stop:
+            raise ValueError(f"rollout.stop={list(self.stop)}: a text must not be empty.")
         if self.overlap and not self.sampler.is_concurrent:
             raise ValueError(
                 f"rollout.overlap=true, but {type(self.sampler).__name__} samples in the trainer's "

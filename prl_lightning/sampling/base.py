@@ -12,6 +12,8 @@ from torch import Tensor, distributed
 
 from prl_lightning.types import Completion, Prompt
 
+MIN_TEMPERATURE = 0.01  # vLLM would raise a lower one to this, except 0
+
 # Called with the numbers of prompts finished and of tokens sampled since the last call.
 Progress = Callable[[int, int], None]
 
@@ -22,11 +24,14 @@ class SamplingConfig:
 
     Attributes:
         n: completions per prompt.
-        temperature: divides the logits.
-        top_p: sample from the smallest set of tokens with this probability mass. Training samples
-            from the policy itself, so there it is 1.
+        temperature: divides the logits. 0 is greedy: always the most likely token, so all ``n``
+            completions of a prompt are one.
         max_new_tokens: length limit of a completion.
         stop_token_ids: a completion ends with the first of these tokens, which it includes.
+        top_p: sample from the smallest set of tokens with this probability mass. Training samples
+            from the policy itself, so there it is 1.
+        stop_texts: a completion also ends with the token that completes one of these texts. Special
+            tokens are part of the text.
     """
 
     n: int
@@ -34,6 +39,17 @@ class SamplingConfig:
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
     top_p: float = 1.0
+    stop_texts: tuple[str, ...] = ()
+
+    @property
+    def num_distinct(self) -> int:
+        """Completions per prompt to sample; the others are copies."""
+        return self.n if self.temperature else 1
+
+    @property
+    def logprob_temperature(self) -> float:
+        """Temperature of the log-probabilities: at 0 they would all be 0, so it is 1 there."""
+        return self.temperature or 1.0
 
 
 class Sampler(ABC):
@@ -112,7 +128,8 @@ class Sampler(ABC):
         a GPU, kernels round differently at another batch size, and one different token changes all
         later ones: equal seeds give equal tokens only in a batch-invariant engine
         (``VLLMSampler.batch_invariant``). The distribution is the same in any case. The
-        log-probabilities returned are those of the distribution that was sampled from.
+        log-probabilities returned are those of the distribution that was sampled from, and
+        at temperature 0 those of temperature 1.
 
         Args:
             prompts: to complete.

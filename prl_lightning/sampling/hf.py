@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+    TopPLogitsWarper,
+)
 
-from prl_lightning.models.loading import causal_lm_from_config
+from prl_lightning.models.loading import causal_lm_from_config, load_tokenizer
 from prl_lightning.models.packed_attention import disable_cudnn_attention
 from prl_lightning.sampling.base import Progress, Sampler, SamplingConfig
 from prl_lightning.types import Completion, Prompt
@@ -35,6 +42,7 @@ class HFSampler(Sampler):
     def start(self, model: str, max_model_tokens: int) -> None:
         """See ``Sampler.start``."""
         disable_cudnn_attention()  # each decoding step has a new length
+        self._name = model
         self._model = causal_lm_from_config(model, self.dtype)
         # Drop the model's recommended settings, such as top-k: they would change the distribution.
         self._model.generation_config = GenerationConfig()
@@ -63,15 +71,17 @@ class HFSampler(Sampler):
         self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
         """See ``Sampler.generate``."""
-        rows = [(p.token_ids, p.seed + sample) for p in prompts for sample in range(config.n)]
+        size = config.num_distinct
+        rows = [(p.token_ids, p.seed + sample) for p in prompts for sample in range(size)]
         done: list[Completion] = []
         for start in range(0, len(rows), self.batch_size):
             new = self._generate(rows[start : start + self.batch_size], config)
             done += new
             if on_progress is not None:
-                finished = len(done) // config.n - start // config.n
+                finished = len(done) // size - start // size
                 on_progress(finished, sum(completion.length for completion in new))
-        return [done[first : first + config.n] for first in range(0, len(done), config.n)]
+        groups = (done[first : first + size] for first in range(0, len(done), size))
+        return [group * (config.n // size) for group in groups]
 
     def stop(self) -> None:
         """See ``Sampler.stop``."""
@@ -86,26 +96,32 @@ class HFSampler(Sampler):
         self, rows: list[tuple[list[int], int]], config: SamplingConfig
     ) -> list[Completion]:
         """Complete rows of prompt and seed."""
-        model, pad = self._started(), config.stop_token_ids[0]
+        model, pad = self._started(), next(iter(config.stop_token_ids), 0)
         prompts = [torch.tensor(token_ids) for token_ids, _ in rows]
         padded = pad_sequence(prompts, True, pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(x) for x in prompts], True, padding_side="left")
         width = padded.shape[1]
         processor = _SeededSampling([seed for _, seed in rows], config, prompt_width=width)
+        ends = _StopTexts(self._name, config, width) if config.stop_texts else None
         output = model.generate(
             padded.to(model.device),
             attention_mask=mask.to(model.device),
             logits_processor=[processor],
+            stopping_criteria=[ends] if ends else None,
             generation_config=GenerationConfig(
                 do_sample=False,
                 max_new_tokens=config.max_new_tokens,
-                eos_token_id=list(config.stop_token_ids),
+                eos_token_id=list(config.stop_token_ids) or None,
                 pad_token_id=pad,
             ),
         )
         sampled = output[:, width:].tolist()
         logprobs = torch.stack(processor.logprobs, 1)[:, : output.shape[1] - width].tolist()
-        return [_cut(*row, config.stop_token_ids) for row in zip(sampled, logprobs, strict=True)]
+        text_ends = ends.of_row if ends else {}
+        return [
+            _cut(*pair, config.stop_token_ids, text_ends.get(row))
+            for row, pair in enumerate(zip(sampled, logprobs, strict=True))
+        ]
 
 
 class _SeededSampling(LogitsProcessor):
@@ -126,7 +142,9 @@ class _SeededSampling(LogitsProcessor):
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logprobs = (scores.float() / self.config.temperature).log_softmax(-1)
+        logprobs = (scores.float() / self.config.logprob_temperature).log_softmax(-1)
+        if not self.config.temperature:
+            return self._keep(logprobs.argmax(-1, keepdim=True), logprobs)
         if self.config.top_p < 1.0:
             nucleus = TopPLogitsWarper(self.config.top_p)
             logprobs = nucleus(input_ids, logprobs).log_softmax(-1)
@@ -135,12 +153,40 @@ class _SeededSampling(LogitsProcessor):
         # Scale by the last entry, which is not exactly 1 because of rounding.
         target = uniform.to(cumulative) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, target, right=True)
-        token = token.clamp(max=scores.shape[-1] - 1)
+        return self._keep(token.clamp(max=scores.shape[-1] - 1), logprobs)
+
+    def _keep(self, token: Tensor, logprobs: Tensor) -> Tensor:
         self.logprobs.append(logprobs.gather(-1, token).squeeze(-1))
-        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+        return torch.full_like(logprobs, -torch.inf).scatter(-1, token, 0.0)
 
 
-def _cut(token_ids: list[int], logprobs: list[float], stop: tuple[int, ...]) -> Completion:
-    """End a padded row after its first stop token."""
-    end = next((i + 1 for i, token in enumerate(token_ids) if token in stop), None)
+class _StopTexts(StoppingCriteria):
+    """End a row with the token that completes a stop text; ``of_row`` has the rows' ends.
+
+    transformers' ``stop_strings`` reads the prompt as well, and not every tokenizer.
+    """
+
+    def __init__(self, name: str, config: SamplingConfig, prompt_width: int) -> None:
+        self.texts = config.stop_texts
+        self.tokenizer = load_tokenizer(name)
+        self.prompt_width = prompt_width
+        # A token has at least a byte of text, and the first ones may be parts of a character.
+        self.window = max(len(text.encode()) for text in self.texts) + 8
+        self.of_row: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        sampled = input_ids[:, self.prompt_width :]
+        for row, text in enumerate(self.tokenizer.batch_decode(sampled[:, -self.window :])):
+            if any(stop in text for stop in self.texts):
+                self.of_row.setdefault(row, sampled.shape[1])
+        is_done = [row in self.of_row for row in range(len(sampled))]
+        return torch.tensor(is_done, device=input_ids.device)
+
+
+def _cut(
+    token_ids: list[int], logprobs: list[float], stop: tuple[int, ...], text_end: int | None
+) -> Completion:
+    """End a padded row after its first stop token or text."""
+    ends = [i + 1 for i, token in enumerate(token_ids) if token in stop]
+    end = min([*ends[:1], *([text_end] if text_end else [])], default=None)
     return Completion(token_ids[:end], logprobs[:end], finished=end is not None)

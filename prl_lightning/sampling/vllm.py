@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from prl_lightning.models.loading import load_tokenizer
 from prl_lightning.sampling.base import Progress, Sampler, SamplingConfig, local_rank
 from prl_lightning.sampling.vllm_requirements import missing_requirements, refuse_multi_process
 from prl_lightning.types import Completion, Prompt
@@ -85,6 +86,7 @@ class VLLMSampler(Sampler):
         if missing := self.missing_requirements():
             raise ValueError(" ".join(missing))
         self._set_environment()
+        self._model = model
         from vllm import LLM
 
         has_gpu = torch.cuda.is_available()
@@ -130,7 +132,7 @@ class VLLMSampler(Sampler):
 
         params = [
             SamplingParams(
-                n=config.n,
+                n=config.num_distinct,
                 temperature=config.temperature,
                 top_p=config.top_p,
                 max_tokens=config.max_new_tokens,
@@ -139,18 +141,23 @@ class VLLMSampler(Sampler):
                 ignore_eos=True,
                 seed=prompt.seed,  # vLLM adds j for sample j
                 logprobs=0,
-                detokenize=False,
+                stop=list(config.stop_texts),
+                detokenize=bool(config.stop_texts),
+                skip_special_tokens=False,
             )
             for prompt in prompts
         ]
         self._wake()
+        processor = self._llm.llm_engine.output_processor
+        if config.stop_texts and processor.tokenizer is None:  # only these need one
+            processor.tokenizer = load_tokenizer(self._model)
         inputs = [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
         self._llm.enqueue(inputs, params, use_tqdm=False)
         outputs: dict[int, list[Completion]] = {}
         while self._llm.llm_engine.has_unfinished_requests():
             for output in filter(lambda one: one.finished, self._llm.llm_engine.step()):
                 group = [_completion(sample) for sample in output.outputs]
-                outputs[int(output.request_id)] = group
+                outputs[int(output.request_id)] = group * (config.n // config.num_distinct)
                 if on_progress is not None:
                     on_progress(1, sum(completion.length for completion in group))
         if self.sleeps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
@@ -166,6 +167,41 @@ def test_an_interrupted_evaluation_continues_and_other_settings_are_sampled_anew
     validate(tied_model, tmp_path, "--evaluation.temperature=0.9")
     validate(untied_model, tmp_path)
     assert CountingSampler.sampled == [2, 2, 1] * 3
+
+
+def test_stops_end_evaluated_completions_which_are_sampled_anew(
+    evaluated: Evaluated, tied_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewards do not see the text that ended a completion."""
+    monkeypatch.setattr(CountingSampler, "sampled", [])
+    free, tokenizer = samples(evaluated.folder, 0), load_tokenizer(tied_model)
+    text, index = tokenizer.decode(free[0]["token_ids"][2:4]), free[-1]["token_ids"][1]
+    stops = json.dumps([text, index])
+    validate(tied_model, evaluated.folder, f"--rollout.stop={stops}")
+    assert CountingSampler.sampled == [5]
+    version = len(REWARDS)
+    for whole, row in zip(free, samples(evaluated.folder, version), strict=True):
+        ids = whole["token_ids"]
+        starts = [ids[: end + 1] for end in range(len(ids))]
+        is_end = [ids[-1] == index or text in tokenizer.decode(ids) for ids in starts]
+        end = is_end.index(True) + 1 if True in is_end else None
+        assert row["token_ids"] == ids[:end]
+        assert text not in row["completion"]
+        assert row["finished"] or not end
+    file = evaluated.folder / "run" / f"version_{version}" / "evaluation.json"
+    assert json.loads(file.read_text())["sampling"]["stop"] == [text, index]
+
+
+def test_a_greedy_evaluation_says_what_its_metrics_are(tied_model: str, tmp_path: Path) -> None:
+    said = r"evaluation\.temperature=0.*4 completions.*pass@k and maj@4"
+    with pytest.warns(UserWarning, match=said):
+        validate(tied_model, tmp_path, "--evaluation.temperature=0")
+    found = results(tmp_path, 0)["metrics"]
+    assert found["pass@2"] == found["mean@4"]
+    rows = samples(tmp_path, 0)
+    assert all(len({tuple(row["token_ids"]) for row in rows[i : i + 4]}) == 1 for i in (0, 4, 16))
+    table = (tmp_path / "run" / "version_0" / "evaluation.md").read_text()
+    assert re.search(said, table)
 
 
 def test_an_evaluation_records_what_it_evaluated(tied_model: str, tmp_path: Path) -> None:

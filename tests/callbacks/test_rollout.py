@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from prl_lightning.checks.contradictions import longest_row
 from prl_lightning.data import PromptDataModule
 from prl_lightning.evaluation import Evaluation
 from prl_lightning.functional import outcome_advantages
-from prl_lightning.models.loading import max_model_tokens
+from prl_lightning.models.loading import load_tokenizer, max_model_tokens
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.sampling import HFSampler
@@ -82,6 +83,29 @@ def test_one_temperature_samples_scores_and_trains(
     # The second update is off-policy if the first one has changed the weights.
     ratio = watch.values[0]["train/ratio_max"]
     assert ratio > 1.01 if learning_rate else ratio == pytest.approx(1.0, abs=1e-4)
+
+
+def test_training_ends_completions_at_stops_and_trains_on_the_token_that_stopped(
+    tied_model: str, tmp_path: Path
+) -> None:
+    _, free = train(tied_model, tmp_path, epochs=1)
+    digits = [str(digit) for digit in range(10)]
+    texts = {"".join(pair) for pair in itertools.product(digits, digits)}
+    rollout = {"stop": [*texts, 2]}
+    _, watch = train(tied_model, tmp_path, epochs=1, rollout=rollout)
+    tokenizer = load_tokenizer(tied_model)
+    finished = 0
+    for batch in watch.batches:
+        for ids, mask, is_done in zip(
+            batch.completion_ids, batch.completion_mask, batch.finished, strict=True
+        ):
+            row = ids[mask].tolist()
+            assert 2 not in row[:-1]
+            assert not any(map(tokenizer.decode(row[:-1]).count, texts))
+            stops = row[-1] in (tokenizer.eos_token_id, 2) or tokenizer.decode(row)[-2:] in texts
+            assert is_done == stops
+            finished += int(stops)
+    assert finished > sum(int(batch.finished.sum()) for batch in free.batches)
 
 
 def test_one_update_needs_no_old_policy_and_logs_its_rollouts(
@@ -220,7 +244,9 @@ def test_a_row_may_be_as_long_as_the_model_takes(tied_model: str) -> None:
         longest_row(PRLModule(tied_model), data, exceeds)
 
 
-@pytest.mark.parametrize(("field", "value"), [("max_new_tokens", 0), ("temperature", 0.0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_new_tokens", 0), ("temperature", 0.0), ("temperature", 0.009)]
+)
 def test_settings_without_samples_are_errors(field: str, value: float) -> None:
     settings: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=rf"rollout\.{field}={value}"):

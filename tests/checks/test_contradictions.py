@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from prl_lightning.checks.contradictions import ConfigurationError, contradictio
 from prl_lightning.checks.lightning_options import lightning_errors
 from prl_lightning.cli import main
 from prl_lightning.data import PromptDataModule
+from prl_lightning.models.loading import load_tokenizer
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.sampling import HFSampler, SubprocessSampler
@@ -87,6 +89,8 @@ def test_check_takes_what_fit_takes_and_what_it_has_written(
             r"seconds=3\.0.*workers=0",
         ),
         ("--rollout.limits.failure_value=0.5", r"failure_value=0\.5.*solved_at=0\.5"),
+        ("--rollout.stop=['<|im_end|>', 99]", r"rollout\.stop.*\[99\].*20 tokens"),
+        ("--rollout.stop=['']", r"rollout\.stop=\[''\]"),
         ("--trainer.plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO", "AsyncCheckpointIO"),
     ],
 )
@@ -242,10 +246,59 @@ def test_an_engine_needs_a_gpu_for_each_process(tied_model: str, tmp_path: Path)
         main(["check", "--config", str(QUICKSTART), *overrides])
 
 
+def test_a_reward_in_the_folder_of_the_configuration_is_found(
+    tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another working directory, and named by a relative path."""
+    for name in ("own", "work"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "own" / "beside_config.py").write_text(
+        "def short(completions, gold):\n    return [float(len(c) < 5) for c in completions]\n"
+    )
+    (tmp_path / "own" / "run.yaml").write_text("rollout: {rewards: [beside_config.short]}\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path / "work")
+    overrides = tiny_overrides(tied_model, tmp_path)
+    overrides = [flag for flag in overrides if "sample_rewards" not in flag]
+    main(["check", f"--config={QUICKSTART}", "--config=../own/run.yaml", *overrides])
+    # Servers and other ranks get the path, whatever their working directory.
+    assert str(tmp_path / "own") in sys.path
+
+
 def test_steps_that_no_completion_fills_are_said(tied_model: str, tmp_path: Path) -> None:
     overrides = [*tiny_overrides(tied_model, tmp_path), "--model.objective.steps=8"]
     with pytest.warns(UserWarning, match=r"steps=8, but rollout\.max_new_tokens=8"):
         main(["check", "--config", str(QUICKSTART), *overrides])
+
+
+@pytest.fixture
+def chat_model(tied_model: str, tmp_path: Path) -> str:
+    """Its chat template closes a turn with a special token that is no stop token."""
+    shutil.copytree(tied_model, tmp_path / "chat")
+    tokenizer = load_tokenizer(tied_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["?"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '?\n' }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    return str(tmp_path / "chat")
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_said"),
+    [
+        ([], True), (["--rollout.stop=['=']"], True),
+        (["--rollout.stop=['?']"], False), (["--rollout.stop=[STOP]"], False),
+        (["--data.format.chat_template=false"], False),
+    ],
+)  # fmt: skip
+def test_an_end_of_turn_that_ends_no_completion_is_said(
+    settings: list[str], is_said: bool, chat_model: str, tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+) -> None:  # fmt: skip
+    index = load_tokenizer(chat_model).convert_tokens_to_ids("?")
+    settings = [text.replace("STOP", str(index)) for text in settings]
+    main(["check", "--config", str(QUICKSTART), *tiny_overrides(chat_model, tmp_path), *settings])
+    said = [str(one.message) for one in recwarn if "rollout.stop to ['?']" in str(one.message)]
+    assert len(said) == is_said
 
 
 def test_a_run_from_python_is_refused_the_same(tied_model: str, tmp_path: Path) -> None:

@@ -37,6 +37,27 @@ def test_regex_match_takes_a_named_group_and_another_column() -> None:
     assert whole(["?"], ["1 -5"], answer=["-5"]) == [1.0]
 
 
+GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nTogether 48+24 = 72.\n#### 72"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reference", "expected"),
+    [
+        (r"#### *(\S+)", GSM8K, 1.0), (r"(-?\d+)", GSM8K, 1.0),
+        (r"#### *(\S+)", GSM8K.replace("#### 72", "#### 24"), 0.0),
+        (r"#### *(\S+)", "72", 1.0), (r"#### *(\S+)", 72.0, 1.0),  # without a match: as it is
+        (r"#### *(\S+)", ["a #### 70", GSM8K], 1.0), (r"#### *(\S*)", "72 ####", 0.0),
+        (r"(\d+)", "72.0", 1.0), (r"(\d)", "72", 0.0),  # a number is a whole answer
+    ],
+)  # fmt: skip
+def test_regex_match_finds_the_answer_in_the_reference_too(
+    pattern: str, reference: Any, expected: float
+) -> None:
+    completions = ["48 + 24 = 72\n#### 72", "#### 72."]
+    rewards = RegexMatch(pattern)(["?"] * 2, completions, answer=[reference] * 2)
+    assert rewards == [expected, expected]
+
+
 def test_group_that_took_no_part_is_no_answer() -> None:
     assert RegexMatch(r"x(\d)?")(["?"], ["x2 x"], answer=["2"]) == [0.0]
 

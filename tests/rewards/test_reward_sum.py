@@ -1,3 +1,4 @@
+import asyncio
 import math
 import operator
 import pickle
@@ -73,6 +74,44 @@ def test_completion_that_nothing_applies_to_is_zero_and_reported() -> None:
         scores = score(even)
     assert scores.total.tolist() == [1.0, 0.0]
     assert scores.unrewarded == 1
+
+
+class Asking:
+    """Keeps a lock of its event loop, as a client keeps connections."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+
+    async def __call__(self, completions: Any) -> list[float]:
+        return list(await asyncio.gather(*map(self.one, completions)))
+
+    async def one(self, text: str) -> float:
+        async with self.lock:  # a lock that was waited for belongs to its event loop
+            await asyncio.sleep(0)
+        return float(len(text))
+
+
+def test_async_functions_are_awaited_in_one_event_loop() -> None:
+    rewards = RewardSum([Asking(), partial(alength, more=1)], [1.0, 10.0])
+
+    def both() -> list[float]:
+        return rewards.score(["?"] * 2, PAIR, {}).total.tolist()
+
+    async def from_a_notebook() -> list[float]:
+        return both()
+
+    assert both() == asyncio.run(from_a_notebook()) == [54.0, 43.0]
+
+
+async def alength(completions: Any, more: int, fails: bool = False) -> list[float]:
+    if fails:
+        raise KeyError("no such thing")
+    return [float(len(text) + more) for text in completions]
+
+
+def test_an_exception_of_an_async_function_is_its_functions() -> None:
+    with pytest.raises(RuntimeError, match=r"'alength' raised KeyError: 'no such thing'"):
+        score(partial(alength, more=1, fails=True))
 
 
 def test_functions_get_the_columns_they_accept() -> None:

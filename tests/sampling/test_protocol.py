@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine_gap import trainer_gap
 from prl_lightning.models.causal_lm import LogprobModel, named_weights
-from prl_lightning.models.loading import load_causal_lm, load_policy
+from prl_lightning.models.loading import load_causal_lm, load_policy, load_tokenizer
 from prl_lightning.sampling import (
     HFSampler,
     Sampler,
@@ -17,6 +17,7 @@ from prl_lightning.sampling import (
     SubprocessSampler,
     VLLMSampler,
 )
+from prl_lightning.sampling.base import MIN_TEMPERATURE
 from prl_lightning.types import Completion, Prompt
 
 pytestmark = pytest.mark.process
@@ -122,6 +123,47 @@ def test_a_completion_ends_at_the_first_stop_token_or_at_the_limit(
         assert one.finished or one.length == config.max_new_tokens
         assert one.length == len(one.logprobs) <= config.max_new_tokens
     assert {one.finished for one in completions} == {True, False}
+
+
+def test_a_completion_ends_with_the_token_that_completes_a_stop_text(engine: Engine) -> None:
+    """Texts of several tokens, found in the same completions without stops."""
+    config = replace(SAMPLING, n=16, temperature=2.0, stop_token_ids=())
+    tokenizer = load_tokenizer(engine.folder)
+    free = sum(engine.sampler.generate(PROMPTS, config), [])
+    texts = tuple(tokenizer.decode(one.token_ids[2:4]) for one in free[::16])
+    limited = replace(config, stop_texts=texts)
+    stopped = sum(engine.sampler.generate(PROMPTS, limited), [])
+    for long, short in zip(free, stopped, strict=True):
+        starts = [tokenizer.decode(long.token_ids[: end + 1]) for end in range(long.length)]
+        end = next((i + 1 for i, text in enumerate(starts) if any(map(text.count, texts))), None)
+        assert short.token_ids == long.token_ids[:end]
+        assert short.finished == (end is not None)
+        assert len(short.logprobs) == short.length
+    assert {one.finished for one in stopped} == {True, False}
+    # Ordinary sampling afterwards does not remember them.
+    assert engine.tokens(PROMPTS, config) == tokens_of([free[i : i + 16] for i in (0, 16, 32, 48)])
+
+
+def test_temperature_0_is_greedy(engine: Engine) -> None:
+    """All completions of a prompt are one; its log-probabilities are those at temperature 1."""
+    config = replace(SAMPLING, temperature=0.0)
+    reports: list[tuple[int, int]] = []
+    groups = engine.sampler.generate(PROMPTS, config, lambda *numbers: reports.append(numbers))
+    model = load_causal_lm(engine.folder)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        first, *others = group
+        assert others == [first] * (config.n - 1)
+        row = list(prompt.token_ids)
+        for token in first.token_ids:
+            assert token == model(torch.tensor([row])).logits[0, -1].argmax()
+            row.append(token)
+        assert first.finished == (row[-1] == EOS)
+    assert trainer_gap(engine.before, PROMPTS, groups).max() < 1e-4
+    low = engine.sampler.generate(PROMPTS, replace(SAMPLING, temperature=MIN_TEMPERATURE))
+    assert trainer_gap(engine.before, PROMPTS, low, MIN_TEMPERATURE).mean() < 1e-4
+    # One completion of each prompt was sampled.
+    tokens = sum(group[0].length for group in groups)
+    assert [sum(column) for column in zip(*reports, strict=True)] == [len(PROMPTS), tokens]
 
 
 def test_groups_have_the_order_of_the_prompts_and_progress_adds_up(engine: Engine) -> None:

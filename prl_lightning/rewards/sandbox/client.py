@@ -15,9 +15,8 @@ from typing import Any
 
 import cloudpickle
 
-from prl_lightning.rewards.sandbox.limits import DIED, Failure, Reply, Task
+from prl_lightning.rewards.sandbox.limits import DIED, Failure, Reply, RewardLimits, Task
 
-_START_SECONDS = 300.0
 _SILENCE_SECONDS = 60.0  # the server sends a sign of life every second
 _END_SECONDS = 10.0
 
@@ -30,13 +29,13 @@ class Sandbox:
     Args:
         functions: The functions. If one has a method `warm_up`, the server calls it once, for slow
             imports and tables.
-        memory_mib: See `RewardLimits`.
+        limits: Limits of memory and imports.
         workers: Number of processes that run calls.
     """
 
-    def __init__(self, functions: Sequence[Any], memory_mib: int, workers: int) -> None:
+    def __init__(self, functions: Sequence[Any], limits: RewardLimits, workers: int) -> None:
         self.functions = functions
-        self.memory_mib = memory_mib
+        self.limits = limits
         self.workers = workers
         self._server: subprocess.Popen[bytes] | None = None
         self._has_ended_idle = False
@@ -49,7 +48,7 @@ class Sandbox:
         """
         self.stop()
         try:
-            load = cloudpickle.dumps((list(self.functions), self.memory_mib, self.workers))
+            load = cloudpickle.dumps((list(self.functions), self.limits, self.workers))
         except Exception as error:
             raise TypeError(
                 f"the reward functions cannot be sent to another process ({error}): define them in "
@@ -59,7 +58,9 @@ class Sandbox:
         limit = struct.pack("ll", int(_SILENCE_SECONDS), 0)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        environment.setdefault("OMP_NUM_THREADS", "1")  # there is one worker per core
+        # There is one worker per core. If loading the functions computed with several threads, as
+        # torch does, the workers would wait for them forever: a fork has no threads.
+        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._server = subprocess.Popen(
             [sys.executable, "-m", "prl_lightning.rewards.sandbox.server", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
@@ -84,7 +85,8 @@ class Sandbox:
 
         Raises:
             TypeError: A function cannot be pickled.
-            RuntimeError: The server cannot load the functions, or ends repeatedly.
+            RuntimeError: The server cannot load the functions, a call's imports take too long, or
+                the server ends repeatedly.
         """
         replies: dict[int, Reply] = {}
         run_again: set[int] = set()
@@ -92,6 +94,8 @@ class Sandbox:
             while missing := {i: task for i, task in enumerate(tasks) if i not in replies}:
                 for index, reply in self._replies(missing, fresh=bool(run_again)):
                     kind = reply.failure.kind if reply.failure else ""
+                    if reply.failure and kind == "import":
+                        raise RuntimeError(reply.failure.message)
                     if kind in ("died", "memory") and index not in run_again:
                         run_again.add(index)
                     else:
@@ -144,8 +148,12 @@ class Sandbox:
     def _wait_until_loaded(self) -> None:
         if self._is_loaded:
             return
-        if not self._control.poll(_START_SECONDS):
-            raise RuntimeError(f"the reward functions were not loaded within {_START_SECONDS:g} s")
+        seconds = self.limits.import_seconds
+        if not self._control.poll(seconds):
+            raise RuntimeError(
+                f"the reward functions were not loaded within limits.import_seconds={seconds:g}. "
+                "Raise it, or import less when their modules are imported."
+            )
         trouble = self._control.recv_bytes().decode()
         if trouble:
             raise RuntimeError(f"the reward functions cannot be loaded in a process:\n{trouble}")

@@ -38,6 +38,8 @@ class RewardLimits:
         failure_value: The reward of a completion whose call failed.
         max_failures: The run stops when more than this share of the completions of an iteration, or
             of an evaluation set, failed.
+        import_seconds: How long the functions may take to load. What a call imports counts here
+            and not as its time. The run stops if it takes longer.
         workers: Processes per rank; one per core by default. Functions that wait, as for a network,
             can use more processes than cores. 0 calls the functions in the trainer's process,
             for those that need its memory: with all completions at once and without limits. An
@@ -52,12 +54,14 @@ class RewardLimits:
     failure_value: float = 0.0
     max_failures: float = 0.25
     workers: int | None = None
+    import_seconds: float = 300.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name, fits, range_ in (
             ("seconds", 0 < self.seconds < float("inf"), "above 0 and finite"),
             ("memory_mib", self.memory_mib > 0, "above 0"),
+            ("import_seconds", 0 < self.import_seconds < float("inf"), "above 0 and finite"),
             ("failure_value", abs(self.failure_value) < float("inf"), "finite"),
             ("max_failures", 0 <= self.max_failures <= 1, "a share between 0 and 1"),
             ("workers", self.workers is None or self.workers >= 0, "0 or more"),
@@ -90,7 +94,7 @@ class Failure:
     """Why a call returned nothing.
 
     Attributes:
-        kind: `time`, `memory`, `died`, or the name of the exception.
+        kind: `time`, `import`, `memory`, `died`, or the name of the exception.
         message: The details.
         traceback: The exception's traceback, else empty.
     """

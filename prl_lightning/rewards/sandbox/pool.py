@@ -1,4 +1,4 @@
-"""The server's pool of workers: forks them, hands out calls, times them, and kills workers."""
+"""The server's pool of workers: forks them, hands out calls, and kills workers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from typing import Any
 
-from prl_lightning.rewards.sandbox.limits import DIED, Failure
-from prl_lightning.rewards.sandbox.process_tree import kill_tree, usage
+from prl_lightning.rewards.sandbox.import_clock import ImportClock
+from prl_lightning.rewards.sandbox.limits import DIED, Failure, RewardLimits
+from prl_lightning.rewards.sandbox.timed_worker import SIGN_SECONDS, Call, Worker
 from prl_lightning.rewards.sandbox.worker import work
 
 # The short limit: this many times the longest call of the function so far, and at least this share
@@ -23,92 +24,6 @@ from prl_lightning.rewards.sandbox.worker import work
 # twice if it exceeds it, and fails without the second run if too many late calls in a row time out.
 _LONGEST = 3.0
 _SHORT = 0.1
-_WAITING = 2.0  # times the limit: what a call waits for may be slow because the machine is busy
-
-# A worker is looked at whenever its call's age has grown by a tenth, at the soonest after this.
-_LOOK_SHARE = 0.1
-_LOOK_SECONDS = 0.01
-_SIGN_SECONDS = 1.0  # between signs of life to the trainer
-
-
-class Call(NamedTuple):
-    """A call, as the server sees it; the trainer has its arguments.
-
-    Attributes:
-        number: Identifies the call.
-        function: Index of the function.
-        seconds: Full limit of its processor time.
-    """
-
-    number: int
-    function: int
-    seconds: float
-
-
-class Worker:
-    """A process that runs calls, one at a time, and the clocks of its current call.
-
-    Args:
-        connection: Connects the server to it.
-        process: Its process id, and the id of its process group.
-
-    Attributes:
-        connection: Likewise.
-        call: The current call.
-        limit: Limit of the current call's processor time in this pass, in seconds.
-        begun: When the current call began, by the monotonic clock.
-        next_look: When to look at it again.
-    """
-
-    def __init__(self, connection: Connection, process: int) -> None:
-        self.connection = connection
-        self._process = process
-
-    def begin(self, call: Call, body: bytes, limit: float) -> None:
-        """Send it a call and start the clocks.
-
-        Args:
-            call: The call.
-            body: What to send for it.
-            limit: Limit of its processor time, in seconds.
-        """
-        self.call, self.limit = call, limit
-        self._computed = self._waited = 0.0
-        self._used, _ = usage(self._process)
-        self.begun = self._looked = time.monotonic()
-        self.next_look = self.begun + _LOOK_SECONDS
-        with suppress(OSError):  # it has died, and its connection says so
-            self.connection.send_bytes(body)
-
-    def look(self) -> float:
-        """Advance the clocks.
-
-        Returns:
-            How many seconds the call has taken, by the clock that is ahead.
-        """
-        (used, is_ready), now = usage(self._process), time.monotonic()
-        computed = max(0.0, used - self._used)
-        self._computed += computed
-        if not is_ready:
-            self._waited += max(0.0, now - self._looked - computed)
-        self._used, self._looked = used, now
-        pause = max(_LOOK_SECONDS, _LOOK_SHARE * (now - self.begun))
-        self.next_look = now + min(pause, _SIGN_SECONDS)
-        return max(self._computed, self._waited)
-
-    def overrun(self) -> str:
-        """Describe the limit that the call had exceeded at the last look; empty if none."""
-        waiting = self.limit if self.limit < self.call.seconds else _WAITING * self.limit
-        if self._computed >= self.limit:
-            return f"took more than {self.limit:g} s of processor time (limits.seconds)"
-        if self._waited >= waiting:
-            return f"waited for more than {waiting:g} s (limits.seconds={self.call.seconds:g})"
-        return ""
-
-    def kill(self) -> None:
-        """Kill it and everything that it started."""
-        self.connection.close()
-        kill_tree(self._process)
 
 
 class Pool:
@@ -117,17 +32,27 @@ class Pool:
     Args:
         control: Connects the server to the trainer.
         functions: The loaded functions.
-        memory_mib: Memory limit of a worker, in MiB.
+        limits: Limits of memory and imports.
         size: Number of workers.
+        lost: What this process has and its forks lack; see `lost_by_forks`.
     """
 
     def __init__(
-        self, control: Connection, functions: Sequence[Any], memory_mib: int, size: int
+        self,
+        control: Connection,
+        functions: Sequence[Any],
+        limits: RewardLimits,
+        size: int,
+        lost: str,
     ) -> None:
         self._control = control
         self._functions = functions
-        self._memory_mib = memory_mib
+        self._limits = limits
         self._size = size
+        self._hint = lost and (
+            f"; loading the functions has started {lost}, which workers lack because they are "
+            "forks: start them at the first call and not on import"
+        )
         self._idle: list[Worker] = []
         self._busy: dict[Connection, Worker] = {}
         self._longest: dict[int, float] = {}  # by function, seconds of its longest call
@@ -148,7 +73,8 @@ class Pool:
         late = self._run_pass(deque(calls), is_first=True, patience=len(calls))
         patience = max(2, self._size)
         for call in self._run_pass(late, is_first=False, patience=patience):
-            self._fail(call, f"ran out of time, as did the {patience} calls that ran again before")
+            late_too = f"ran out of time, as did the {patience} calls that ran again before"
+            self._fail(call, Failure("time", late_too))
 
     def _run_pass(self, queue: deque[Call], is_first: bool, patience: int) -> deque[Call]:
         """Run calls under the short or the full limit; return those without an outcome.
@@ -161,11 +87,11 @@ class Pool:
                 self._begin(queue.popleft(), is_first)
             for worker, overrun in self._wait():
                 in_a_row = in_a_row + 1 if overrun else 0
-                if overrun and worker.limit < worker.call.seconds:
+                if overrun and overrun.kind == "time" and worker.limit < worker.call.seconds:
                     late.append(worker.call)
                 elif overrun:
                     self._fail(worker.call, overrun)
-            if time.monotonic() > signed + _SIGN_SECONDS:
+            if time.monotonic() > signed + SIGN_SECONDS:
                 self._control.send_bytes(b"")
                 signed = time.monotonic()
         return late + queue
@@ -183,19 +109,19 @@ class Pool:
         worker.begin(call, body, limit)
         self._busy[worker.connection] = worker
 
-    def _wait(self) -> Iterator[tuple[Worker, str]]:
+    def _wait(self) -> Iterator[tuple[Worker, Failure | None]]:
         """Wait for a reply or a look; yield workers that are done, with the limit exceeded."""
         until = min(worker.next_look for worker in self._busy.values())
         ready = wait([self._control, *self._busy], max(0.0, until - time.monotonic()))
         if self._control in ready:  # while calls run, the trainer sends nothing
             raise EOFError("the trainer has closed the connection")
         for connection, worker in list(self._busy.items()):
-            overrun = ""
+            overrun = None
             if time.monotonic() >= worker.next_look:
                 worker.look()
-                overrun = worker.overrun()
+                overrun = worker.overrun(self._limits.import_seconds)
             if connection.poll():  # in time even after an overrun: this process may have been late
-                overrun = ""
+                overrun = None
                 self._hear(worker)
             elif overrun:
                 self._longest.setdefault(worker.call.function, 0.0)
@@ -218,21 +144,22 @@ class Pool:
         if time.monotonic() - worker.begun >= longest:  # or it cannot have taken longer
             self._longest[call.function] = max(longest, worker.look())
 
-    def _fail(self, call: Call, failure: Failure | str) -> None:
-        if isinstance(failure, str):
-            failure = Failure("time", failure)
+    def _fail(self, call: Call, failure: Failure) -> None:
+        if failure.kind == "time":
+            failure = replace(failure, message=failure.message + self._hint)
         reply = json.dumps({"failure": asdict(failure)}).encode()
         self._control.send_bytes(b"%d " % call.number + reply)
 
     def _fork(self) -> Worker:
         ours, theirs = Pipe()
+        imports = ImportClock()
         others = [self._control, ours, *(worker.connection for worker in self._idle), *self._busy]
         process = os.fork()
         if process == 0:
             try:
                 for connection in others:
                     connection.close()
-                work(theirs, self._functions, self._memory_mib)
+                work(theirs, self._functions, self._limits.memory_mib, imports)
             except OSError:  # the server has ended
                 pass
             except BaseException:
@@ -242,4 +169,4 @@ class Pool:
         theirs.close()
         with suppress(OSError):  # the worker does it too, whichever comes first
             os.setpgid(process, process)
-        return Worker(ours, process)
+        return Worker(ours, process, imports)

@@ -43,6 +43,20 @@ def descendants(process: int) -> list[int]:
     return found
 
 
+def lost_by_forks() -> str:
+    """Describe what this process has, and what a fork of it would wait for in vain.
+
+    Returns:
+        Threads other than the main one, and whether there is an event loop; empty if neither.
+    """
+    with suppress(OSError):  # no /proc
+        threads = len(_threads(os.getpid())) - 1
+        files = [os.readlink(file) for file in os.scandir("/proc/self/fd") if file.is_symlink()]
+        loops = ["an event loop"] if any("[eventpoll]" in file for file in files) else []
+        return " and ".join([*([f"threads ({threads})"] if threads else []), *loops])
+    return ""
+
+
 def kill_tree(process: int) -> None:
     """Kill a process, its process group, and the descendants that have left the group.
 

@@ -14,8 +14,9 @@ from multiprocessing.connection import Connection
 
 import cloudpickle
 
-from prl_lightning.rewards.sandbox.pool import Call, Pool
-from prl_lightning.rewards.sandbox.process_tree import descendants
+from prl_lightning.rewards.sandbox.pool import Pool
+from prl_lightning.rewards.sandbox.process_tree import descendants, lost_by_forks
+from prl_lightning.rewards.sandbox.timed_worker import Call
 from prl_lightning.rewards.sandbox.worker import set_process_option
 
 _SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux' prctl(2)
@@ -29,7 +30,7 @@ def serve(control: Connection) -> None:
         control: Connects the server to the trainer.
     """
     try:
-        functions, memory_mib, size = cloudpickle.loads(control.recv_bytes())
+        functions, limits, size = cloudpickle.loads(control.recv_bytes())
         for function in functions:
             if hasattr(function, "warm_up"):
                 function.warm_up()
@@ -39,7 +40,7 @@ def serve(control: Connection) -> None:
     control.send_bytes(b"")
     gc.freeze()  # or a worker's garbage collector would touch, and so copy, everything loaded
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps workers and their orphans
-    pool = Pool(control, functions, memory_mib, size)
+    pool = Pool(control, functions, limits, size, lost_by_forks())
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             batch = json.loads(control.recv_bytes())

@@ -15,18 +15,23 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
+from prl_lightning.rewards.protocol import awaited
+from prl_lightning.rewards.sandbox.import_clock import ImportClock
 from prl_lightning.rewards.sandbox.memory import MemoryLimit
 
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl(2)
 
 
-def work(connection: Connection, functions: Sequence[Any], memory_mib: int) -> None:
+def work(
+    connection: Connection, functions: Sequence[Any], memory_mib: int, imports: ImportClock
+) -> None:
     """Run calls until the server closes the connection, or one of them has no memory left.
 
     Args:
         connection: Connects the worker to the server.
         functions: The loaded functions.
         memory_mib: Memory limit, in MiB.
+        imports: Gets the time of the calls' imports.
 
     Raises:
         OSError: The server has closed the connection during a call.
@@ -34,6 +39,7 @@ def work(connection: Connection, functions: Sequence[Any], memory_mib: int) -> N
     os.setpgid(0, 0)  # a group of its own, to be killed as a whole
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     set_process_option(_SET_DEATH_SIGNAL, signal.SIGKILL)
+    imports.start()
     memory = MemoryLimit(memory_mib)
     reply: dict[str, Any] = {}
     while reply.get("failure", {}).get("kind") != "memory":
@@ -90,7 +96,7 @@ def _seed(seed: int) -> None:
 def _reply(function: Any, method: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Call a function; the reply can be sent as JSON, so that the trainer unpickles nothing."""
     try:
-        returned = getattr(function, method)(**arguments)
+        returned = awaited(getattr(function, method)(**arguments))
         values = returned.tolist() if hasattr(returned, "tolist") else returned
         _json(values)  # if this fails, the function has failed
         if method != "__call__":

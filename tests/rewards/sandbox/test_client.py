@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -31,6 +32,22 @@ def test_values_are_those_of_a_call_without_limits(scored: Any) -> None:
 
 def test_a_function_that_needs_the_batch_gets_it(scored: Any) -> None:
     assert scored(["a", "b", "c"], Whole()).total.tolist() == [3.0, 2.0, 1.0]
+
+
+async def patient(completions: Sequence[str], **columns: Any) -> list[float]:
+    await asyncio.sleep(1000 if completions == ["hang"] else 0.001)
+    return [random.random() + len(text) for text in completions]
+
+
+def test_an_async_function_is_awaited_within_the_limits(scored: Any) -> None:
+    def scores() -> RewardScores:
+        random.seed(1)
+        return scored(["a", "hang", "abc"], patient)
+
+    found = scores()
+    assert [int(total) for total in found.total.tolist()] == [1, -1, 3]
+    assert [(call.index, call.failure.kind) for call in found.failed_calls] == [(1, "time")]
+    assert found.total.tolist() == scores().total.tolist()
 
 
 def test_random_rewards_depend_on_the_random_state_of_the_run_alone(scored: Any) -> None:
