@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
 from prl_lightning.data import PromptDataModule
 from prl_lightning.models.loading import load_config, load_tokenizer, max_model_tokens
+from prl_lightning.models.sharding import is_sharding
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import RewardLimits
@@ -191,6 +193,22 @@ def _of_engine(trainer: Trainer, rollout: RolloutSettings) -> Iterator[str]:
         )
 
 
+def _of_averaging(trainer: Trainer) -> Iterator[str]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        name, strategy = type(callback).__name__, type(trainer.strategy).__name__
+        if isinstance(callback, StochasticWeightAveraging):
+            yield (
+                f"trainer.callbacks has {name}, which copies the model before it is loaded and "
+                "would average nothing. Use WeightAveraging or EMAWeightAveraging."
+            )
+        if isinstance(callback, WeightAveraging) and is_sharding(trainer.strategy):
+            yield (
+                f"trainer.callbacks has {name}, which cannot copy a model that trainer.strategy="
+                f"{strategy} shards. Use `strategy: ddp`, or leave the callback out."
+            )
+
+
 def _of_training(
     trainer: Trainer, module: PRLModule, data: PromptDataModule, rollout: RolloutSettings
 ) -> Iterator[str]:
@@ -210,6 +228,7 @@ def _of_training(
             "rollout.overlap=true: the importance ratio already starts from the engine's "
             "log-probabilities. Leave one of them out."
         )
+    yield from _of_averaging(trainer)
     probe = torch.nn.Parameter(torch.zeros(1))
     for message in errors_of(lambda: module.optimizer([probe])):
         yield f"model.optimizer cannot be created: {message}."

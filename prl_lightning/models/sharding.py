@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -44,6 +44,11 @@ class Sharding:
     fsdp1_precision: MixedPrecision | None
 
 
+def is_sharding(strategy: Strategy) -> bool:
+    """Return whether a strategy shards the model over the ranks."""
+    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
 def sharding_of(module: LightningModule) -> Sharding | None:
     """Return how the module's strategy shards, or None if each rank holds the whole model.
 
@@ -54,7 +59,7 @@ def sharding_of(module: LightningModule) -> Sharding | None:
         ValueError: the strategy uses tensor parallelism.
     """
     trainer = module._trainer
-    if trainer is None or not isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+    if trainer is None or not is_sharding(trainer.strategy):
         return None
     strategy, mesh = trainer.strategy, module.device_mesh
     if mesh is not None and mesh["tensor_parallel"].size() > 1:

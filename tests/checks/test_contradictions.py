@@ -81,6 +81,14 @@ def test_check_takes_what_fit_takes_and_what_it_has_written(
             r"seconds=3\.0.*workers=0",
         ),
         ("--rollout.limits.failure_value=0.5", r"failure_value=0\.5.*solved_at=0\.5"),
+        (
+            "--trainer.callbacks+={class_path: StochasticWeightAveraging, init_args: {swa_lrs: 1}}",
+            r"trainer\.callbacks has StochasticWeightAveraging",
+        ),
+        (
+            "--trainer={strategy: fsdp2, callbacks: [EMAWeightAveraging]}",
+            r"trainer\.callbacks has EMAWeightAveraging.*trainer\.strategy=FSDP2Strategy",
+        ),
         ("--trainer.plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO", "AsyncCheckpointIO"),
     ],
 )
