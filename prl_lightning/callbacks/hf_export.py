@@ -36,8 +36,8 @@ class HFExport(Callback):
             torch_dtype(self.dtype)
             refuse_existing(self._target(trainer), "HFExport.folder")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the folder."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the folder, after callbacks that replace the weights by their average."""
         module = prl_module(pl_module)
         folder = self._target(trainer)
         keep = trainer.is_global_zero
