@@ -15,7 +15,12 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
 from prl_lightning.data import PromptDataModule
-from prl_lightning.models.loading import load_config, load_tokenizer, max_model_tokens
+from prl_lightning.models.loading import (
+    load_config,
+    load_policy,
+    load_tokenizer,
+    max_model_tokens,
+)
 from prl_lightning.models.sharding import is_sharding
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.module import PRLModule
@@ -115,6 +120,7 @@ def file_errors(
         *errors,
         *errors_of(
             lambda: longest_row(module, data, rollout),
+            lambda: load_policy(module.policy_name, module.lora, with_weights=False),
             lambda: StepSplitter(module.objective.steps, load_tokenizer(module.policy_name)),
         ),
     ]

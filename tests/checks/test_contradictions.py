@@ -89,6 +89,8 @@ def test_check_takes_what_fit_takes_and_what_it_has_written(
             "--trainer={strategy: fsdp2, callbacks: [EMAWeightAveraging]}",
             r"trainer\.callbacks has EMAWeightAveraging.*trainer\.strategy=FSDP2Strategy",
         ),
+        ("--model.lora={init_lora_weights: pissa}", r"model\.lora\.init_lora_weights='pissa'"),
+        ("--model.lora={target_modules: [embed_tokens]}", r"model\.lora.*model\.embed_tokens"),
         ("--trainer.plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO", "AsyncCheckpointIO"),
     ],
 )
