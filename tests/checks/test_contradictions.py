@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from prl_lightning.callbacks import RolloutCallback
 from prl_lightning.checks.contradictions import ConfigurationError
@@ -99,6 +99,15 @@ def test_a_contradiction_is_named(
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
         main(["check", "--config", str(QUICKSTART), *tiny_overrides(tied_model, tmp_path), change])
+
+
+def test_an_architecture_that_cannot_work_is_named_before_its_weights_are_read(
+    bare_model: str, tmp_path: Path
+) -> None:
+    AutoConfig.for_model("recurrent_gemma", logits_soft_cap=20.0).save_pretrained(bare_model)
+    message = r"model\.policy.*'recurrent_gemma' transforms its logits \(logits_soft_cap=20\.0\)"
+    with pytest.raises(ConfigurationError, match=message):
+        fit(*tiny_overrides(bare_model, tmp_path))
 
 
 def test_a_reference_that_nothing_reads_is_a_mistake(tied_model: str, tmp_path: Path) -> None:
