@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ def fake_model(
     config = AutoConfig.for_model(architecture, **sizes)
     with torch.device("cuda"):
         causal_lm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    return LogprobModel(causal_lm, gradient_checkpointing)
+    with patch("prl_lightning.models.causal_lm.refuse_other_heads"):  # it compares values
+        return LogprobModel(causal_lm, gradient_checkpointing)
 
 
 def to_gpu(mode: FakeTensorMode, batch: RolloutBatch) -> RolloutBatch:

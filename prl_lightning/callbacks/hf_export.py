@@ -37,8 +37,8 @@ class HFExport(Callback):
             torch_dtype(self.dtype)
             refuse_existing(self._target(trainer), "HFExport.folder")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the folder."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the folder, after callbacks that replace the weights by their average."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         module = prl_module(pl_module)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+
+from prl_lightning.trainer_access import is_last_epoch
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -36,8 +38,14 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after the validation of the epoch."""
-        if (trainer.current_epoch + 1) % self._every_n_epochs == 0:
+        """Save after the validation of the epoch.
+
+        Also of the last one if the policy is then replaced by its average.
+        """
+        is_due = (trainer.current_epoch + 1) % self._every_n_epochs == 0
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        is_averaged = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+        if is_due or (is_averaged and (trainer.should_stop or is_last_epoch(trainer))):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

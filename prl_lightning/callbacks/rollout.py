@@ -8,6 +8,7 @@ from math import inf
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -115,7 +116,16 @@ class RolloutCallback(Callback):
         rewarder = Rewarder(rewards, trainer)
         self.collector = Collector(trainer, module, self.engine, rewarder, text_of)
         self.resume = ResumeState()
+        self._go_last(trainer)
         hide_trainer_bar(trainer)
+
+    def _go_last(self, trainer: Trainer) -> None:
+        """Sample after every other callback's hook: some of them swap the weights."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        # A new list: Lightning iterates over the old one. Checkpoints stay the last of all.
+        trainer.callbacks = sorted(  # type: ignore[attr-defined]
+            callbacks, key=lambda callback: (isinstance(callback, Checkpoint), callback is self)
+        )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop the engine and the processes of the reward functions."""

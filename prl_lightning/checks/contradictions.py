@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -18,10 +19,12 @@ from prl_lightning.checks.lightning_options import lightning_errors
 from prl_lightning.data import PromptDataModule
 from prl_lightning.models.loading import (
     load_config,
+    load_policy,
     load_tokenizer,
     max_model_tokens,
     stop_token_ids,
 )
+from prl_lightning.models.sharding import is_sharding
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import RewardLimits
@@ -121,6 +124,7 @@ def file_errors(
         *errors,
         *errors_of(
             lambda: longest_row(module, data, rollout),
+            lambda: load_policy(module.policy_name, module.lora, with_weights=False),
             lambda: StepSplitter(module.objective.steps, load_tokenizer(module.policy_name)),
             lambda: _check_stops(module.policy_name, rollout),
         ),
@@ -228,6 +232,22 @@ def _of_engine(trainer: Trainer, rollout: RolloutSettings) -> Iterator[str]:
         )
 
 
+def _of_averaging(trainer: Trainer) -> Iterator[str]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        name, strategy = type(callback).__name__, type(trainer.strategy).__name__
+        if isinstance(callback, StochasticWeightAveraging):
+            yield (
+                f"trainer.callbacks has {name}, which copies the model before it is loaded and "
+                "would average nothing. Use WeightAveraging or EMAWeightAveraging."
+            )
+        if isinstance(callback, WeightAveraging) and is_sharding(trainer.strategy):
+            yield (
+                f"trainer.callbacks has {name}, which cannot copy a model that trainer.strategy="
+                f"{strategy} shards. Use `strategy: ddp`, or leave the callback out."
+            )
+
+
 def _of_training(
     trainer: Trainer, module: PRLModule, data: PromptDataModule, rollout: RolloutSettings
 ) -> Iterator[str]:
@@ -249,6 +269,7 @@ def _of_training(
         )
     yield from _of_optimizer(module)
     yield from lightning_errors(trainer, data)
+    yield from _of_averaging(trainer)
 
 
 def _of_optimizer(module: PRLModule) -> Iterator[str]:

@@ -18,13 +18,11 @@ except ImportError:  # transformers 4: its modules have the names of the files
 from prl_lightning.functional import token_logprobs
 from prl_lightning.models.experts import use_autocast_experts
 from prl_lightning.models.lora import merged
+from prl_lightning.models.output_head import refuse_other_heads
 from prl_lightning.models.packed_attention import disable_cudnn_attention, pack_attention
 from prl_lightning.models.packing import Packing
 from prl_lightning.models.sharding import named_tensors
 from prl_lightning.types import RolloutBatch
-
-# Fields by which an architecture transforms its logits after the output head.
-LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 
 
 class LogprobModel(nn.Module):
@@ -53,10 +51,10 @@ class LogprobModel(nn.Module):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        _refuse_other_heads(causal_lm)
-        disable_cudnn_attention()
         self.causal_lm = causal_lm
-        self.is_packed = pack_attention(causal_lm)
+        refuse_other_heads(causal_lm, self._body())
+        disable_cudnn_attention()
+        self.is_packed = pack_attention(causal_lm, self._body())
         use_autocast_experts(causal_lm)
         for block in self.blocks():
             if gradient_checkpointing:
@@ -133,23 +131,6 @@ class LogprobModel(nn.Module):
         row, token = batch.packing.cells // width, batch.packing.cells % width
         # The hidden state one position earlier predicts a token.
         return output.last_hidden_state[row, batch.prompt_lengths[row] + token - 1]
-
-
-def _refuse_other_heads(causal_lm: PreTrainedModel) -> None:
-    """Raise a ValueError if the chunked output head cannot compute the model's logits."""
-    config, head = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings()
-    changes = [
-        f"{name}={getattr(config, name)}"
-        for name, neutral in LOGIT_TRANSFORMS.items()
-        if getattr(config, name, neutral) not in (neutral, None)
-    ]
-    if getattr(head, "bias", None) is not None:
-        changes.append("a bias of the output head")
-    if changes:
-        raise ValueError(
-            f"model.policy: the architecture {config.model_type!r} has {', '.join(changes)}, which "
-            "the chunked output head does not compute. Use an architecture without."
-        )
 
 
 def named_weights(

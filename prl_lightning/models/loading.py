@@ -72,7 +72,12 @@ def load_policy(
         gradient_checkpointing: see LogprobModel.
         compile: see LogprobModel.
         with_weights: if False, leave every tensor on the meta device.
+
+    Raises:
+        ValueError: architecture or adapter cannot work; before the weights are read.
     """
+    if with_weights:
+        load_policy(name_or_path, lora, with_weights=False)
     with nullcontext() if with_weights else torch.device("meta"):
         causal_lm = (load_causal_lm if with_weights else causal_lm_from_config)(name_or_path)
         if lora is not None:

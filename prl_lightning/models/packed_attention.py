@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -26,11 +29,27 @@ def disable_cudnn_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def pack_attention(causal_lm: PreTrainedModel) -> bool:
+class _Arrived(Exception):
+    """Raised by the attention that a probe reaches."""
+
+
+class _Probe:
+    """In place of a packing: stops at the first attention."""
+
+    @property
+    def blocks(self) -> None:
+        raise _Arrived
+
+
+def pack_attention(causal_lm: PreTrainedModel, body: nn.Module) -> bool:
     """Make a model compute packed rows, if its architecture allows it.
 
     It must mix tokens only in causal attention that transformers can replace: no recurrent or
-    convolutional layers, and no custom attention.
+    convolutional layers, and no custom attention. Its layers must hand the packing on.
+
+    Args:
+        causal_lm: the model.
+        body: the same without its head.
 
     Returns:
         True if the model now computes packed rows, False if it is unchanged.
@@ -45,7 +64,29 @@ def pack_attention(causal_lm: PreTrainedModel) -> bool:
     )
     if is_packable:
         causal_lm.set_attn_implementation(ATTENTION)
+        is_packable = _hands_on(body)
+        causal_lm.set_attn_implementation(ATTENTION if is_packable else "sdpa")
     return is_packable
+
+
+@torch.no_grad()
+def _hands_on(body: nn.Module) -> bool:
+    """Return whether arguments of a body reach its attention, by calling it up to the first.
+
+    Nemotron's layers take any argument and drop it. Without values, so that a rank that has no
+    weights yet finds the same.
+    """
+    with FakeTensorMode(), torch.device("cpu"):
+        tensors = chain(body.named_parameters(), body.named_buffers())
+        held = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in tensors}
+        token = torch.zeros(1, 1, dtype=torch.long)
+        inputs = {"input_ids": token, "position_ids": token, "packing": _Probe()}
+        try:
+            functional_call(body, held, kwargs=inputs | {"use_cache": False})
+        except Exception as error:
+            # Whatever else stops the call, such as a branch on a value, says nothing about it.
+            return "'packing'" not in str(error)
+    return True
 
 
 # Not compiled: the blocks of rows differ in every batch. The code around it is compiled.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -22,6 +22,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import wrap
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import get_total_norm
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Sharding:
     fsdp1_precision: MixedPrecision | None
 
 
+def is_sharding(strategy: Strategy) -> bool:
+    """Return whether a strategy shards the model over the ranks."""
+    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
 def sharding_of(module: LightningModule) -> Sharding | None:
     """Return how the module's strategy shards, or None if each rank holds the whole model.
 
@@ -52,7 +59,7 @@ def sharding_of(module: LightningModule) -> Sharding | None:
         ValueError: the strategy uses tensor parallelism.
     """
     trainer = module._trainer
-    if trainer is None or not isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+    if trainer is None or not is_sharding(trainer.strategy):
         return None
     strategy, mesh = trainer.strategy, module.device_mesh
     if mesh is not None and mesh["tensor_parallel"].size() > 1:
@@ -177,6 +184,23 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         for name, parameter in model.named_parameters(remove_duplicate=False):
             yield plain_name(name), parameter
+
+
+def checksums(model: nn.Module) -> list[int]:
+    """Return a sum of the bits of each weight of this rank; a collective under FSDP1.
+
+    torch's version counters would miss the callbacks that write to ``parameter.data``. A norm would
+    lose small changes in rounding.
+    """
+    return [_sum_of_bits(tensor) for _, tensor in named_tensors(model)]
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    own = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    bits = own.reshape(-1).view(INTEGERS[own.element_size()])
+    # In chunks: torch copies what it sums as int64.
+    chunks: tuple[Tensor, ...] = torch.split(bits, 2**24)
+    return sum(int(chunk.sum(dtype=torch.int64)) for chunk in chunks)
 
 
 def total_norm(model: nn.Module) -> Tensor:

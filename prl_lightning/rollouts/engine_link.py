@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from prl_lightning.data import collate
 from prl_lightning.distributed import sum_over_ranks
+from prl_lightning.models.sharding import checksums
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.runs.progress import sampling_bar
@@ -52,7 +53,7 @@ class EngineLink:
     """One sampler, started on first use, whose weights follow the trainer's.
 
     Args:
-        trainer: its ``global_step`` is the version of the weights.
+        trainer: its ``global_step`` says how old samples are.
         module: has the policy.
         settings: have the engine.
         max_model_tokens: longest prompt plus completion.
@@ -68,7 +69,7 @@ class EngineLink:
         self.prefetches = settings.overlap
         self.max_model_tokens = max_model_tokens
         self._is_started = False
-        self._weights_step: int | None = None
+        self._loaded: tuple[int, list[int]] | None = None  # update and checksums of the weights
         self._gap: dict[str, float] | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._prefetched: tuple[list[Prompt], SamplingConfig, Future[Samples]] | None = None
@@ -150,11 +151,13 @@ class EngineLink:
             # An engine that seeds itself seeds the whole process.
             with isolate_rng(), self._engine_errors(f"did not start for {self.module.policy_name}"):
                 self.sampler.start(self.module.policy_name, self.max_model_tokens)
-        if self._weights_step != step:
+        # The update alone does not tell: callbacks such as EMAWeightAveraging swap the weights.
+        own = (step, checksums(self.module.loaded_policy))
+        if self.trainer.strategy.reduce_boolean_decision(own != self._loaded, all=False):
             with self._engine_errors(f"did not take the weights of update {step}"):
                 weights = self.module.weights(self.sampler.weights_dtype, self.sampler.reads_files)
                 self.sampler.load_weights(weights)
-            self._weights_step = step
+            self._loaded = own
             self._gap = None
 
     def generate(
@@ -165,9 +168,9 @@ class EngineLink:
         Raises:
             RuntimeError: the engine has no weights, fails, or returns something else than asked.
         """
-        step = self._weights_step
-        if step is None:
+        if self._loaded is None:
             raise RuntimeError("the engine has no weights: call update_weights() first")
+        step, _ = self._loaded
         start = time.monotonic()
         asked = f"failed on {len(prompts)} prompts x {config.n} completions after update {step}"
         with self._engine_errors(asked):

@@ -1,4 +1,4 @@
-"""LastCheckpoint saves for loggers that upload, and a smoke test saves nothing."""
+"""LastCheckpoint: what it saves can be continued from, and loggers upload it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any, Literal
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loggers.utilities import _scan_checkpoints
 
 from prl_lightning.callbacks import LastCheckpoint
 from tiny_runs import fit, tiny_overrides
+from trainer_runs import train
 
 pytestmark = pytest.mark.process
 
@@ -79,3 +80,21 @@ def test_a_smoke_test_saves_nothing(tied_model: str, tmp_path: Path) -> None:
     export = "--trainer.callbacks+=prl_lightning.callbacks.HFExport"
     fit(*tiny_overrides(tied_model, tmp_path), export, "--trainer.fast_dev_run=true")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_ends_with_the_average_saves_the_policy_before(
+    tied_model: str, tmp_path: Path
+) -> None:
+    saves = {"enable_checkpointing": True}
+    last = LastCheckpoint(every_n_epochs=10, dirpath=str(tmp_path))
+    module, watch = train(
+        tied_model, tmp_path, EMAWeightAveraging(decay=0.5), last, learning_rate=1.0, trainer=saves
+    )
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    name = "policy.causal_lm.model.norm.weight"
+    average, policy = checkpoint["state_dict"][name], checkpoint["current_model_state"][name]
+    assert torch.equal(average, module.state_dict()[name])
+    # The average begins as the policy after the first update, and the second has half the weight.
+    first = watch.weights[1][name.removeprefix("policy.")]
+    torch.testing.assert_close(average, (first + policy) / 2)
+    assert not torch.equal(average, policy)

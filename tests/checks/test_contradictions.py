@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.optim import lr_scheduler
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from prl_lightning.callbacks import LastCheckpoint, RolloutCallback
 from prl_lightning.checks.contradictions import ConfigurationError, contradictions
@@ -91,6 +91,16 @@ def test_check_takes_what_fit_takes_and_what_it_has_written(
         ("--rollout.limits.failure_value=0.5", r"failure_value=0\.5.*solved_at=0\.5"),
         ("--rollout.stop=['<|im_end|>', 99]", r"rollout\.stop.*\[99\].*20 tokens"),
         ("--rollout.stop=['']", r"rollout\.stop=\[''\]"),
+        (
+            "--trainer.callbacks+={class_path: StochasticWeightAveraging, init_args: {swa_lrs: 1}}",
+            r"trainer\.callbacks has StochasticWeightAveraging",
+        ),
+        (
+            "--trainer={strategy: fsdp2, callbacks: [EMAWeightAveraging]}",
+            r"trainer\.callbacks has EMAWeightAveraging.*trainer\.strategy=FSDP2Strategy",
+        ),
+        ("--model.lora={init_lora_weights: pissa}", r"model\.lora\.init_lora_weights='pissa'"),
+        ("--model.lora={target_modules: [embed_tokens]}", r"model\.lora.*model\.embed_tokens"),
         ("--trainer.plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO", "AsyncCheckpointIO"),
     ],
 )
@@ -193,6 +203,15 @@ def test_a_logger_that_would_not_upload_is_a_mistake(
     errors = list(lightning_errors(trainer, PromptDataModule("no/model")))
     assert len(errors) == (message is not None)
     assert message is None or re.search(message, errors[0])
+
+
+def test_an_architecture_that_cannot_work_is_named_before_its_weights_are_read(
+    bare_model: str, tmp_path: Path
+) -> None:
+    AutoConfig.for_model("recurrent_gemma", logits_soft_cap=20.0).save_pretrained(bare_model)
+    message = r"model\.policy.*'recurrent_gemma' transforms its logits \(logits_soft_cap=20\.0\)"
+    with pytest.raises(ConfigurationError, match=message):
+        fit(*tiny_overrides(bare_model, tmp_path))
 
 
 def test_a_reference_that_nothing_reads_is_a_mistake(tied_model: str, tmp_path: Path) -> None:

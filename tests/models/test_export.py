@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +19,7 @@ from prl_lightning.models.loading import load_policy
 from prl_lightning.sampling import SamplingConfig, VLLMSampler
 from prl_lightning.types import Prompt
 from tiny_runs import fit, tiny_overrides
+from trainer_runs import train
 
 pytestmark = pytest.mark.process
 
@@ -73,6 +75,17 @@ def test_vllm_loads_the_folder_with_the_same_logprobs(run: Run) -> None:
     groups = engine.generate(prompts, config)
     engine.stop()
     assert trainer_gap(load_policy(str(run.exported)), prompts, groups).max() < 1e-4
+
+
+def test_the_average_is_exported_wherever_its_callback_stands(
+    tied_model: str, tmp_path: Path
+) -> None:
+    export, average = HFExport(str(tmp_path / "out")), EMAWeightAveraging(decay=0.5)
+    module, watch = train(tied_model, tmp_path, export, average, learning_rate=1.0, epochs=3)
+    exported = state_of(tmp_path / "out")
+    assert all(torch.equal(exported[name], weight) for name, weight in module.weights())
+    name = "model.norm.weight"
+    assert not torch.equal(exported[name], watch.weights[-1][f"causal_lm.{name}"])
 
 
 def test_a_dtype_can_be_chosen(run: Run, tmp_path: Path) -> None:

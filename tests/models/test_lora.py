@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from prl_lightning.data import collate
 from prl_lightning.models.causal_lm import LogprobModel, named_weights
 from prl_lightning.models.loading import load_causal_lm, load_policy
-from prl_lightning.models.lora import adapters_off
+from prl_lightning.models.lora import adapters_off, add_lora
 from prl_lightning.types import Rollout, RolloutBatch
+from random_models import random_model
 from tiny_runs import fit, metrics_of, tiny_overrides
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -44,19 +47,43 @@ def logprobs(model: LogprobModel, batch: RolloutBatch) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"use_rslora": True}, {"target_modules": ["q_proj", "embed_tokens"]}],
-    ids=["all-linear", "rslora", "embedding"],
+    "settings",
+    [
+        {}, {"use_rslora": True}, {"target_modules": ["q_proj", "embed_tokens"]},
+        {"init_lora_weights": "gaussian", "task_type": "CAUSAL_LM", "lora_dropout": 0.0},
+        {"exclude_modules": ["o_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v": 3}},
+        {"target_modules": ["down_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    ],
+    ids=lambda settings: "-".join(settings) or "all-linear",
 )  # fmt: skip
 def test_the_weights_sent_are_those_computed_with(
     untied_model: str, batch: RolloutBatch, settings: dict[str, Any]
 ) -> None:
-    policy = adapted(untied_model, **settings)
-    plain = load_causal_lm(untied_model)
+    assert_one_policy(untied_model, batch, settings)
+
+
+def test_transposed_weights_are_sent_as_the_model_has_them(
+    batch: RolloutBatch, tmp_path: Path
+) -> None:
+    random_model("gpt2").save_pretrained(tmp_path)
+    assert_one_policy(str(tmp_path), batch, {"fan_in_fan_out": True})
+
+
+def assert_one_policy(folder: str, batch: RolloutBatch, settings: dict[str, Any]) -> None:
+    """Off is the base, what is sent is the trainer's, and every trained parameter is in use."""
+    policy = adapted(folder, **settings)
+    plain = load_causal_lm(folder)
     base = logprobs(LogprobModel(plain), batch)
+    with adapters_off(policy):
+        assert torch.equal(logprobs(policy, batch), base)
     plain.load_state_dict(dict(named_weights(policy)), strict=True)
-    ours = logprobs(policy, batch)
+    ours, _ = policy(batch)
     torch.testing.assert_close(logprobs(LogprobModel(plain), batch), ours, atol=1e-5, rtol=0)
-    assert (ours - base).abs().max() > 0.05
+    assert (ours - base).abs().max() > 0.02
+    ours.sum().backward()
+    for name, parameter in policy.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == (".lora_" in name), name
+    assert torch.equal(logprobs(load_policy(folder, LORA | settings), batch), base)
 
 
 def test_with_the_adapter_off_it_is_the_base_model(tied_model: str, batch: RolloutBatch) -> None:
@@ -83,18 +110,55 @@ def test_the_adapter_is_the_same_on_every_rank_and_leaves_the_random_state(tied_
 
 
 @pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("init_lora_weights", kind) for kind in (False, "pissa", "pissa_niter_4", "olora",
+                                                   "orthogonal", "eva", "corda", "loftq")),
+        ("bias", "all"), ("bias", "lora_only"), ("lora_dropout", 0.1), ("lora_bias", True),
+        ("use_dora", True), ("use_qalora", True), ("inference_mode", True),
+        ("modules_to_save", ["lm_head"]), ("trainable_token_indices", [3]),
+        ("layer_replication", [[0, 2], [0, 2]]), ("target_parameters", ["mlp.experts.down_proj"]),
+        ("megatron_config", {"a": 1}), ("alora_invocation_tokens", [3]), ("task_type", "SEQ_CLS"),
+    ],
+)  # fmt: skip
+def test_settings_that_would_make_two_policies_are_refused(
+    tied_model: str, field: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("prl_lightning.models.loading.load_causal_lm")  # nothing is loaded
+    with pytest.raises(ValueError, match=rf"model\.lora\.{field}={re.escape(repr(value))}"):
+        load_policy(tied_model, LORA | {field: value})
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"rank": 4}, r"model\.lora=.*'rank'"),
-        ({"use_dora": True}, r"model\.lora\.use_dora=True"),
-        ({"modules_to_save": ["lm_head"]}, r"model\.lora\.modules_to_save=\['lm_head'\]"),
+        ({"r": 0}, r"model\.lora=.*'r': 0"),
+        ({"lora_alpha": 0}, r"q_proj.*lora_alpha=0"),
+        ({"target_modules": ["no_proj"]}, r"model\.lora=.*no_proj"),
+        ({"target_modules": ["embed_tokens"]}, r"model\.embed_tokens.*lm_head\.weight.*target_mod"),
+        ({"target_modules": ["lm_head"]}, r"on lm_head.*target_modules"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(
-    tied_model: str, settings: dict[str, Any], message: str
+def test_adapters_that_cannot_work_are_refused(
+    tied_model: str, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delattr("prl_lightning.models.loading.load_causal_lm")
     with pytest.raises(ValueError, match=message):
         load_policy(tied_model, settings)
+
+
+def test_an_adapter_on_an_untied_head_is_refused(untied_model: str) -> None:
+    with pytest.raises(ValueError, match=r"on lm_head.*target_modules"):
+        load_policy(untied_model, {"target_modules": ["q_proj", "lm_head"]})
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="experts are linear layers")
+@pytest.mark.parametrize("kind", ["qwen3_moe", "olmoe", "mixtral"])
+def test_an_adapter_on_experts_is_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"mlp\.(experts|gate).*target_modules"):
+        add_lora(random_model(kind), LORA)
+    add_lora(random_model(kind), LORA | {"target_modules": ["q_proj"]})
 
 
 def test_without_peft_the_error_names_the_extra(

@@ -81,7 +81,9 @@ def train(
     datamodule = PromptDataModule(model, prompts, **(sizes | sets | data))
     settings = {"max_new_tokens": 8} | (rollout or {})
     watch = Watch()
-    options: dict[str, Any] = {"logger": False, "default_root_dir": folder / "root"}
+    options: dict[str, Any] = {
+        "logger": False, "default_root_dir": folder / "root", "enable_checkpointing": False,
+    }  # fmt: skip
     Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -91,7 +93,6 @@ def train(
             watch,
             *callbacks,
         ],
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
