@@ -192,15 +192,16 @@ def checksums(model: nn.Module) -> list[int]:
     torch's version counters would miss the callbacks that write to ``parameter.data``. A norm would
     lose small changes in rounding.
     """
-    return [_sum_of_bits(tensor) for _, tensor in named_tensors(model)]
+    sums = [_sum_of_bits(tensor) for _, tensor in named_tensors(model)]
+    return torch.stack(sums).tolist()  # one wait for the device
 
 
-def _sum_of_bits(tensor: Tensor) -> int:
+def _sum_of_bits(tensor: Tensor) -> Tensor:
     own = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
     bits = own.reshape(-1).view(INTEGERS[own.element_size()])
     # In chunks: torch copies what it sums as int64.
     chunks: tuple[Tensor, ...] = torch.split(bits, 2**24)
-    return sum(int(chunk.sum(dtype=torch.int64)) for chunk in chunks)
+    return torch.stack([chunk.sum(dtype=torch.int64) for chunk in chunks]).sum()
 
 
 def total_norm(model: nn.Module) -> Tensor:
