@@ -56,7 +56,9 @@ class RunSummary(Callback):
         earlier = next_to_it if next_to_it.is_file() else Path(self._earlier_file)
         if earlier.is_file():
             for step, row in metrics_rows(earlier):
-                if step < trainer.global_step:
+                # A signal in the middle of an iteration leaves a row that this run writes again.
+                is_again = "rollout/reward" in row and row["epoch"] >= trainer.current_epoch
+                if step < trainer.global_step and not is_again:
                     logger.log_metrics(row, step)
             _carry_over(earlier.parent, folder, trainer.global_step)
 

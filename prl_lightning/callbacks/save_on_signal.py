@@ -48,13 +48,25 @@ class SaveOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Check for a signal after each update."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._stop_if_asked(trainer)
+        """Check for a signal after each update.
+
+        Within an epoch, save and stop. After its last update, let Lightning end the epoch without
+        an evaluation, so that it writes the epoch's row of metrics.
+        """
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or not self._is_asked(trainer):
+            return
+        if trainer.is_last_batch:
+            trainer.limit_val_batches = 0
+        else:
+            self._save(trainer)
+            _log_unfinished_epoch(trainer)
+            raise SIGTERMException
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check again after the evaluation, before the next epoch is sampled."""
-        self._stop_if_asked(trainer)
+        """Save before the next epoch is sampled; Lightning stops after the row of metrics."""
+        if self._is_asked(trainer):
+            self._save(trainer)
+            trainer._signal_connector.received_sigterm = True
 
     def _record(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -67,9 +79,11 @@ class SaveOnSignal(Callback):
         if self._signal is None:
             self._signal = signum
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
-            return
+    def _is_asked(self, trainer: Trainer) -> bool:
+        """Whether any rank has received a signal; a collective."""
+        return trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+
+    def _save(self, trainer: Trainer) -> None:
         path = checkpoint_path(trainer)
         trainer.save_checkpoint(path)
         rank_zero_info(
@@ -81,7 +95,13 @@ class SaveOnSignal(Callback):
             asked = self._signal == slurm.requeue_signal
             if trainer.strategy.reduce_boolean_decision(asked, all=False):
                 _requeue(trainer)
-        raise SIGTERMException
+
+
+def _log_unfinished_epoch(trainer: Trainer) -> None:
+    """Write the metrics of the epoch so far; RunSummary leaves this row out if the run resumes."""
+    connector = trainer._logger_connector
+    connector.epoch_end_reached()
+    connector.log_metrics(connector.metrics["log"])
 
 
 def _slurm(trainer: Trainer) -> SLURMEnvironment | None:
