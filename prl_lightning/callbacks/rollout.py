@@ -28,7 +28,12 @@ from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.rollouts.statistics import reduction_of
 from prl_lightning.runs.progress import hide_trainer_bar
 from prl_lightning.sampling import Sampler, SamplingConfig, VLLMSampler
-from prl_lightning.trainer_access import is_last_epoch, prl_module, prompt_data
+from prl_lightning.trainer_access import (
+    finish_iteration,
+    is_last_epoch,
+    prl_module,
+    prompt_data,
+)
 
 
 def rollout_callback(trainer: Trainer) -> RolloutCallback:
@@ -149,6 +154,8 @@ class RolloutCallback(Callback):
         seconds = time.monotonic() - self._batch_start
         # Not over ranks: they wait for each other in every update.
         pl_module.log("train/seconds", seconds, on_step=False, on_epoch=True, reduce_fx="sum")
+        if trainer.should_stop and trainer.fit_loop._can_stop_early:
+            finish_iteration(trainer)
 
     def _log(self, module: LightningModule, values: dict[str, float]) -> None:
         self.resume.logged = values

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prl_lightning.runs.files import (
     COMPLETIONS,
@@ -21,7 +23,8 @@ from prl_lightning.runs.files import (
     read_metrics,
 )
 from prl_lightning.runs.tables import read_table
-from prl_lightning.trainer_access import csv_logger, run_folder
+from prl_lightning.runs.text import updates
+from prl_lightning.trainer_access import checkpoint_path, csv_logger, run_folder
 
 
 class RunSummary(Callback):
@@ -64,24 +67,40 @@ class RunSummary(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the summary last, on one rank."""
-        folder = run_folder(trainer)
-        finished = stage == "fit" and not trainer.interrupted and trainer.is_global_zero
-        if finished and (folder / METRICS).is_file():
-            print(self._text(trainer, folder, read_metrics(folder / METRICS)))
+        if stage == "fit" and not trainer.interrupted:
+            self._print(trainer, "Stopped early" if trainer.should_stop else "Done")
 
-    def _text(self, trainer: Trainer, folder: Path, curves: dict[str, Curve]) -> str:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Print the summary of a run that a signal has stopped."""
+        if isinstance(exception, SIGTERMException) and trainer.state.fn == TrainerFn.FITTING:
+            self._print(trainer, "Stopped by a signal")
+
+    def _print(self, trainer: Trainer, heading: str) -> None:
+        folder = run_folder(trainer)
+        if trainer.is_global_zero and (folder / METRICS).is_file():
+            print(self._text(trainer, folder, heading, read_metrics(folder / METRICS)), flush=True)
+
+    def _text(self, trainer: Trainer, folder: Path, heading: str, curves: dict[str, Curve]) -> str:
         evaluations = {
             name: values
             for name, (_, values) in curves.items()
             if name.rpartition("@")[2].isdecimal()
         }
         sets = {name.partition("/")[2].rpartition("/")[0] for name in evaluations}
-        lines = ["", f"Done: {trainer.global_step} updates."]
+        lines = ["", f"{heading}: {updates(trainer.global_step)}."]
         for name, values in sorted(evaluations.items(), key=lambda item: _order(item[0])):
             where, _, metric = name.partition("/")[2].rpartition("/")
             label = metric if len(sets) == 1 else f"{where} {metric}"
             lines.append(f"{label}: {values[0]:.2f} -> {values[-1]:.2f}")
         checkpoint = _checkpoint(trainer)
+        evaluated = _evaluated_step(folder)
+        if evaluated is not None and evaluated < trainer.global_step:
+            lines.append(
+                f"The last evaluation was after {updates(evaluated)}, not after "
+                f"{trainer.global_step}."
+            )
         lines += ["", f"metrics     {folder / METRICS}", f"config      {folder / CONFIG}"]
         if checkpoint:
             lines += [
@@ -106,7 +125,17 @@ def _checkpoint(trainer: Trainer) -> str:
     callback = trainer.checkpoint_callback
     if not isinstance(callback, ModelCheckpoint):
         return ""
-    return callback.last_model_path or callback.best_model_path
+    unscheduled = checkpoint_path(trainer)  # written at a signal
+    known = callback.last_model_path or callback.best_model_path
+    return known or (str(unscheduled) if unscheduled.exists() else "")
+
+
+def _evaluated_step(folder: Path) -> int | None:
+    """Return the number of updates before the last evaluation; None without evaluations."""
+    if not (folder / EVALUATIONS).is_file():
+        return None
+    evaluations, _ = read_evaluations(folder / EVALUATIONS)
+    return max((evaluation["step"] for evaluation in evaluations), default=None)
 
 
 def _carry_over(earlier: Path, folder: Path, step: int) -> None:

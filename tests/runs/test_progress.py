@@ -83,7 +83,7 @@ def test_no_bar_is_written_to_a_pipe(
     pipe = show_in(Stream(is_terminal=False), monkeypatch)
     fit(tied_model, tmp_path, bar)
     text = pipe.getvalue()
-    assert "Done: 1 updates." in text
+    assert "Done: 1 update." in text
     assert not [sign for sign in ("\r", "%|", "•", "Epoch 0", "it/s") if sign in text], text
 
 
