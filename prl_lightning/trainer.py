@@ -74,7 +74,8 @@ class PRLTrainer(Trainer):
             **kwargs,
         )
         # The Timer of max_time first: the other callbacks see that the run ends, and finish it.
-        self.callbacks.sort(key=lambda callback: not isinstance(callback, Timer))
+        callbacks = self.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: not isinstance(callback, Timer))
 
     def _run(
         self,

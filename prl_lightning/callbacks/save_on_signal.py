@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -26,11 +27,15 @@ class SaveOnSignal(Callback):
 
     Lightning's own handlers save or communicate in the middle of a step. These handlers only record
     the signal, and all ranks check for it together. A second SIGTERM kills the process at once.
+
+    ``prl validate``, ``test`` and ``predict`` have nothing to save: they exit at once with 143, and
+    their finished completions are kept for the next attempt.
     """
 
     def __init__(self) -> None:
         self._signal: int | None = None
         self._sigterm_at: float | None = None
+        self._is_evaluation = False
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handlers; Lightning restores the previous ones at the end."""
@@ -44,6 +49,27 @@ class SaveOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handlers if there was no sanity check."""
         self.on_sanity_check_start(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Install the handler that ends an evaluation."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._is_evaluation = True
+            self.on_sanity_check_start(trainer, pl_module)
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Say what an evaluation keeps, and end the other ranks."""
+        if self._is_evaluation and isinstance(exception, SIGTERMException):
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.SIGTERM)
+            rank_zero_info(
+                f"Stopped by a signal: finished completions are in {trainer.default_root_dir}/"
+                "samples. Continue with the same command."
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -78,6 +104,8 @@ class SaveOnSignal(Callback):
                 os.kill(os.getpid(), signum)
         if self._signal is None:
             self._signal = signum
+            if self._is_evaluation:
+                raise SIGTERMException(128 + signum)
 
     def _is_asked(self, trainer: Trainer) -> bool:
         """Whether any rank has received a signal; a collective."""

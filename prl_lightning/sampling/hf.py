@@ -66,11 +66,10 @@ class HFSampler(Sampler):
         rows = [(p.token_ids, p.seed + sample) for p in prompts for sample in range(config.n)]
         done: list[Completion] = []
         for start in range(0, len(rows), self.batch_size):
-            new = self._generate(rows[start : start + self.batch_size], config)
-            done += new
+            done += self._generate(rows[start : start + self.batch_size], config, on_progress)
             if on_progress is not None:
-                finished = len(done) // config.n - start // config.n
-                on_progress(finished, sum(completion.length for completion in new))
+                whole = range(start // config.n, len(done) // config.n)
+                on_progress({row: done[row * config.n : (row + 1) * config.n] for row in whole}, 0)
         return [done[first : first + config.n] for first in range(0, len(done), config.n)]
 
     def stop(self) -> None:
@@ -83,7 +82,10 @@ class HFSampler(Sampler):
         return self._model
 
     def _generate(
-        self, rows: list[tuple[list[int], int]], config: SamplingConfig
+        self,
+        rows: list[tuple[list[int], int]],
+        config: SamplingConfig,
+        on_progress: Progress | None,
     ) -> list[Completion]:
         """Complete rows of prompt and seed."""
         model, pad = self._started(), config.stop_token_ids[0]
@@ -91,7 +93,7 @@ class HFSampler(Sampler):
         padded = pad_sequence(prompts, True, pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(x) for x in prompts], True, padding_side="left")
         width = padded.shape[1]
-        processor = _SeededSampling([seed for _, seed in rows], config, prompt_width=width)
+        processor = _SeededSampling([seed for _, seed in rows], config, width, on_progress)
         output = model.generate(
             padded.to(model.device),
             attention_mask=mask.to(model.device),
@@ -116,9 +118,17 @@ class _SeededSampling(LogitsProcessor):
     greedy decoding picks the sampled one.
     """
 
-    def __init__(self, seeds: list[int], config: SamplingConfig, prompt_width: int) -> None:
+    def __init__(
+        self,
+        seeds: list[int],
+        config: SamplingConfig,
+        prompt_width: int,
+        on_progress: Progress | None,
+    ) -> None:
         self.config = config
         self.prompt_width = prompt_width
+        self.on_progress = on_progress
+        self.is_unfinished = torch.ones(len(seeds), dtype=torch.bool)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.uniforms = torch.stack(
             [torch.rand(config.max_new_tokens, generator=generator) for generator in generators]
@@ -137,6 +147,10 @@ class _SeededSampling(LogitsProcessor):
         token = torch.searchsorted(cumulative, target, right=True)
         token = token.clamp(max=scores.shape[-1] - 1)
         self.logprobs.append(logprobs.gather(-1, token).squeeze(-1))
+        if self.on_progress is not None:
+            self.on_progress({}, int(self.is_unfinished.sum()))
+            stop = torch.tensor(self.config.stop_token_ids)
+            self.is_unfinished &= ~torch.isin(token.squeeze(-1).cpu(), stop)
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
