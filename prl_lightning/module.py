@@ -318,18 +318,22 @@ class PRLModule(LightningModule):
         return None if batch.is_padding else inspected
 
     @torch.no_grad()
-    def inspect(self, batch: RolloutBatch) -> dict[str, Tensor]:
+    def inspect(
+        self, batch: RolloutBatch, policy_logprobs: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Compute every quantity of the method at each token, as the loss does.
 
         Args:
             batch: with its outcome advantages, on this module's device.
+            policy_logprobs: (B, T), of an earlier policy; by default they are computed.
 
         Returns:
             ``policy_logprobs``, ``advantages`` and ``step_ends`` (bool, nowhere True in the token
             form), and with a reference ``ref_logprobs`` and ``process_rewards`` (v2 Eq. 5.4), each
             (B, T).
         """
-        policy_logprobs = self.score(batch, "policy")
+        if policy_logprobs is None:
+            policy_logprobs = self.score(batch, "policy")
         ref_logprobs = self.score(batch, "reference") if self.keeps_reference else None
         step_ends = self.splitter(batch.completion_ids, batch.completion_mask)
         _, stats = self.objective.loss(policy_logprobs, ref_logprobs, batch, step_ends)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
@@ -75,6 +75,9 @@ class PRLTrainer(Trainer):
             use_distributed_sampler=use_distributed_sampler,
             **kwargs,
         )
+        # The Timer of max_time first: the other callbacks see that the run ends, and finish it.
+        callbacks = self.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: not isinstance(callback, Timer))
 
     def _run(
         self,

@@ -50,12 +50,17 @@ def save_now(trainer: Trainer) -> str:
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return "saved nothing (trainer.fast_dev_run)"
-    path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-    callback = trainer.checkpoint_callback
-    if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
-        path = Path(callback.last_model_path or Path(callback.dirpath) / "last.ckpt")
+    path = checkpoint_path(trainer)
     trainer.save_checkpoint(path)
     return f"saved {path}"
+
+
+def checkpoint_path(trainer: Trainer) -> Path:
+    """Return where an unscheduled checkpoint goes; it replaces the last one."""
+    callback = trainer.checkpoint_callback
+    if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+        return Path(callback.last_model_path or Path(callback.dirpath) / "last.ckpt")
+    return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
 
 
 def append_rows(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -80,6 +85,20 @@ def is_last_epoch(trainer: Trainer) -> bool:
     ends = trainer.global_step + trainer.num_training_batches // trainer.accumulate_grad_batches
     by_epochs = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
     return by_epochs or 0 <= updates <= ends
+
+
+def finish_iteration(trainer: Trainer) -> None:
+    """Let a run that ``max_time`` stops make the iteration's last update, and evaluate it.
+
+    Lightning would stop after any micro-batch, and evaluate only at ``check_val_every_n_epoch``.
+
+    Args:
+        trainer: with ``should_stop``, in ``on_train_batch_end``. The Timer sets it again later.
+    """
+    if trainer.is_last_batch:
+        trainer.check_val_every_n_epoch = 1
+    else:
+        trainer.should_stop = False
 
 
 def prl_module(module: LightningModule) -> PRLModule:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from prl_lightning.data import collate
@@ -62,6 +63,7 @@ class CompletionLog(Callback):
         self.every_n_epochs = every_n_epochs
         self.groups = groups
         self._rows: list[dict[str, Any]] = []
+        self._unwritten: dict[str, int] | None = None  # step and epoch of the current rollouts
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -69,18 +71,20 @@ class CompletionLog(Callback):
         """Write the epoch before its first update, with the current policy's log-probabilities."""
         if batch_idx or not self.every_n_epochs:
             return
-        if trainer.current_epoch % self.every_n_epochs and not is_last_epoch(trainer):
-            return
-        module, size = prl_module(pl_module), prompt_data(trainer).group_size
-        rollouts = prompt_data(trainer).train_buffer.rollouts
-        kept = math.ceil(self.groups / trainer.world_size)
-        for number in range(len(rollouts) // size):
-            group = rollouts[number * size : (number + 1) * size]
-            inspected = None
-            if number < kept:
-                inspected = module.inspect(collate(group, 1, len(group)).to(module.device))
-            self._add(trainer, group, inspected, number)
-        self._write(trainer)
+        self._unwritten = weights_origin(trainer, pl_module)
+        if trainer.current_epoch % self.every_n_epochs == 0 or is_last_epoch(trainer):
+            self._write_epoch(trainer, is_updated=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last epoch of a run that ended early, such as at ``max_time``."""
+        self._write_epoch(trainer, is_updated=True)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Write the last epoch of a run that a signal has stopped."""
+        if isinstance(exception, SIGTERMException):
+            self._write_epoch(trainer, is_updated=True)
 
     def on_predict_batch_end(
         self,
@@ -97,10 +101,34 @@ class CompletionLog(Callback):
         names, buffers = zip(*prompt_data(trainer).eval_buffers.items(), strict=True)
         number = batch_idx + sum(len(buffer) for buffer in buffers[:dataloader_idx])
         group = buffers[dataloader_idx].micro_batch_rollouts[batch_idx]
-        self._add(trainer, group, outputs, number, names[dataloader_idx])
+        origin = weights_origin(trainer, pl_module)
+        self._add(trainer, group, outputs, number, origin, names[dataloader_idx])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write all groups."""
+        self._write(trainer)
+
+    def _write_epoch(self, trainer: Trainer, is_updated: bool) -> None:
+        """Write the training buffer's groups, once.
+
+        Args:
+            trainer: of the run.
+            is_updated: show the log-probabilities at the sampling; the policy has changed since.
+        """
+        origin, self._unwritten = self._unwritten, None
+        if origin is None:
+            return
+        module, size = prl_module(trainer.lightning_module), prompt_data(trainer).group_size
+        rollouts = prompt_data(trainer).train_buffer.rollouts
+        kept = math.ceil(self.groups / trainer.world_size)
+        for number in range(len(rollouts) // size):
+            group = rollouts[number * size : (number + 1) * size]
+            inspected = None
+            if number < kept:
+                batch = collate(group, 1, len(group)).to(module.device)
+                old = batch.rollout_logprobs if batch.old_logprobs is None else batch.old_logprobs
+                inspected = module.inspect(batch, old if is_updated else None)
+            self._add(trainer, group, inspected, number, origin)
         self._write(trainer)
 
     def _add(
@@ -109,14 +137,14 @@ class CompletionLog(Callback):
         group: Sequence[Rollout],
         inspected: dict[str, Tensor] | None,
         number: int,
+        origin: dict[str, int],
         name: str = "train",
     ) -> None:
         """Add a row for each completion of this rank's ``number``-th group."""
-        at = weights_origin(trainer, trainer.lightning_module)
         for place, rollout in enumerate(group):
             row: dict[str, Any] = {
                 "set": name,
-                **at,
+                **origin,
                 "group": number * trainer.world_size + trainer.global_rank,
                 "reward": rollout.reward,
                 "outcome_advantage": rollout.outcome_advantage.mean().item(),

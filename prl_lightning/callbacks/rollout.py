@@ -32,7 +32,12 @@ from prl_lightning.rollouts.statistics import reduction_of
 from prl_lightning.runs.progress import hide_trainer_bar
 from prl_lightning.sampling import Sampler, SamplingConfig, VLLMSampler
 from prl_lightning.sampling.stops import decode, split_stops
-from prl_lightning.trainer_access import is_last_epoch, prl_module, prompt_data
+from prl_lightning.trainer_access import (
+    finish_iteration,
+    is_last_epoch,
+    prl_module,
+    prompt_data,
+)
 
 
 def rollout_callback(trainer: Trainer) -> RolloutCallback:
@@ -87,7 +92,6 @@ class RolloutCallback(Callback):
             stop=tuple(stop or ()),
         )
         self.engine: EngineLink | None = None
-        self._training_seconds = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the settings before a model is loaded, and start the reward functions.
@@ -168,13 +172,11 @@ class RolloutCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add up the time of the micro-batches, without a validation between two of them."""
-        self._training_seconds += time.monotonic() - self._batch_start
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log how long the updates took."""
-        if self._training_seconds:  # 0 if a checkpoint was loaded at the end of the epoch
-            pl_module.log("train/seconds", self._training_seconds, sync_dist=True)
-            self._training_seconds = 0.0
+        seconds = time.monotonic() - self._batch_start
+        # Not over ranks: they wait for each other in every update.
+        pl_module.log("train/seconds", seconds, on_step=False, on_epoch=True, reduce_fx="sum")
+        if trainer.should_stop and trainer.fit_loop._can_stop_early:
+            finish_iteration(trainer)
 
     def _log(self, module: LightningModule, values: dict[str, float]) -> None:
         self.resume.logged = values

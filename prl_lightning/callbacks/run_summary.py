@@ -10,6 +10,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prl_lightning.runs.files import (
     COMPLETIONS,
@@ -24,7 +26,8 @@ from prl_lightning.runs.files import (
 )
 from prl_lightning.runs.folders import EARLIER_METRICS, folder_of
 from prl_lightning.runs.tables import read_table
-from prl_lightning.trainer_access import csv_logger, run_folder
+from prl_lightning.runs.text import updates
+from prl_lightning.trainer_access import checkpoint_path, csv_logger, run_folder
 
 
 class RunSummary(Callback):
@@ -69,24 +72,40 @@ class RunSummary(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the summary last, on one rank."""
-        folder = run_folder(trainer)
-        finished = stage == "fit" and not trainer.interrupted and trainer.is_global_zero
-        if finished and (folder / METRICS).is_file():
-            print(self._text(trainer, folder, read_metrics(folder / METRICS)))
+        if stage == "fit" and not trainer.interrupted:
+            self._print(trainer, "Stopped early" if trainer.should_stop else "Done")
 
-    def _text(self, trainer: Trainer, folder: Path, curves: dict[str, Curve]) -> str:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Print the summary of a run that a signal has stopped."""
+        if isinstance(exception, SIGTERMException) and trainer.state.fn == TrainerFn.FITTING:
+            self._print(trainer, "Stopped by a signal")
+
+    def _print(self, trainer: Trainer, heading: str) -> None:
+        folder = run_folder(trainer)
+        if trainer.is_global_zero and (folder / METRICS).is_file():
+            print(self._text(trainer, folder, heading, read_metrics(folder / METRICS)), flush=True)
+
+    def _text(self, trainer: Trainer, folder: Path, heading: str, curves: dict[str, Curve]) -> str:
         evaluations = {
             name: values
             for name, (_, values) in curves.items()
             if name.rpartition("@")[2].isdecimal()
         }
         sets = {name.partition("/")[2].rpartition("/")[0] for name in evaluations}
-        lines = ["", f"Done: {trainer.global_step} updates."]
+        lines = ["", f"{heading}: {updates(trainer.global_step)}."]
         for name, values in sorted(evaluations.items(), key=lambda item: _order(item[0])):
             where, _, metric = name.partition("/")[2].rpartition("/")
             label = metric if len(sets) == 1 else f"{where} {metric}"
             lines.append(f"{label}: {values[0]:.2f} -> {values[-1]:.2f}")
         checkpoint = _checkpoint(trainer)
+        evaluated = _evaluated_step(folder)
+        if evaluated is not None and evaluated < trainer.global_step:
+            lines.append(
+                f"The last evaluation was after {updates(evaluated)}, not after "
+                f"{trainer.global_step}."
+            )
         lines += ["", f"metrics     {folder / METRICS}", f"config      {folder / CONFIG}"]
         if checkpoint:
             lines += [
@@ -111,14 +130,25 @@ def _checkpoint(trainer: Trainer) -> str:
     callback = trainer.checkpoint_callback
     if not isinstance(callback, ModelCheckpoint):
         return ""
-    return callback.last_model_path or callback.best_model_path
+    unscheduled = checkpoint_path(trainer)  # written at a signal
+    known = callback.last_model_path or callback.best_model_path
+    return known or (str(unscheduled) if unscheduled.exists() else "")
+
+
+def _evaluated_step(folder: Path) -> int | None:
+    """Return the number of updates before the last evaluation; None without evaluations."""
+    if not (folder / EVALUATIONS).is_file():
+        return None
+    evaluations, _ = read_evaluations(folder / EVALUATIONS)
+    return max((evaluation["step"] for evaluation in evaluations), default=None)
 
 
 def _kept_rows(trainer: Trainer, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the rows before the checkpoint, without the means over a part of its epoch."""
     is_within = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     for step, row in metrics_rows(file):
-        is_of_epoch = row.get("epoch") == trainer.current_epoch and "train/loss" in row
+        is_mean = "train/loss" in row or "rollout/reward" in row
+        is_of_epoch = is_mean and row.get("epoch", -1) >= trainer.current_epoch
         if step < trainer.global_step and not (is_within and is_of_epoch):
             yield step, row
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -26,11 +27,15 @@ class SaveOnSignal(Callback):
 
     Lightning's own handlers save or communicate in the middle of a step. These handlers only record
     the signal, and all ranks check for it together. A second SIGTERM kills the process at once.
+
+    ``prl validate``, ``test`` and ``predict`` have nothing to save: they exit at once with 143, and
+    their finished completions are kept for the next attempt.
     """
 
     def __init__(self) -> None:
         self._signal: int | None = None
         self._sigterm_at: float | None = None
+        self._is_evaluation = False
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handlers; Lightning restores the previous ones at the end."""
@@ -45,16 +50,49 @@ class SaveOnSignal(Callback):
         """Install the handlers if there was no sanity check."""
         self.on_sanity_check_start(trainer, pl_module)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Install the handler that ends an evaluation."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._is_evaluation = True
+            self.on_sanity_check_start(trainer, pl_module)
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Say what an evaluation keeps, and end the other ranks."""
+        if self._is_evaluation and isinstance(exception, SIGTERMException):
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.SIGTERM)
+            rank_zero_info(
+                f"Stopped by a signal: finished completions are in {trainer.default_root_dir}/"
+                "samples. Continue with the same command."
+            )
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Check for a signal after each update."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._stop_if_asked(trainer)
+        """Check for a signal after each update.
+
+        Within an epoch, save and stop. After its last update, let Lightning end the epoch without
+        an evaluation, so that it writes the epoch's row of metrics.
+        """
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or not self._is_asked(trainer):
+            return
+        if trainer.is_last_batch:
+            trainer.limit_val_batches = 0
+        else:
+            self._save(trainer)
+            _log_unfinished_epoch(trainer)
+            raise SIGTERMException
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check again after the evaluation, before the next epoch is sampled."""
-        self._stop_if_asked(trainer)
+        """Save before the next epoch is sampled; Lightning stops after the row of metrics."""
+        if self._is_asked(trainer):
+            self._save(trainer)
+            trainer._signal_connector.received_sigterm = True
 
     def _record(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -66,10 +104,14 @@ class SaveOnSignal(Callback):
                 os.kill(os.getpid(), signum)
         if self._signal is None:
             self._signal = signum
+            if self._is_evaluation:
+                raise SIGTERMException(128 + signum)
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
-            return
+    def _is_asked(self, trainer: Trainer) -> bool:
+        """Whether any rank has received a signal; a collective."""
+        return trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+
+    def _save(self, trainer: Trainer) -> None:
         saved = save_now(trainer)
         rank_zero_info(
             f"Stopped by a signal: {saved} after {trainer.global_step} updates. "
@@ -80,7 +122,13 @@ class SaveOnSignal(Callback):
             asked = self._signal == slurm.requeue_signal
             if trainer.strategy.reduce_boolean_decision(asked, all=False):
                 _requeue(trainer)
-        raise SIGTERMException
+
+
+def _log_unfinished_epoch(trainer: Trainer) -> None:
+    """Write the metrics of the epoch so far; RunSummary leaves this row out if the run resumes."""
+    connector = trainer._logger_connector
+    connector.epoch_end_reached()
+    connector.log_metrics(connector.metrics["log"])
 
 
 def _slurm(trainer: Trainer) -> SLURMEnvironment | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -175,7 +176,7 @@ class EngineLink:
         asked = f"failed on {len(prompts)} prompts x {config.n} completions after update {step}"
         with self._engine_errors(asked):
             groups = self.sampler.generate(prompts, config, on_progress)
-        _check_groups(groups, prompts, config)
+        _check_groups(config, groups, prompts)
         return Samples(groups, config, step, time.monotonic() - start)
 
     def stop(self) -> None:
@@ -201,9 +202,9 @@ class EngineLink:
     def _sample_cached(self, prompts: list[Prompt], config: SamplingConfig) -> Samples:
         """Sample only prompts that no earlier evaluation of the same weights has sampled.
 
-        The cache is the folder ``samples`` under ``trainer.default_root_dir``. It is written part
-        by part, so that an interrupted evaluation continues, and one with other rewards samples
-        nothing.
+        The cache is the folder ``samples`` under ``trainer.default_root_dir``. It is written as
+        groups finish, so that an interrupted evaluation continues, and one with other rewards
+        samples nothing.
         """
         start = time.monotonic()
         name = fingerprint(self.module.weights(), self.sampler, config)
@@ -219,7 +220,12 @@ class EngineLink:
         with sampling_bar(self.trainer, len(missing)) as on_progress:
             for first in range(0, len(missing), size):
                 some = missing[first : first + size]
-                cache.add(some, self.generate(some, config, on_progress).groups)
+                with cache.keeping(some, partial(_check_groups, config), on_progress) as keep:
+                    groups = self.generate(some, config, keep).groups
+                # Of an engine that does not report its groups:
+                left = [pair for pair in zip(some, groups, strict=True) if pair[0] not in cache]
+                if left:
+                    cache.add(*zip(*left, strict=True))
         groups = [cache[prompt] for prompt in prompts]
         return Samples(groups, config, self.trainer.global_step, time.monotonic() - start)
 
@@ -241,7 +247,7 @@ def _inputs(prompts: list[Prompt]) -> list[tuple[list[int], int]]:
 
 
 def _check_groups(
-    groups: list[list[Completion]], prompts: list[Prompt], config: SamplingConfig
+    config: SamplingConfig, groups: list[list[Completion]], prompts: list[Prompt]
 ) -> None:
     """Refuse missing, empty or cut completions: they would look like a bad policy."""
     found = [len(group) for group in groups]

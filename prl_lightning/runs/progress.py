@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -118,10 +118,10 @@ def sampling_bar(trainer: Trainer, prompts: int) -> Iterator[Progress]:
     start, sampled = time.monotonic(), 0
     with progress_bar(trainer, "Sampling", prompts) as advance:
 
-        def on_progress(done: int, tokens: int) -> None:
+        def on_progress(finished: Mapping[int, Any], tokens: int) -> None:
             nonlocal sampled
             sampled += tokens
             speed = sampled / max(time.monotonic() - start, 1e-9)
-            advance(done, f"{speed:,.0f} tokens/s")
+            advance(len(finished), f"{sampled:,} tokens, {speed:,.0f} tokens/s")
 
         yield on_progress

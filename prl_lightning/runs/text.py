@@ -24,6 +24,19 @@ def prompt_text(source: str | list[Message]) -> str:
     return "\n\n".join(f"{message['role']}: {message.get('content', '')}" for message in source)
 
 
+def updates(count: int) -> str:
+    """Count updates in words.
+
+    Args:
+        count: their number.
+
+    Example:
+        >>> updates(0), updates(1), updates(30)
+        ('0 updates', '1 update', '30 updates')
+    """
+    return f"{count} update" if count == 1 else f"{count} updates"
+
+
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a table in Markdown.
 

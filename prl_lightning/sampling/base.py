@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,9 @@ from prl_lightning.types import Completion, Prompt
 
 MIN_TEMPERATURE = 0.01  # vLLM would raise a lower one to this, except 0
 
-# Called with the numbers of prompts finished and of tokens sampled since the last call.
-Progress = Callable[[int, int], None]
+# Called with the groups finished since the last call, by the index of their prompt, and with the
+# number of tokens sampled since then.
+Progress = Callable[[Mapping[int, list[Completion]], int], None]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ class Sampler(ABC):
         Args:
             prompts: to complete.
             config: of the sampling.
-            on_progress: called in this process during sampling, from any thread.
+            on_progress: called in this process during sampling, from any thread. Groups that it
+                gets are kept if the sampling is interrupted.
         """
 
     @abstractmethod

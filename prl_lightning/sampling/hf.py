@@ -74,14 +74,16 @@ class HFSampler(Sampler):
         size = config.num_distinct
         rows = [(p.token_ids, p.seed + sample) for p in prompts for sample in range(size)]
         done: list[Completion] = []
+
+        def groups(row: int) -> list[Completion]:
+            return done[row * size : (row + 1) * size] * (config.n // size)
+
         for start in range(0, len(rows), self.batch_size):
-            new = self._generate(rows[start : start + self.batch_size], config)
-            done += new
+            done += self._generate(rows[start : start + self.batch_size], config, on_progress)
             if on_progress is not None:
-                finished = len(done) // size - start // size
-                on_progress(finished, sum(completion.length for completion in new))
-        groups = (done[first : first + size] for first in range(0, len(done), size))
-        return [group * (config.n // size) for group in groups]
+                whole = range(start // size, len(done) // size)
+                on_progress({row: groups(row) for row in whole}, 0)
+        return [groups(row) for row in range(len(prompts))]
 
     def stop(self) -> None:
         """See ``Sampler.stop``."""
@@ -93,7 +95,10 @@ class HFSampler(Sampler):
         return self._model
 
     def _generate(
-        self, rows: list[tuple[list[int], int]], config: SamplingConfig
+        self,
+        rows: list[tuple[list[int], int]],
+        config: SamplingConfig,
+        on_progress: Progress | None,
     ) -> list[Completion]:
         """Complete rows of prompt and seed."""
         model, pad = self._started(), next(iter(config.stop_token_ids), 0)
@@ -101,7 +106,8 @@ class HFSampler(Sampler):
         padded = pad_sequence(prompts, True, pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(x) for x in prompts], True, padding_side="left")
         width = padded.shape[1]
-        processor = _SeededSampling([seed for _, seed in rows], config, prompt_width=width)
+        seeds = [seed for _, seed in rows]
+        processor = _SeededSampling(seeds, config, width, on_progress)
         ends = _StopTexts(self._name, config, width) if config.stop_texts else None
         output = model.generate(
             padded.to(model.device),
@@ -132,9 +138,17 @@ class _SeededSampling(LogitsProcessor):
     greedy decoding picks the sampled one.
     """
 
-    def __init__(self, seeds: list[int], config: SamplingConfig, prompt_width: int) -> None:
+    def __init__(
+        self,
+        seeds: list[int],
+        config: SamplingConfig,
+        prompt_width: int,
+        on_progress: Progress | None,
+    ) -> None:
         self.config = config
         self.prompt_width = prompt_width
+        self.on_progress = on_progress
+        self.is_unfinished = torch.ones(len(seeds), dtype=torch.bool)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.uniforms = torch.stack(
             [torch.rand(config.max_new_tokens, generator=generator) for generator in generators]
@@ -157,6 +171,10 @@ class _SeededSampling(LogitsProcessor):
 
     def _keep(self, token: Tensor, logprobs: Tensor) -> Tensor:
         self.logprobs.append(logprobs.gather(-1, token).squeeze(-1))
+        if self.on_progress is not None:
+            self.on_progress({}, int(self.is_unfinished.sum()))
+            stop = torch.tensor(self.config.stop_token_ids)
+            self.is_unfinished &= ~torch.isin(token.squeeze(-1).cpu(), stop)
         return torch.full_like(logprobs, -torch.inf).scatter(-1, token, 0.0)
 
 

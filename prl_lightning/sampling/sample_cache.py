@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
+from time import monotonic
 
 import torch
 from torch import Tensor
 
 from prl_lightning.runs.tables import read_table, write_table
-from prl_lightning.sampling.base import Sampler, SamplingConfig
+from prl_lightning.sampling.base import Progress, Sampler, SamplingConfig
 from prl_lightning.types import Completion, Prompt
 
+Check = Callable[[list[list[Completion]], list[Prompt]], None]
+
 ENTRIES = 4096  # hashed per tensor; an update changes nearly all, so these identify the weights
-PART = 2048  # completions per file, the most that an interruption can lose
+PART = 2048  # completions per call of the engine; one without on_progress can lose as many
+WRITE_SECONDS = 60.0  # a killed process loses the groups that were finished since the last write
 
 
 def fingerprint(
@@ -82,6 +87,42 @@ class SampleCache:
         files = (self.folder / f"part-{self.rank:05d}-{number:05d}.parquet" for number in count())
         write_table(next(file for file in files if not file.exists()), rows)
         self._groups.update(zip(keys, groups, strict=True))
+
+    @contextmanager
+    def keeping(
+        self, prompts: Sequence[Prompt], check: Check, on_progress: Progress
+    ) -> Iterator[Progress]:
+        """Add groups as they are sampled; those that are finished survive an interruption.
+
+        Args:
+            prompts: that are sampled.
+            check: raises an error for groups that must not be kept.
+            on_progress: called with everything that the yielded one is called with.
+
+        Yields:
+            The ``on_progress`` of ``Sampler.generate``.
+        """
+        pending: dict[int, list[Completion]] = {}
+        written = monotonic()
+
+        def write() -> None:
+            nonlocal written
+            if pending:
+                self.add([prompts[row] for row in pending], list(pending.values()))
+            pending.clear()
+            written = monotonic()
+
+        def keep(finished: Mapping[int, list[Completion]], tokens: int) -> None:
+            check(list(finished.values()), [prompts[row] for row in finished])
+            pending.update(finished)
+            if monotonic() - written >= WRITE_SECONDS:
+                write()
+            on_progress(finished, tokens)
+
+        try:
+            yield keep
+        finally:
+            write()
 
 
 def _key(prompt: Prompt) -> str:

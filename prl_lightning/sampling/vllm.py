@@ -152,23 +152,38 @@ class VLLMSampler(Sampler):
         if config.stop_texts and processor.tokenizer is None:  # only these need one
             processor.tokenizer = load_tokenizer(self._model)
         inputs = [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
+        first = self._llm.request_counter.counter  # requests have ascending numbers
         self._llm.enqueue(inputs, params, use_tqdm=False)
-        outputs: dict[int, list[Completion]] = {}
+        groups: dict[int, list[Completion]] = {}
+        copies, reported, complete = config.n // config.num_distinct, 0, 0
         while self._llm.llm_engine.has_unfinished_requests():
-            for output in filter(lambda one: one.finished, self._llm.llm_engine.step()):
-                group = [_completion(sample) for sample in output.outputs]
-                outputs[int(output.request_id)] = group * (config.n // config.num_distinct)
-                if on_progress is not None:
-                    on_progress(1, sum(completion.length for completion in group))
+            finished = {
+                int(output.request_id) - first: [_completion(sample) for sample in output.outputs]
+                for output in self._llm.llm_engine.step()
+                if output.finished
+            }
+            new = {row: group * copies for row, group in finished.items()}
+            groups |= new
+            if on_progress is not None:
+                complete += sum(one.length for group in finished.values() for one in group)
+                # A finished completion is counted again with its group.
+                tokens = max(0, complete + self._unfinished_tokens() - reported)
+                on_progress(new, tokens)
+                reported += tokens
         if self.sleeps:
             self._llm.sleep(level=1)
             self._is_asleep = True
-        return [group for _, group in sorted(outputs.items())]
+        return [groups[row] for row in range(len(prompts))]
 
     def stop(self) -> None:
         """See ``Sampler.stop``."""
         self._llm = None
         self._is_asleep = False
+
+    def _unfinished_tokens(self) -> int:
+        """Count the tokens of unfinished completions; the engine returns finished groups only."""
+        states = self._llm.llm_engine.output_processor.request_states.values()
+        return sum(state.detokenizer.num_output_tokens() for state in states)
 
     def _set_environment(self) -> None:
         """Set what vLLM and Triton read when they are imported."""

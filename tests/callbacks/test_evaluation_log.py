@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ from prl_lightning.sampling import (
     SamplingConfig,
     SubprocessSampler,
     VLLMSampler,
+    sample_cache,
 )
 from prl_lightning.sampling.sample_cache import SampleCache, fingerprint
 from prl_lightning.types import Completion, Prompt
@@ -45,10 +48,14 @@ REWARDS = [EVEN, ODD, MATH, LAST_DIGIT]
 
 
 class CountingSampler(HFSampler):
-    """Record the number of prompts of each call; fail on request, as a preempted machine does."""
+    """Record the number of prompts of each call; fail on request, as a preempted machine does.
+
+    A signal comes after so many groups, in the middle of a call.
+    """
 
     sampled: list[int] = []
     fails_after: int | None = None
+    terminated_after: int | None = None
 
     def generate(
         self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
@@ -56,7 +63,17 @@ class CountingSampler(HFSampler):
         if len(self.sampled) == self.fails_after:
             raise KeyboardInterrupt
         self.sampled.append(len(prompts))
-        return super().generate(prompts, config, on_progress)
+        groups = 0
+
+        def terminated(finished: Mapping[int, list[Completion]], tokens: int) -> None:
+            nonlocal groups
+            groups += len(finished)
+            assert on_progress is not None
+            on_progress(finished, tokens)
+            if finished and groups == self.terminated_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return super().generate(prompts, config, terminated)
 
 
 def validate(model: str, folder: Path, *args: str) -> None:
@@ -204,6 +221,29 @@ def test_a_greedy_evaluation_says_what_its_metrics_are(tied_model: str, tmp_path
     assert re.search(said, table)
 
 
+def test_sigterm_ends_an_evaluation_at_once_and_keeps_the_finished_groups(
+    evaluated: Evaluated,
+    tied_model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """All of them, of a single call of the engine."""
+    monkeypatch.setattr(CountingSampler, "sampled", [])
+    monkeypatch.setattr(CountingSampler, "terminated_after", 2)
+    before = signal.getsignal(signal.SIGTERM)
+    one_by_one = "--rollout.sampler.init_args.batch_size=4"
+    with pytest.raises(SystemExit) as stopped:
+        validate(tied_model, tmp_path, one_by_one)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert f"{tmp_path / 'run' / 'samples'}" in caplog.text
+    monkeypatch.setattr(CountingSampler, "terminated_after", None)
+    validate(tied_model, tmp_path, one_by_one)
+    assert CountingSampler.sampled == [5, 3]
+    assert results(tmp_path, 1) == results(evaluated.folder, 0)
+
+
 def test_an_evaluation_records_what_it_evaluated(tied_model: str, tmp_path: Path) -> None:
     fit(*tiny_overrides(tied_model, tmp_path))
     assert not (tmp_path / "run" / "version_0" / "samples.parquet").exists()
@@ -265,6 +305,39 @@ def test_the_fingerprint_changes_with_one_weight_or_the_engine() -> None:
     plain, quantized = VLLMSampler(), VLLMSampler(engine_args={"quantization": "fp8"})
     others = [fingerprint(iter(weights(0)), other, CONFIG) for other in (plain, quantized)]
     assert len({same[0], *others}) == 3
+
+
+def test_groups_are_written_once_a_minute_and_bad_ones_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(sample_cache, "monotonic", lambda: now)
+    prompts = [Prompt([3], "a", seed=row) for row in range(4)]
+    group = [Completion([5, 1], [-0.1, -0.2], finished=True)]
+    told: list[int] = []
+
+    def refuse_empty(groups: list[list[Completion]], of: list[Prompt]) -> None:
+        if not all(groups):
+            raise RuntimeError("an empty group")
+
+    def kept() -> list[bool]:
+        cache = SampleCache(tmp_path, rank=0)
+        return [prompt in cache for prompt in prompts]
+
+    cache = SampleCache(tmp_path, rank=0)
+    note = lambda finished, tokens: told.append(tokens)  # noqa: E731
+    with cache.keeping(prompts, refuse_empty, note) as keep:
+        keep({2: group}, 2)
+        assert not any(kept())
+        now = sample_cache.WRITE_SECONDS
+        keep({}, 7)
+        assert kept() == [False, False, True, False]
+        keep({0: group}, 2)
+        assert kept() == [False, False, True, False]
+        with pytest.raises(RuntimeError, match="an empty group"):
+            keep({1: []}, 0)
+    assert kept() == [True, False, True, False]
+    assert told == [2, 7, 2]
 
 
 def test_the_cache_returns_what_was_added(tmp_path: Path) -> None:

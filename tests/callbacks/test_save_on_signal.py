@@ -11,10 +11,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from interruptions import Command, Settings, callback, differing
+from interruptions import Command, callback, differing
 from prl_lightning.callbacks import save_on_signal
 from prl_lightning.cli import main
-from tiny_runs import QUICKSTART
+from tiny_runs import QUICKSTART, metrics_of
 from trainer_runs import TRAIN_ALONE
 
 pytestmark = pytest.mark.process
@@ -40,25 +40,27 @@ def interrupted(
 
 
 @pytest.fixture(scope="module")
-def alone(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def alone(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Command:
     command = Command(tied_model, tmp_path_factory.mktemp("alone"))
     fit(command, "--trainer.callbacks.init_args.every_n_epochs=1")
-    return command.last()
+    return command
 
 
 @pytest.mark.parametrize(
-    ("hook", "call", "step"),
+    ("hook", "call", "step", "evaluations"),
     [
-        ("on_train_batch_start", 5, 3),  # within an update of the second epoch
-        ("on_train_epoch_start", 1, 3),  # before it is sampled
-        ("on_validation_batch_start", 0, 4),  # after it: the evaluation is finished first
+        ("on_train_batch_start", 5, 3, 1),  # within an update of the second epoch
+        ("on_train_batch_start", 7, 4, 1),  # in its last update: it is not evaluated
+        ("on_train_epoch_start", 1, 3, 1),  # before it is sampled
+        ("on_validation_batch_start", 0, 4, 2),  # after it: the evaluation is finished first
     ],
 )
 def test_sigterm_saves_after_the_update_and_the_run_can_be_continued(
     hook: str,
     call: int,
     step: int,
-    alone: Settings,
+    evaluations: int,
+    alone: Command,
     tied_model: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -67,8 +69,16 @@ def test_sigterm_saves_after_the_update_and_the_run_can_be_continued(
     interrupted(command, hook, call)
     assert command.last()["global_step"] == step
     assert f"last.ckpt after {step} updates" in caplog.text
+    rows, whole = metrics_of(command.folder), metrics_of(alone.folder)
+    assert rows["rollout/reward"] == whole["rollout/reward"][:2]  # its iteration has a row
+    for name in ("train/loss", "train/seconds"):
+        assert len(rows[name]) == 2, name
+    assert len(rows["val/tiny/mean@4"]) == evaluations
     fit(command, "--ckpt_path=last", "--trainer.callbacks.init_args.every_n_epochs=1")
-    assert differing(command.last(), alone) == []
+    assert differing(command.last(), alone.last()) == []
+    rows = metrics_of(command.folder, version=1)
+    assert rows["rollout/reward"] == whole["rollout/reward"]  # one row an iteration
+    assert len(rows["train/loss"]) == 3
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])

@@ -83,7 +83,7 @@ def test_no_bar_is_written_to_a_pipe(
     pipe = show_in(Stream(is_terminal=False), monkeypatch)
     fit(tied_model, tmp_path, bar)
     text = pipe.getvalue()
-    assert "Done: 1 updates." in text
+    assert "Done: 1 update." in text
     assert not [sign for sign in ("\r", "%|", "•", "Epoch 0", "it/s") if sign in text], text
 
 
@@ -96,7 +96,7 @@ def test_a_line_of_rich_appears_late_and_disappears(monkeypatch: pytest.MonkeyPa
     for delay, visible in ((1e9, False), (0.0, True)):
         monkeypatch.setattr(progress, "DELAY_SECONDS", delay)
         with sampling_bar(trainer, prompts=8) as on_progress:
-            on_progress(2, 30)
+            on_progress({0: [], 1: []}, 30)
             (task,) = bar.progress.tasks  # the same one again
             assert (task.completed, task.total, task.visible) == (2, 8, visible)
             assert task.description.endswith(" tokens/s")

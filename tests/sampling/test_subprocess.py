@@ -42,7 +42,7 @@ class Telling(Sampler):
         self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
         if on_progress is not None:
-            on_progress(0, 0)
+            on_progress({}, 0)
         if config == FAILS:
             raise KeyError("no room")
         if config == HANGS:
