@@ -35,7 +35,7 @@ from prl_lightning.checks.contradictions import (
 )
 from prl_lightning.checks.estimate import describe
 from prl_lightning.checks.secrets import SaveConfig
-from prl_lightning.data import PromptDataModule
+from prl_lightning.data import DataError, PromptDataModule
 from prl_lightning.evaluation import Evaluation
 from prl_lightning.models.export import export_checkpoint, refuse_existing
 from prl_lightning.module import PRLModule
@@ -237,7 +237,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run_command() -> None:
     """Run ``prl``; a user's error is a message, not a traceback."""
-    expected = (ValueError, OSError) if set(sys.argv[1:2]) & set(TOOLS) else ConfigurationError
+    is_tool = bool(set(sys.argv[1:2]) & set(TOOLS))
+    expected = (ValueError, OSError) if is_tool else (ConfigurationError, DataError)
     try:
         main()
     except expected as error:

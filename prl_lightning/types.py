@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prl_lightning.models.packing import Packing
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Prompt:
     Attributes:
         token_ids: the rendered prompt (system prompt, template and chat template applied).
         source: the prompt as it stands in the data, text or chat messages, for reward functions.
-        columns: every other column of its row, for reward functions.
+        columns: every other column of its source, for reward functions; None where its row has no
+            value.
         seed: its completions use the random numbers of seed, seed + 1 and so on. It depends only on
             the prompt's position in the data, not on the number of ranks. Whether equal seeds give
             equal tokens: see ``Sampler.generate``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,18 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
 def without_rewards(model: str, folder: Path) -> list[str]:
     """The tests' own rewards are on no path of a user's."""
     return [flag for flag in tiny_overrides(model, folder) if "sample_rewards" not in flag]
+
+
+def test_a_row_that_cannot_be_rendered_ends_in_one_message(
+    tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = without_rewards(tied_model, tmp_path)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"prompt": [{"role": "system"}], "answer": "1"}\n')
+    reward = "--rollout.rewards=[prl_lightning.rewards.ExactMatch]"
+    said = refused(monkeypatch, tmp_path, "fit", f"--config={QUICKSTART}", *overrides, reward)
+    assert re.search(r"data\.train \(.*train\.jsonl\), row 12: message 0 .*'system'", said)
+    assert "\n" not in said
 
 
 def test_a_reward_beside_the_configuration_is_found(tied_model: str, tmp_path: Path) -> None:

@@ -170,14 +170,11 @@ class RolloutCallback(Callback):
         if not sets:
             return
         config = self._sampling(settings.samples, settings.temperature, settings.top_p)
-        prompts = [prompt for own in sets.values() for prompt in own]
         with isolate_rng():  # training must not depend on when it is evaluated
-            rollouts = self.collector.evaluate(prompts, config)
-        remaining = iter(rollouts)
-        for name, own in sets.items():
-            of_set = [next(remaining) for _ in range(len(own) * settings.samples)]
+            rollouts = self.collector.evaluate(sets, config)
+        for name, of_set in rollouts.items():
             if trainer.state.fn == TrainerFn.PREDICTING:  # predict also writes advantages
-                set_advantages(prl_module(pl_module), of_set, settings.samples, 1, len(own))
+                set_advantages(prl_module(pl_module), of_set, settings.samples, 1, len(sets[name]))
             data.eval_buffers[name].fill(of_set)
 
     on_test_epoch_start = on_validation_epoch_start

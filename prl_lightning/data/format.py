@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from prl_lightning.data.messages import read_prompt
 from prl_lightning.types import Message
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the command line shows its message without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,10 @@ class PromptFormat:
     Attributes:
         system_prompt: put before the problem, as the system message of a chat or, without a chat
             template, as a separate paragraph. A row's own system message replaces it.
-        template: text around the problem; the problem replaces ``{prompt}``.
+        template: text around the problem; the problem replaces ``{prompt}``. In a chat it goes
+            around the last message of the user.
         chat_template: whether to apply the tokenizer's chat template. None applies it if there is
-            one.
+            one, but not to a text that begins with the BOS token: it is rendered already.
         chat_template_args: extra arguments of the chat template, such as
             ``{enable_thinking: false}``.
         columns: name of a column in this package -> its name in the data, such as
@@ -43,37 +48,36 @@ class PromptFormat:
                 "replaces."
             )
 
-    def rename(self, rows: Dataset, where: str) -> Dataset:
-        """Rename the columns to this package's names.
+    def find_columns(self, names: Collection[str], where: str) -> dict[str, str]:
+        """Return the columns of a source by this package's names.
 
         Args:
-            rows: as they are in the data.
+            names: of the columns in the data.
             where: field and source of the rows, for messages.
 
+        Returns:
+            For every column that is kept, its name here and its name in the data.
+
         Raises:
-            ValueError: a column is missing, or is mapped twice.
+            DataError: a column is missing, or is mapped twice.
         """
-        names = {}
+        found = {}
         for ours, theirs in {"prompt": "prompt", **self.columns}.items():
             options = [theirs] if isinstance(theirs, str) else theirs
-            present = [name for name in options if name in rows.column_names]
+            present = [name for name in options if name in names]
             if not present:
-                raise ValueError(
+                raise DataError(
                     f"{where} has no column {' or '.join(map(repr, options))}, only "
-                    f"{sorted(rows.column_names)}. Name the column in data.format.columns, for "
-                    f"example {{{ours}: {rows.column_names[0]}}}."
+                    f"{sorted(names)}. Name the column in data.format.columns, for example "
+                    f"{{{ours}: {next(iter(names), 'problem')}}}."
                 )
-            names[ours] = present[0]
-        used = set(names.values())
-        if len(used) < len(names):
-            raise ValueError(f"data.format.columns={names} maps a column of {where} twice.")
-        replaced = [ours for ours in names if ours in rows.column_names and ours not in used]
-        # All at once, so that two columns can be swapped.
-        return rows.remove_columns(replaced).rename_columns(
-            {theirs: ours for ours, theirs in names.items() if ours != theirs}
-        )
+            found[ours] = present[0]
+        used = set(found.values())
+        if len(used) < len(found):
+            raise DataError(f"data.format.columns={found} maps a column of {where} twice.")
+        return {name: name for name in names if name not in used} | found
 
-    def render(self, source: str | list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    def render(self, source: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the token ids of a prompt.
 
         Args:
@@ -81,31 +85,72 @@ class PromptFormat:
             tokenizer: the policy's.
 
         Raises:
-            ValueError: the source is empty or of another type, or a chat template is needed and
-                the tokenizer has none.
+            ValueError: the source is not a prompt, the chat template refuses it, or one is needed
+                and the tokenizer has none.
         """
-        if not source or not isinstance(source, str | list):
+        prompt = read_prompt(source)
+        if isinstance(prompt, str):
+            bos = tokenizer.bos_token or ""
+            is_rendered = bool(bos) and prompt.startswith(bos)
+            problem = prompt.removeprefix(bos)
+            has_template = tokenizer.chat_template is not None
+            by_default = has_template and not is_rendered
+            if not (by_default if self.chat_template is None else self.chat_template):
+                head = "" if self.system_prompt is None else f"{self.system_prompt}\n\n"
+                start = bos if is_rendered else ""
+                return _token_ids(start + head + self._around(problem), tokenizer)
+            prompt = [{"role": "user", "content": problem}]
+        return self._render_chat(prompt, tokenizer)
+
+    def _render_chat(self, prompt: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        if tokenizer.chat_template is None:
             raise ValueError(
-                f"data: the prompt of a row is {source!r}, neither text nor chat messages. Remove "
-                "the row, or name the column of the prompts in data.format.columns."
-            )
-        has_template = tokenizer.chat_template is not None
-        wants_chat = has_template if self.chat_template is None else self.chat_template
-        is_chat = wants_chat or isinstance(source, list)
-        if is_chat and not has_template:
-            raise ValueError(
-                "data: the prompts are chat messages (or data.format.chat_template is true), but "
+                "the prompt is chat messages (or data.format.chat_template is true), but "
                 "the tokenizer has no chat template. Use text prompts or another tokenizer."
             )
-        chat = source if isinstance(source, list) else [{"role": "user", "content": source}]
-        messages = [dict(message) for message in chat]
-        messages[-1]["content"] = self.template.replace("{prompt}", messages[-1]["content"])
-        if not is_chat:
-            head = "" if self.system_prompt is None else f"{self.system_prompt}\n\n"
-            return list(tokenizer(head + messages[0]["content"])["input_ids"])
-        if self.system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self.chat_template_args
-        )
+        chat = self._complete(prompt)
+        is_begun = prompt[-1]["role"] == "assistant"  # the model continues that message
+        try:
+            text = tokenizer.apply_chat_template(
+                chat,
+                tokenize=False,
+                add_generation_prompt=not is_begun,
+                continue_final_message=is_begun,
+                **self.chat_template_args,
+            )
+        except Exception as error:  # a template is a program
+            raise ValueError(f"the chat template raised {type(error).__name__}: {error}") from error
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _complete(self, prompt: list[Message]) -> list[Message]:
+        """Add the system message, and the template around the last message of the user."""
+        asked = [index for index, message in enumerate(prompt) if message["role"] == "user"]
+        if not asked and self.template != "{prompt}":
+            raise ValueError(
+                f"the prompt has no message of role 'user' for data.format.template="
+                f"{self.template!r}. Leave the template out, or add such a message."
+            )
+        chat = list(prompt)
+        for index in asked[-1:]:
+            chat[index] = chat[index] | {"content": self._around(chat[index]["content"])}
+        if self.system_prompt is not None and chat[0]["role"] != "system":
+            chat.insert(0, {"role": "system", "content": self.system_prompt})
+        return chat
+
+    def _around(self, problem: str) -> str:
+        return self.template.replace("{prompt}", problem)
+
+
+def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokenize a text that the model continues.
+
+    The tokens that the tokenizer puts before a text are there once, also if the text has them. The
+    tokens that it puts after a text, such as EOS, are left out.
+    """
+    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not tokenizer.num_special_tokens_to_add():
+        return own
+    whole = list(tokenizer(text)["input_ids"])
+    starts = (i for i in range(len(whole)) if whole[i : i + len(own)] == own)
+    before = whole[: next(starts, 0)]
+    return own if own[: len(before)] == before else before + own

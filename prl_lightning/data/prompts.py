@@ -45,6 +45,10 @@ class PromptDataModule(LightningDataModule):
         max_prompt_tokens: longer prompts are dropped and counted.
         seed: of the order of the prompts and of the sampling.
         prepare: called once per node before any prompt is read, to create or download the data.
+
+    Attributes:
+        reward_columns: columns that reward functions can read, by the field and path of each source
+            that was read.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class PromptDataModule(LightningDataModule):
         self.train_buffer = RolloutBuffer(0)
         self.eval_buffers: dict[str, RolloutBuffer] = {}
         self.eval_prompts: dict[str, list[Prompt]] = {}  # of this rank
+        self.reward_columns: dict[str, set[str]] = {}
         self._pass: int | None = None  # number of the pass over the data that _order belongs to
 
     def prepare_data(self) -> None:
@@ -87,6 +92,7 @@ class PromptDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the prompts and size the buffers."""
         hide_library_bars()
+        self.reward_columns = {}
         self.tokenizer = load_tokenizer(self.tokenizer_name)
         if stage == "fit":
             self._setup_train()
@@ -113,7 +119,6 @@ class PromptDataModule(LightningDataModule):
             raise ValueError("data.train is missing: name the prompts to train on.")
         sets = [self._prompt_set(source, "data.train") for source in self.train_sources]
         self._train_prompts: ConcatDataset[Prompt] = ConcatDataset(sets)
-        self._train_columns = set.intersection(*(set(part[0].columns) for part in sets))
         if len(self._train_prompts) < self.prompts_per_epoch:
             raise ValueError(
                 f"data.prompts_per_epoch={self.prompts_per_epoch}, but data.train has "
@@ -139,7 +144,9 @@ class PromptDataModule(LightningDataModule):
         )
 
     def _prompt_set(self, source: Source, where: str) -> PromptSet:
-        return PromptSet(source, self.format, self.tokenizer, self.max_prompt_tokens, where)
+        prompts = PromptSet(source, self.format, self.tokenizer, self.max_prompt_tokens, where)
+        self.reward_columns[prompts.where] = prompts.columns
+        return prompts
 
     @property
     def _rank(self) -> int:
@@ -148,19 +155,6 @@ class PromptDataModule(LightningDataModule):
     @property
     def _ranks(self) -> int:
         return 1 if self.trainer is None else self.trainer.world_size
-
-    @property
-    def reward_columns(self) -> dict[str, set[str]]:
-        """Columns that reward functions can read, by the field of each set of prompts.
-
-        The last entry has the columns that all sets share: they are rewarded in one call.
-        """
-        sets = self.eval_prompts.items()
-        columns = {f"evaluation.sets.{name}": set(some[0].columns) for name, some in sets}
-        if self.train_buffer.num_updates:
-            columns["data.train"] = self._train_columns
-        shared = set.intersection(*columns.values()) if columns else set()
-        return columns | {"every set": shared}
 
     def next_prompts(self) -> list[Prompt]:
         """Return this rank's prompts of the next epoch, update by update."""

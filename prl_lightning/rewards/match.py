@@ -39,10 +39,11 @@ def reference_texts(reference: Any) -> list[str]:
             return [reference.strip()]
     elif isinstance(reference, Integral):
         return [str(int(reference))]
-    elif isinstance(reference, Real) and math.isfinite(reference):
+    elif isinstance(reference, Real | Decimal) and math.isfinite(reference):
+        exact = reference if isinstance(reference, Decimal) else Decimal(repr(float(reference)))
         # In digits: most parsers of answers do not read "1e-07" as a number.
-        digits = format(Decimal(repr(float(reference))), "f")
-        return [digits.removesuffix(".0")]
+        whole, _, fraction = format(exact, "f").partition(".")
+        return [f"{whole}.{fraction.rstrip('0')}".removesuffix(".")]
     raise ValueError(
         f"reference answer {reference!r}: must be a text, a number or a list of them, and not "
         "empty. Filter out such rows, or use None if the reward does not apply to them"

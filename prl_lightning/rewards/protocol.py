@@ -14,6 +14,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -135,6 +136,8 @@ def _number(name: str, index: int, value: Any) -> float:
     if value is None:
         return math.nan
     number = value.item() if hasattr(value, "item") else value  # numpy and torch scalars
+    if isinstance(number, Decimal):
+        number = float(number)
     if isinstance(number, Real) and -_LARGEST <= number <= _LARGEST:  # type: ignore[operator]
         return float(number)
     raise ValueError(

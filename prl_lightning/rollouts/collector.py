@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.advantages import set_advantages
@@ -69,17 +71,32 @@ class Collector:
         self.metrics |= describe(rollouts, config.n, self.metrics["sampling_seconds"])
         return rollouts
 
-    def evaluate(self, prompts: list[Prompt], config: SamplingConfig) -> list[Rollout]:
+    def evaluate(
+        self, sets: dict[str, list[Prompt]], config: SamplingConfig
+    ) -> dict[str, list[Rollout]]:
         """Sample a group for each prompt, check the engine, reward, and compare the answers.
 
+        All sets are sampled in one call of the engine. Each is rewarded alone, with the same random
+        numbers, so that its results do not depend on the other sets.
+
+        Args:
+            sets: this rank's prompts by the name of their set.
+            config: settings of the sampling; ``n`` is the group size.
+
         Returns:
-            Rollouts without advantages, groups contiguous, in the order of the prompts.
+            For each set, rollouts without advantages, groups contiguous, in the order of the
+            prompts.
         """
+        prompts = [prompt for own in sets.values() for prompt in own]
         samples = self.engine.sample(prompts, config)
         rollouts = self._rollouts(prompts, samples)
         self.engine.check_against(rollouts, samples)
-        self.rewarder.reward(rollouts, config.n)
-        return rollouts
+        remaining = iter(rollouts)
+        by_set = {name: list(islice(remaining, len(own) * config.n)) for name, own in sets.items()}
+        for of_set in by_set.values():
+            with isolate_rng():
+                self.rewarder.reward(of_set, config.n)
+        return by_set
 
     def _rollouts(self, prompts: list[Prompt], samples: Samples) -> list[Rollout]:
         """Decode; stale samples keep the engine's log-probabilities for the importance ratio."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ class Rewarder:
     """Call the reward functions, count failures, and stop the run if there are too many.
 
     ``reward_failures.jsonl`` in the run's folder gets the first 16 failures of every rank and
-    iteration.
+    call of ``reward``.
 
     Args:
         rewards: the reward functions.
@@ -57,29 +57,54 @@ class Rewarder:
         Raises:
             RuntimeError: more than ``limits.max_failures`` of all ranks' completions failed.
         """
-        names = set.intersection(*(set(rollout.prompt.columns) for rollout in rollouts))
-        columns = {name: [r.prompt.columns[name] for r in rollouts] for name in names}
-        columns["completion_ids"] = [r.completion.token_ids for r in rollouts]
-        sources, texts = [r.prompt.source for r in rollouts], [r.text for r in rollouts]
         calls = len(rollouts) * len(self.rewards.names)
         with progress_bar(self.trainer, "Rewarding", calls) as advance:
-            scores = self.rewards.score(sources, texts, columns, partial(advance, 1, ""))
+            parts = [
+                (own, self._score(own, partial(advance, 1, "")))
+                for own in _by_columns(rollouts).values()
+            ]
+        failed = [
+            (call.name, call.failure, own[call.index])
+            for own, scores in parts
+            for call in scores.failed_calls
+        ]
+        self._check_failures(failed, len(rollouts))
+        if group_size is not None:
+            self._compare_answers(rollouts, group_size, failed)
+        return self._values([scores for _, scores in parts])
+
+    def _score(self, rollouts: list[Rollout], done: Callable[[], Any]) -> RewardScores:
+        """Set ``reward`` of rollouts that have the same columns."""
+        columns = {
+            name: [rollout.prompt.columns[name] for rollout in rollouts]
+            for name in rollouts[0].prompt.columns
+        }
+        columns["completion_ids"] = [r.completion.token_ids for r in rollouts]
+        sources, texts = [r.prompt.source for r in rollouts], [r.text for r in rollouts]
+        scores = self.rewards.score(sources, texts, columns, done)
         for rollout, reward in zip(rollouts, scores.total.tolist(), strict=True):
             rollout.reward = reward
-        self._check_failures(rollouts, scores)
-        if group_size is not None:
-            self._compare_answers(rollouts, group_size, scores)
-        values = {f"reward_failures/{k}": float(v) for k, v in scores.failures.items()}
-        if len(scores.parts) > 1:
-            parts = torch.stack(list(scores.parts.values())).double()
+        return scores
+
+    def _values(self, scores: list[RewardScores]) -> dict[str, float]:
+        """Return the values to log; a collective if there are several functions."""
+        names = self.rewards.names
+        values = {
+            f"reward_failures/{name}": float(sum(part.failures[name] for part in scores))
+            for name in names
+        }
+        if len(names) > 1:
+            parts = torch.stack(
+                [torch.cat([part.parts[name] for part in scores]) for name in names]
+            ).double()
             totals = torch.stack([parts.nansum(1), (~parts.isnan()).sum(1)])
             sums, counts = sum_over_ranks(totals)
             means = (sums / counts).tolist()  # NaN if the function applied to no completion
-            values |= {f"reward/{k}": v for k, v in zip(scores.parts, means, strict=True)}
-        return values | {"unrewarded": float(scores.unrewarded)}
+            values |= {f"reward/{name}": mean for name, mean in zip(names, means, strict=True)}
+        return values | {"unrewarded": float(sum(part.unrewarded for part in scores))}
 
     def _compare_answers(
-        self, rollouts: list[Rollout], group_size: int, scores: RewardScores
+        self, rollouts: list[Rollout], group_size: int, failed: Sequence[Failed]
     ) -> None:
         """Set ``answer`` of every rollout, if a reward function compares answers.
 
@@ -87,16 +112,19 @@ class Rewarder:
         """
         texts = [rollout.text for rollout in rollouts]
         groups = [texts[i : i + group_size] for i in range(0, len(texts), group_size)]
-        calls = [call for call in scores.failed_calls if call.name == self.rewards.answering]
-        answers = self.rewards.answers(groups, {divmod(c.index, group_size) for c in calls})
+        unjudged = {id(rollout) for name, _, rollout in failed if name == self.rewards.answering}
+        left_out = {
+            divmod(i, group_size) for i, rollout in enumerate(rollouts) if id(rollout) in unjudged
+        }
+        answers = self.rewards.answers(groups, left_out)
         if answers is None:
             return
         numbers = [number for group in answers.numbers for number in group]
         for rollout, number in zip(rollouts, numbers, strict=True):
             rollout.answer = number
         name = f"{self.rewards.answering}.answers"
-        failed = [(name, f, rollouts[g * group_size]) for g, f in answers.failures.items()]
-        count, total = self._record(failed, len(failed), len(groups))
+        errors = [(name, f, rollouts[g * group_size]) for g, f in answers.failures.items()]
+        count, total = self._record(errors, len(errors), len(groups))
         if count:
             rank_zero_warn(
                 f"{count:.0f} of {total:.0f} groups: their answers could not be compared, so each "
@@ -104,13 +132,12 @@ class Rewarder:
                 "has their prompts and first completions."
             )
 
-    def _check_failures(self, rollouts: list[Rollout], scores: RewardScores) -> None:
+    def _check_failures(self, failed: Sequence[Failed], completions: int) -> None:
         limits = self.rewards.limits
         if limits is None:
             return
-        failed = [(call.name, call.failure, rollouts[call.index]) for call in scores.failed_calls]
-        completions = {call.index for call in scores.failed_calls}
-        count, total = self._record(failed, len(completions), len(rollouts))
+        rollouts = {id(rollout) for _, _, rollout in failed}
+        count, total = self._record(failed, len(rollouts), completions)
         if not count:
             return
         rank_zero_warn(
@@ -151,6 +178,14 @@ class Rewarder:
             "prompt": prompt_text(rollout.prompt.source)[:WRITTEN_CHARACTERS],
             "completion": rollout.text[:WRITTEN_CHARACTERS],
         }
+
+
+def _by_columns(rollouts: list[Rollout]) -> dict[frozenset[str], list[Rollout]]:
+    """Group rollouts by the columns of their source: a function gets no column that it lacks."""
+    groups: dict[frozenset[str], list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(frozenset(rollout.prompt.columns), []).append(rollout)
+    return groups
 
 
 def _kinds(failed: Sequence[Failed]) -> str:

@@ -20,7 +20,8 @@ def prompt_text(source: str | list[Message]) -> str:
     """
     if isinstance(source, str):
         return source
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in source)
+    # A message that only calls tools has no content.
+    return "\n\n".join(f"{message['role']}: {message.get('content', '')}" for message in source)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -94,8 +94,11 @@ def test_several_sources_are_one_stream(make_data: MakeData) -> None:
     data = make_data(train="a b", prompts_per_epoch=8)
     for epoch in epochs(data, 3):
         assert sorted(epoch) == ["a0", "a1", "a2", "a3", "a4", "b0", "b1", "b2"]
-    # A reward can only read the columns of all sources.
-    assert data.reward_columns["data.train"] == {"answer"}
+    # A reward reads the columns of each source.
+    assert list(data.reward_columns.values()) == [{"answer", "a"}, {"answer", "b"}]
+    columns = {prompt.source: set(prompt.columns) for prompt in take(data)}
+    assert columns["a0"] == {"answer", "a"}
+    assert columns["b0"] == {"answer", "b"}
 
 
 # Ranks
@@ -142,16 +145,12 @@ def test_evaluation_sets_are_split_without_loss_or_duplicate(
     assert len(set(seeds.values())) == 8
 
 
-def test_reward_columns_are_those_that_training_and_evaluation_share(make_data: MakeData) -> None:
-    train, held = {"answer", "train"}, {"answer", "a"}
-    assert make_data().reward_columns == {"data.train": train, "every set": train}
-    assert make_data(eval_sets="a").reward_columns == {
-        "data.train": train,
-        "evaluation.sets.a": held,
-        "every set": {"answer"},
-    }
-    alone = make_data(stage="validate", eval_sets="a").reward_columns
-    assert alone == {"evaluation.sets.a": held, "every set": held}
+def test_reward_columns_are_those_of_each_source(make_data: MakeData, folder: Path) -> None:
+    train = {f"data.train ({folder / 'train.jsonl'})": {"answer", "train"}}
+    held = {f"evaluation.sets.a ({folder / 'a.jsonl'})": {"answer", "a"}}
+    assert make_data().reward_columns == train
+    assert make_data(eval_sets="a").reward_columns == train | held
+    assert make_data(stage="validate", eval_sets="a").reward_columns == held
 
 
 # Sizes

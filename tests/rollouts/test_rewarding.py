@@ -57,8 +57,11 @@ def test_unrewarded_completions_vote_alone_and_failed_comparisons_are_written(
 ) -> None:
     trainer = Trainer(logger=CSVLogger(tmp_path, "run"), accelerator="cpu", barebones=False)
     texts = ["a", "bad", "a", "", "tie", "", "b", "b"]
+    # Every second prompt is of another source, with another column.
+    prompts = [Prompt([1], "?", {"level": 1} if row % 2 else {}) for row in range(len(texts))]
     rollouts = [
-        Rollout(Prompt([1], "?"), Completion([2], [0.0], finished=True), text) for text in texts
+        Rollout(prompt, Completion([2], [0.0], finished=True), text)
+        for prompt, text in zip(prompts, texts, strict=True)
     ]
     rewards = RewardSum([LetterVotes()], limits=RewardLimits(workers=1, seconds=60.0))
     rewarder = Rewarder(rewards, trainer)

@@ -36,7 +36,8 @@ class RewardLimits:
             MiB. If a function catches the MemoryError itself, the call fails only if
             small objects filled the memory.
         failure_value: The reward of a completion whose call failed.
-        max_failures: The run stops when more than this share of an iteration's completions failed.
+        max_failures: The run stops when more than this share of the completions of an iteration, or
+            of an evaluation set, failed.
         workers: Processes per rank; one per core by default. Functions that wait, as for a network,
             can use more processes than cores. 0 calls the functions in the trainer's process,
             for those that need its memory: with all completions at once and without limits. An
