@@ -112,13 +112,13 @@ class ReasoningGym(PromptSource):
             raise DataError(
                 "ReasoningGym needs reasoning-gym: run `pip install 'prl-lightning[gym]'`."
             )
+        for name, task in self.tasks.items():
+            check_task(name, task, moves=self.curriculum is not None)
         if self.curriculum is not None and not self.levels:
             raise DataError(
                 f"ReasoningGym: curriculum is set, but none of the tasks {sorted(self.tasks)} has "
                 "a level. Give those that it should move `level: 0`."
             )
-        for name, task in self.tasks.items():
-            check_task(name, task, moves=self.curriculum is not None)
 
     def row(self, position: int, attempt: int) -> dict[str, Any]:
         """Return the row of a position."""

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from prl_lightning.data import Curriculum, DataError, GymTask, PromptDataModule, ReasoningGym
 from prl_lightning.data.gym_tasks import HASH_ORDERED
@@ -147,6 +148,14 @@ def test_a_level_moves_with_the_mean_reward() -> None:
     source.observe(rewarded("products", 0.0))
     assert source.levels["products"] == 1
     assert source.row(0, 0) == before
+
+
+def test_the_rewards_of_all_ranks_move_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = torch.tensor([[3.0], [3.0]], dtype=torch.float64)  # rewards and completions
+    monkeypatch.setattr("prl_lightning.data.gym.sum_over_ranks", lambda own: own + others)
+    source = ReasoningGym({"products": GymTask(level=0)}, size=1, curriculum=Curriculum(1, 0.7))
+    assert source.observe(rewarded("products", 0.0))["task_reward/products"] == 0.75
+    assert source.levels == {"products": 1}
 
 
 def test_a_level_makes_the_rows_harder_and_stops_at_the_last() -> None:
