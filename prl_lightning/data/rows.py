@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 LINE = "text"  # the column that the text reader of `datasets` writes
 _NOT_SPACE = re.compile(r"\S")
@@ -77,6 +77,18 @@ def json_rows(lines: Dataset) -> Rows:
             kept.append(number)
     table = lines if len(kept) == len(lines) else lines.select(kept)
     return Rows(table, list(names), _decode)
+
+
+def join_rows(parts: Iterable[tuple[Rows, range]]) -> Rows:
+    """Return some rows of one source, or of several parts of it.
+
+    Args:
+        parts: rows, and which of them to take; at least one, decoded in the same way.
+    """
+    taken = list(parts)
+    table = concatenate_datasets([rows.table.select(some) for rows, some in taken])
+    names = dict.fromkeys(name for rows, _ in taken for name in rows.column_names)
+    return Rows(table, list(names), taken[0][0].decode)
 
 
 def _decode(entry: Any) -> dict[str, Any]:

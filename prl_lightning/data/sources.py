@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, config, load_dataset, load_dataset_builder
+from datasets import Dataset, ReadInstruction, config, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.json.json import Json
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prl_lightning.data.format import DataError, PromptFormat
 from prl_lightning.data.messages import read_prompt
-from prl_lightning.data.rows import Rows, json_rows
+from prl_lightning.data.rows import Rows, join_rows, json_rows
 from prl_lightning.types import Prompt
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -110,7 +110,7 @@ class Source:
             reason = (error.__cause__ if generating else None) or error
             raise DataError(
                 f"data: {self.path!r} has no rows that can be read as {form or 'a dataset'}: "
-                f"{str(reason).rstrip('.') or repr(reason)}."
+                f"{' '.join(str(reason).split()).rstrip('.') or repr(reason)}."
             ) from error
         if len(rows) == 0:
             raise DataError(f"data: {self.path!r} has no rows.")
@@ -136,8 +136,19 @@ class Source:
         return _table(builder.as_dataset(split=self.split))
 
     def _load_json(self, files: Any) -> Rows:
-        lines = load_dataset("text", data_files=files, split=self.split, encoding="utf-8-sig")
-        return json_rows(lines)
+        """Read whole splits and cut them afterwards: a line of a file need not be a row."""
+        names = {part.partition("[")[0].strip() for part in self.split.split("+")}
+        splits = {
+            name: json_rows(
+                load_dataset("text", data_files=files, split=name, encoding="utf-8-sig")
+            )
+            for name in names
+        }
+        sizes = {name: len(rows) for name, rows in splits.items()}
+        return join_rows(
+            (splits[part.splitname], range(part.from_, part.to))
+            for part in ReadInstruction.from_spec(self.split).to_absolute(sizes)
+        )
 
 
 def _table(table: Dataset) -> Rows:

@@ -139,6 +139,17 @@ def test_json_is_read_in_its_usual_forms(name: str, text: str, tmp_path: Path) -
     )
 
 
+@pytest.mark.parametrize("name", ["test.jsonl", "test.json"])
+def test_a_split_of_json_files_may_be_cut(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [{"prompt": "train"}])
+    write(tmp_path / name, [{"prompt": f"{row}"} for row in range(4)])
+    for split, rows in (("test[1:3]", "12"), ("test[:25%]+test[-1:]", "03"), ("test", "0123")):
+        read = Source(str(tmp_path), split=split).load()
+        assert [row["prompt"] for row in read] == list(rows)
+    with pytest.raises(DataError, match="'?missing"):
+        Source(str(tmp_path), split="missing").load()
+
+
 def test_decimals_of_a_table_are_answers(tmp_path: Path) -> None:
     rows = [
         {"prompt": "1+1?", "answer": Decimal("2.50"), "all": [Decimal("1e2")]},
