@@ -68,6 +68,12 @@ class Parser(LightningArgumentParser):
         """
         raise ConfigurationError(message) from ex
 
+    def add_class_arguments(self, theclass: Any, *args: Any, **kwargs: Any) -> Any:
+        """Add a class's arguments; the files that ``data.train`` names are no configurations."""
+        if theclass is PromptDataModule:
+            kwargs["sub_configs"] = False
+        return super().add_class_arguments(theclass, *args, **kwargs)
+
 
 class PRLCLI(LightningCLI):
     """Sections ``model``, ``data``, ``evaluation``, ``rollout``, ``completions``, ``guard``."""
