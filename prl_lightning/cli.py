@@ -80,6 +80,12 @@ class Parser(LightningArgumentParser):
         """
         raise ConfigurationError(message) from ex
 
+    def add_class_arguments(self, theclass: Any, *args: Any, **kwargs: Any) -> Any:
+        """Add a class's arguments; the files that ``data.train`` names are no configurations."""
+        if theclass is PromptDataModule:
+            kwargs["sub_configs"] = False
+        return super().add_class_arguments(theclass, *args, **kwargs)
+
     def replace_objects(self) -> None:
         """Let objects of a second file replace the first one's.
 

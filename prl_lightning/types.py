@@ -12,6 +12,8 @@ ahead, as the engine reported it), ``rollout_logprobs`` (as the engine reported 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, dataclass_transform
 
@@ -105,6 +107,60 @@ class Rollout:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     answer: int | None = None
+
+
+class PromptSource(ABC):
+    """Rows that are made on demand, for ``data.train`` and ``evaluation.sets``.
+
+    A subclass is named in a configuration by its ``class_path``. It needs two methods:
+
+        class Squares(PromptSource):
+            def __len__(self):
+                return 1000
+
+            def row(self, position, attempt):
+                number = random.Random(f"{position} {attempt}").randrange(10**6)
+                return {"prompt": f"What is {number} squared?", "answer": number**2}
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of rows of an evaluation set, or of a pass over the training data."""
+
+    @abstractmethod
+    def row(self, position: int, attempt: int) -> dict[str, Any]:
+        """Return the row of a position: ``prompt``, and columns for the reward functions.
+
+        It depends on nothing but the arguments, the settings and ``state_dict``, so that a resumed
+        run and every rank read the same rows. Two rows with the same ``question`` (by default, the
+        same prompt) are the same problem.
+
+        Args:
+            position: at least 0 and below the length.
+            attempt: how many rows of this position were refused. In an evaluation set a problem is
+                refused if an earlier position has it, in training if an evaluation set has it.
+        """
+
+    def check(self) -> None:  # noqa: B027  (optional)
+        """Check the settings before anything is loaded; a ValueError or OSError has the message."""
+
+    def observe(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Take in the rewards of an iteration; a collective.
+
+        Args:
+            rollouts: this rank's, of all sources.
+
+        Returns:
+            Values to log, as ``rollout/NAME``.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what ``observe`` has changed, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (optional)
+        """Continue from a checkpoint."""
 
 
 @dataclass_transform(kw_only_default=True)

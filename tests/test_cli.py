@@ -15,6 +15,7 @@ import yaml
 
 from prl_lightning.checks.contradictions import ConfigurationError
 from prl_lightning.cli import CheckCLI, _command_line, main, run_command
+from prl_lightning.data import DataError
 from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
 
 pytestmark = pytest.mark.process
@@ -309,6 +310,14 @@ def test_json_file_with_one_row_is_data_and_not_configuration(
     assert "train/loss" in metrics_of(tmp_path)
     fit(*overrides, f"--data.train={tmp_path}/rows.json")
     assert "train/loss" in metrics_of(tmp_path, version=1)
+
+
+def test_a_training_file_is_not_read_as_a_configuration(tied_model: str, tmp_path: Path) -> None:
+    """A JSON file of texts looks like a list of sources."""
+    file = tmp_path / "names.json"
+    file.write_text(json.dumps(["a.jsonl", "b.jsonl"]))
+    with pytest.raises(DataError, match=r"names\.json.*not a JSON object"):
+        fit(*tiny_overrides(tied_model, tmp_path), f"--data.train={file}")
 
 
 def test_empty_training_set_is_an_error(tied_model: str, tmp_path: Path) -> None:

@@ -157,8 +157,7 @@ class RolloutCallback(Callback):
         prompts = data.next_prompts()
         rollouts = self.collector.collect(prompts, config, data.updates_per_epoch, accumulate)
         data.train_buffer.fill(rollouts)
-        self._log(pl_module, self.collector.metrics)
-        data.advance()
+        self._log(pl_module, self.collector.metrics | data.advance(rollouts))
         if self.settings.overlap and not is_last_epoch(trainer):
             self.collector.engine.prefetch(data.next_prompts(), config)
 

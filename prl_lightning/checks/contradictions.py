@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def contradictions(
     errors = [
         *errors_of(module.objective.check_names),
         *_of_rewards(data, rollout),
+        *_of_tasks(data, rollout, trains),
         *_of_limits(rollout.limits),
         *_of_engine(trainer, rollout),
     ]
@@ -113,8 +115,8 @@ def file_errors(
     Returns:
         One message per error.
     """
-    sources = [*(data.train_sources if trains else []), *data.eval_sources.values()]
-    errors = [] if data.prepare else list(errors_of(*(source.check for source in sources)))
+    checks = [source.check for source in data.sources(trains)]
+    errors = [] if data.prepare else list(errors_of(*checks))
     if not is_available(module.policy_name, data):
         return errors
     unreadable = list(errors_of(lambda: _read_config(module.policy_name)))
@@ -207,6 +209,14 @@ def _of_rewards(data: PromptDataModule, rollout: RolloutSettings) -> Iterator[st
             f"which every reward function failed a reward of {failed:g}, which counts as correct "
             f"from evaluation.solved_at={solved_at:g}. Lower failure_value, or raise solved_at."
         )
+
+
+def _of_tasks(data: PromptDataModule, rollout: RolloutSettings, trains: bool) -> Iterator[str]:
+    """Tasks of a mixture that a reward function refuses."""
+    tasks = {task for source in data.sources(trains) for task in getattr(source, "tasks", ())}
+    for function in rollout.rewards.functions:
+        if hasattr(function, "check_tasks"):
+            yield from errors_of(partial(function.check_tasks, tasks))
 
 
 def _of_limits(limits: RewardLimits) -> Iterator[str]:

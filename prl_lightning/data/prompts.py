@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import ConcatDataset
 
 from prl_lightning.data.format import PromptFormat
+from prl_lightning.data.generated import GeneratedPrompts, problem_of
 from prl_lightning.data.loader import RolloutLoader
 from prl_lightning.data.rollouts import RolloutBuffer
 from prl_lightning.data.sizes import EpochSizes
@@ -20,7 +21,7 @@ from prl_lightning.data.sources import PromptSet, Source
 from prl_lightning.evaluation import Evaluation
 from prl_lightning.models.loading import load_tokenizer
 from prl_lightning.runs.progress import hide_library_bars
-from prl_lightning.types import Prompt
+from prl_lightning.types import Prompt, PromptSource, Rollout
 
 # Part of every seed, so that training and evaluation never use the same seed.
 TRAIN, EVAL = 0, 1
@@ -36,7 +37,9 @@ class PromptDataModule(LightningDataModule):
     Args:
         tokenizer: Hugging Face id or folder; the CLI sets it to the policy's.
         train: one or more sources of prompts, each a JSON, JSON-lines or Parquet file or
-            ``owner/dataset[/name][:split]`` of the Hub; only ``fit`` needs it.
+            ``owner/dataset[/name][:split]`` of the Hub, or a ``PromptSource`` such as
+            ``ReasoningGym``; only ``fit`` needs it. A PromptSource leaves out the problems of the
+            evaluation sets.
         evaluation: sets and settings of the evaluation; the CLI sets it from its own section.
         format: how a row becomes a prompt.
         prompts_per_epoch: over all ranks.
@@ -54,7 +57,7 @@ class PromptDataModule(LightningDataModule):
     def __init__(
         self,
         tokenizer: str,
-        train: str | list[str] | None = None,
+        train: str | PromptSource | list[str | PromptSource] | None = None,
         evaluation: Evaluation = Evaluation(),  # noqa: B008  (frozen)
         format: PromptFormat = PromptFormat(),  # noqa: B008  (frozen)
         prompts_per_epoch: int = 128,
@@ -65,10 +68,10 @@ class PromptDataModule(LightningDataModule):
         prepare: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__()
-        trains = [train] if isinstance(train, str) else train or []
-        self.train_sources = [Source.parse(text) for text in trains]
+        trains = [train] if isinstance(train, str | PromptSource) else train or []
+        self.train_sources = [_parse(source) for source in trains]
         self.evaluation = evaluation
-        self.eval_sources = {name: Source.parse(text) for name, text in evaluation.sets.items()}
+        self.eval_sources = {name: _parse(source) for name, source in evaluation.sets.items()}
         self.tokenizer_name = tokenizer
         self.format = format
         self.prompts_per_epoch = prompts_per_epoch
@@ -93,15 +96,25 @@ class PromptDataModule(LightningDataModule):
         """Read the prompts and size the buffers."""
         hide_library_bars()
         self.reward_columns = {}
+        for source in self.sources(stage == "fit"):
+            source.check()
         self.tokenizer = load_tokenizer(self.tokenizer_name)
-        if stage == "fit":
-            self._setup_train()
+        held_out: set[str] = set()
         for name, source in self.eval_sources.items():
-            prompts = self._prompt_set(source, f"evaluation.sets.{name}")
+            read = self._prompt_set(source, f"evaluation.sets.{name}")
+            prompts = read.distinct() if isinstance(read, GeneratedPrompts) else read
             self.eval_prompts[name] = self._share_of(name, prompts)
             self.eval_buffers[name] = RolloutBuffer(num_updates=len(self.eval_prompts[name]))
+            if self._generating:
+                held_out.update(problem_of(prompts[row]) for row in range(len(prompts)))
+        if stage == "fit":
+            self._setup_train(held_out)
 
-    def _share_of(self, name: str, prompts: PromptSet) -> list[Prompt]:
+    def sources(self, trains: bool) -> list[Source | PromptSource]:
+        """Return the sources of the evaluation, and of the training if ``trains``."""
+        return [*(self.train_sources if trains else []), *self.eval_sources.values()]
+
+    def _share_of(self, name: str, prompts: PromptSet | list[Prompt]) -> list[Prompt]:
         """Return this rank's prompts of an evaluation set, the same number on every rank.
 
         All ranks must take the same number of steps, so the last prompt is repeated as padding.
@@ -114,10 +127,10 @@ class PromptDataModule(LightningDataModule):
             for row, seed in zip(rows, seeds, strict=True)
         ]
 
-    def _setup_train(self) -> None:
+    def _setup_train(self, held_out: set[str]) -> None:
         if not self.train_sources:
             raise ValueError("data.train is missing: name the prompts to train on.")
-        sets = [self._prompt_set(source, "data.train") for source in self.train_sources]
+        sets = [self._prompt_set(source, "data.train", held_out) for source in self.train_sources]
         self._train_prompts: ConcatDataset[Prompt] = ConcatDataset(sets)
         if len(self._train_prompts) < self.prompts_per_epoch:
             raise ValueError(
@@ -143,8 +156,15 @@ class PromptDataModule(LightningDataModule):
             self.prompts_per_epoch, self.group_size, self.updates_per_epoch, ranks, accumulate
         )
 
-    def _prompt_set(self, source: Source, where: str) -> PromptSet:
-        prompts = PromptSet(source, self.format, self.tokenizer, self.max_prompt_tokens, where)
+    def _prompt_set(
+        self, source: Source | PromptSource, where: str, excluded: Collection[str] = ()
+    ) -> PromptSet | GeneratedPrompts:
+        rest = self.format, self.tokenizer, self.max_prompt_tokens, where
+        prompts = (
+            GeneratedPrompts(source, *rest, excluded)
+            if isinstance(source, PromptSource)
+            else PromptSet(source, *rest)
+        )
         self.reward_columns[prompts.where] = prompts.columns
         return prompts
 
@@ -165,9 +185,24 @@ class PromptDataModule(LightningDataModule):
             self._prompt(position) for block in blocks for position in range(block, block + share)
         ]
 
-    def advance(self) -> None:
-        """Move to the next epoch's prompts, after the rollouts of this epoch are collected."""
+    def advance(self, rollouts: Sequence[Rollout] = ()) -> dict[str, float]:
+        """Move to the next epoch's prompts; a collective.
+
+        Args:
+            rollouts: this rank's of this epoch, which the sources may follow, as a curriculum does.
+
+        Returns:
+            Values to log.
+        """
         self.prompts_seen += self.prompts_per_epoch
+        values: dict[str, float] = {}
+        for source in self._generating:
+            values |= source.observe(rollouts)
+        return values
+
+    @property
+    def _generating(self) -> list[PromptSource]:
+        return [source for source in self.train_sources if isinstance(source, PromptSource)]
 
     def _prompt(self, position: int) -> Prompt:
         """Return the prompt at a position of the endless stream; each pass has its own order."""
@@ -190,13 +225,21 @@ class PromptDataModule(LightningDataModule):
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the position in the stream of prompts."""
-        return {"prompts_seen": self.prompts_seen}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the stream of prompts, and the states of the training sources."""
+        states = [source.state_dict() for source in self._generating]
+        return {"prompts_seen": self.prompts_seen, "sources": states}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the saved position."""
         self.prompts_seen = state_dict["prompts_seen"]
+        # The numbers may differ: the run may continue with other sources.
+        for source, state in zip(self._generating, state_dict.get("sources", []), strict=False):
+            source.load_state_dict(state)
+
+
+def _parse(source: str | PromptSource) -> Source | PromptSource:
+    return Source.parse(source) if isinstance(source, str) else source
 
 
 def _seed(*entropy: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from prl_lightning.sampling.base import MIN_TEMPERATURE
+from prl_lightning.types import PromptSource
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Evaluation:
         ValueError: a value is out of its range.
     """
 
-    sets: dict[str, str] = field(default_factory=dict)
+    sets: dict[str, str | PromptSource] = field(default_factory=dict)
     samples: int = 8
     pass_at: tuple[int, ...] = (8,)
     solved_at: float = 0.5

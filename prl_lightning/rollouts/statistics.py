@@ -58,7 +58,7 @@ def reduction_of(name: str) -> Literal["sum", "max", "mean"]:
 
     Failures add up. Maxima and times take the maximum, since the ranks wait for the slowest.
     """
-    if name.startswith("reward/"):  # a user's function may have any name
+    if name.startswith(("reward/", "task_reward/", "level/")):  # the rest may be any name
         return "mean"
     if name.startswith("reward_failures/") or name == "unrewarded":
         return "sum"
