@@ -173,12 +173,21 @@ class PRLCLI(LightningCLI):
 
     def errors(self) -> list[str]:
         """Find everything that cannot work, before data is prepared or a model is loaded."""
-        trains = self.subcommand in (None, "fit")
+        trains = self._trains
         errors = contradictions(self.trainer, self.model, self.datamodule, self.rollout, trains)
         errors += file_errors(self.model, self.datamodule, self.rollout, trains)
         if self.subcommand is not None:  # `prl check` may run on another machine
             errors += self.rollout.sampler.missing_requirements()
         return errors
+
+    @property
+    def _trains(self) -> bool:
+        """Whether the command trains; `prl check` takes a file without training for evaluation."""
+        if self.subcommand is not None:
+            return self.subcommand == "fit"
+        data, asked = self.datamodule, self.config.trainer
+        has_limit = asked.max_epochs or asked.max_time or asked.max_steps != -1
+        return bool(data.train_sources or has_limit or not data.eval_sources)
 
     def before_fit(self) -> None:
         """Resolve ``--ckpt_path last``; without a checkpoint it starts a new run.

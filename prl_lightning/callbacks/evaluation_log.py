@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -67,10 +68,14 @@ class EvaluationLog(Callback):
         results: dict[str, SetResults],
         caution: str,
     ) -> None:
-        table = results_table(results) + (caution and f"\n\n{caution}")
+        below = caution and f"\n\n{caution}"
+        table = results_table(results) + below
+        fitting = results_table(results, shutil.get_terminal_size().columns) + below
         (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
         (folder / "evaluation.md").write_text(table + "\n")
-        print(f"\n{table}\n\nMeans over problems with 95% bootstrap intervals. All files: {folder}")
+        print(
+            f"\n{fitting}\n\nMeans over problems with 95% bootstrap intervals. All files: {folder}"
+        )
 
 
 def _conditions(trainer: Trainer, module: PRLModule) -> dict[str, Any]:
@@ -94,18 +99,29 @@ def _conditions(trainer: Trainer, module: PRLModule) -> dict[str, Any]:
     }
 
 
-def results_table(results: dict[str, SetResults]) -> str:
+def results_table(results: dict[str, SetResults], width: int | None = None) -> str:
     """Format results as a Markdown table with one row per set.
 
     Args:
         results: by the name of the set.
+        width: in characters. The columns that do not fit go to further tables below, because a
+            terminal would break lines within cells.
     """
     names = list(dict.fromkeys(name for some in results.values() for name in some.metrics))
     rows = [
         [name, str(some.problems), *(_interval(some.metrics.get(metric)) for metric in names)]
         for name, some in results.items()
     ]
-    return markdown_table(["set", "problems", *names], rows)
+    lines = [["set", "problems", *names], *rows]
+    sizes = [max(len(line[column]) for line in lines) + 3 for column in range(len(lines[0]))]
+    parts: list[list[int]] = [[0]]
+    for column in range(1, len(sizes)):
+        taken = 1 + sum(sizes[place] for place in [*parts[-1], column])
+        if width is not None and taken > width and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(column)
+    tables = ([[line[place] for place in part] for line in lines] for part in parts)
+    return "\n\n".join(markdown_table(table[0], table[1:]) for table in tables)
 
 
 def _interval(estimate: Estimate | None) -> str:

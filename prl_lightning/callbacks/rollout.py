@@ -29,7 +29,7 @@ from prl_lightning.rollouts.resume import ResumeState, is_between_epochs
 from prl_lightning.rollouts.rewarding import Rewarder
 from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.rollouts.statistics import reduction_of
-from prl_lightning.runs.progress import hide_trainer_bar
+from prl_lightning.runs.progress import hide_trainer_bar, print_iteration
 from prl_lightning.sampling import Sampler, SamplingConfig, VLLMSampler
 from prl_lightning.sampling.stops import decode, split_stops
 from prl_lightning.trainer_access import (
@@ -176,6 +176,10 @@ class RolloutCallback(Callback):
         pl_module.log("train/seconds", seconds, on_step=False, on_epoch=True, reduce_fx="sum")
         if trainer.should_stop and trainer.fit_loop._can_stop_early:
             finish_iteration(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell a log file how the iteration went."""
+        print_iteration(trainer)
 
     def _log(self, module: LightningModule, values: dict[str, float]) -> None:
         self.resume.logged = values

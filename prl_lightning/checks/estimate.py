@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prl_lightning.checks.contradictions import is_available
-from prl_lightning.data import PromptDataModule
-from prl_lightning.models.loading import causal_lm_from_config
+from prl_lightning.data import PromptDataModule, collate
+from prl_lightning.functional.logprobs import _CHUNK_ELEMENTS
+from prl_lightning.models.causal_lm import LogprobModel
+from prl_lightning.models.loading import causal_lm_from_config, load_config
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.sampling import VLLMSampler
+from prl_lightning.types import Completion, Prompt, Rollout
 
 MIB = 2**20
+# Measured on a CPU, after the first update, without weights: Python, torch, transformers and the
+# callbacks; vLLM needs as much again.
+CODE_BYTES = 640 * MIB
+PROBE_TOKENS = 64
 
 
 def describe(
@@ -43,14 +53,16 @@ def describe(
             if epochs > 0
             else f"run        until trainer.max_steps={trainer.max_steps} or max_time",
         ]
+    else:
+        lines.append("training   none: data.train is not set, which prl fit needs")
     sets = ", ".join(data.eval_sources) or "none"
     lines.append(f"evaluation {sets}: {data.evaluation.samples} samples a prompt")
     if is_available(module.policy_name, data):
-        lines += ["memory of a rank, without activations (an estimate):"]
-        lines += [
-            f"  {name:<16} {size / MIB:10,.0f} MiB" for name, size in _memory(trainer, module)
-        ]
+        parts = list(_memory(trainer, module, bool(data.train_sources)))
+        lines += ["memory of a rank (an estimate):"]
+        lines += [f"  {name:<16} {size / MIB:10,.0f} MiB" for name, size in parts]
         lines += [f"  {'engine':<16} {_engine(module, rollout)}"]
+        lines += _beside_weights(trainer, module, data, rollout, sum(size for _, size in parts))
     else:
         lines.append(f"memory     unknown until data.prepare has created {module.policy_name}")
     return "\n".join(lines)
@@ -62,14 +74,14 @@ def _parameters(name: str) -> int:
     return sum(parameter.numel() for parameter in skeleton.parameters())
 
 
-def _memory(trainer: Trainer, module: PRLModule) -> Iterator[tuple[str, float]]:
-    """Yield the bytes of a rank by purpose; strategies that shard divide by their ranks."""
+def _memory(trainer: Trainer, module: PRLModule, trains: bool) -> Iterator[tuple[str, float]]:
+    """Yield the bytes of weights and states by purpose; strategies that shard divide by ranks."""
     is_sharded = "FSDP" in type(trainer.strategy).__name__
     ranks = trainer.world_size if is_sharded else 1
     size = 2 if str(trainer.precision) in ("bf16-true", "16-true") else 4
     weights = _parameters(module.policy_name) * size / ranks
     yield "policy", weights
-    if module.lora is None:
+    if module.lora is None and trains:
         probe = torch.nn.Parameter(torch.zeros(()))
         moments = len(_states(module.optimizer([probe]), probe))
         yield "gradient", weights
@@ -84,6 +96,69 @@ def _states(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> 
     optimizer.step()
     state = optimizer.state[parameter]
     return [k for k, v in state.items() if isinstance(v, torch.Tensor) and k != "step"]
+
+
+def _beside_weights(
+    trainer: Trainer,
+    module: PRLModule,
+    data: PromptDataModule,
+    rollout: RolloutSettings,
+    weights: float,
+) -> Iterator[str]:
+    """Describe a micro-batch's memory, and without a GPU the code's and the sum of everything."""
+    total = weights
+    if data.train_sources:
+        sizes = data.sizes(trainer)
+        rows = sizes.prompts * sizes.group_size // sizes.updates // sizes.ranks
+        tokens = rows // sizes.micro_batches * (data.max_prompt_tokens + rollout.max_new_tokens)
+        per_token = _activations(module, str(trainer.precision))
+        vocabulary = load_config(module.policy_name).get_text_config().vocab_size
+        chunk = _CHUNK_ELEMENTS.get(trainer.strategy.root_device.type, _CHUNK_ELEMENTS["cpu"])
+        logits = 2 * 4 * min(tokens * vocabulary, chunk)  # two buffers in float32
+        total += tokens * per_token + logits
+        yield (
+            f"  {'activations':<16} {tokens * per_token / MIB:10,.0f} MiB at most: "
+            f"{per_token / 1024:,.0f} KiB a token, {tokens:,} tokens in a micro-batch at the limits"
+        )
+        yield f"  {'logits':<16} {logits / MIB:10,.0f} MiB at most, in chunks"
+    if trainer.strategy.root_device.type != "cpu":
+        return
+    sampler = getattr(rollout.sampler, "sampler", rollout.sampler)
+    code, engine = CODE_BYTES, float(_parameters(module.policy_name))
+    engine *= 4 if sampler.dtype == "float32" else 2
+    if isinstance(sampler, VLLMSampler):
+        code, engine = 2 * code, engine + sampler.cache_gib * 2**30
+    yield f"  {'code':<16} {code / MIB:10,.0f} MiB of Python, torch and the engine"
+    yield f"  {'in all':<16} {(total + code + engine) / MIB:10,.0f} MiB at most, without a GPU"
+
+
+def _activations(module: PRLModule, precision: str) -> float:
+    """Return the bytes that autograd keeps for a token, counted on tensors without memory.
+
+    With LoRA it keeps fewer.
+    """
+    rollout = Rollout(
+        Prompt([0], ""), Completion([0] * PROBE_TOKENS, [0.0] * PROBE_TOKENS, True), ""
+    )
+    batch = collate([rollout], 1, 1)
+    kept: dict[Any, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    dtype = torch.bfloat16 if precision in ("bf16-true", "16-true") else None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = causal_lm_from_config(module.policy_name, dtype)
+        policy = LogprobModel(model, module.gradient_checkpointing).train()
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=precision.endswith("-mixed")),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            policy(batch)
+        for parameter in policy.parameters():
+            kept.pop(parameter.untyped_storage(), None)
+    return sum(kept.values()) / PROBE_TOKENS
 
 
 def _engine(module: PRLModule, rollout: RolloutSettings) -> str:

@@ -59,16 +59,16 @@ class Collector:
             Rollouts that are ready to train on, groups contiguous, in the order of the prompts.
         """
         self.metrics = {}
-        with self._timed("sampling"):
-            samples = self.engine.sample(prompts, config)
+        start = time.monotonic()
+        samples = self.engine.sample(prompts, config)
+        self._time_sampling(samples, time.monotonic() - start)
         rollouts = self._rollouts(prompts, samples)
         self.metrics |= self.engine.check_against(rollouts, samples)
         with self._timed("reward"):
             self.metrics |= self.rewarder.reward(rollouts)
         with self._timed("scoring"):
             set_advantages(self.module, rollouts, config.n, updates, micro_batches)
-        self._time_prefetched(samples)  # before the tokens per second are computed
-        self.metrics |= describe(rollouts, config.n, self.metrics["sampling_seconds"])
+        self.metrics |= describe(rollouts, config.n, samples.seconds)
         return rollouts
 
     def evaluate(
@@ -113,12 +113,14 @@ class Collector:
             for completion in group
         ]
 
-    def _time_prefetched(self, samples: Samples) -> None:
-        """With prefetching, log the wait and the engine's own time separately."""
+    def _time_sampling(self, samples: Samples, seconds: float) -> None:
+        """Log the engine's own time apart from its start and from the wait for it."""
+        self.metrics["sampling_seconds"] = samples.seconds
         if self.engine.prefetches:
-            self.metrics["waiting_seconds"] = self.metrics["sampling_seconds"]
-            self.metrics["sampling_seconds"] = samples.seconds
+            self.metrics["waiting_seconds"] = seconds
             self.metrics["staleness"] = float(self.trainer.global_step - samples.step)
+        else:
+            self.metrics["weights_seconds"] = seconds - samples.seconds
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

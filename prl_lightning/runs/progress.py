@@ -1,11 +1,11 @@
-"""Progress bars for sampling and rewarding, in the style of the Trainer's own bar."""
+"""Progress bars in the style of the Trainer's own, and lines where no person sees a bar."""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any, TextIO
 
 from lightning.pytorch import Trainer
@@ -16,6 +16,8 @@ from prl_lightning.sampling import Progress
 
 # A task that ends earlier shows no bar.
 DELAY_SECONDS = 3.0
+LINE_SECONDS = 60.0  # between two lines in a file or pipe
+REFRESH_SECONDS = 0.1  # engines report each step
 
 # Takes the number of newly finished items and a note, such as the speed.
 Advance = Callable[[int, str], None]
@@ -71,15 +73,57 @@ def progress_bar(trainer: Trainer, label: str, total: int) -> Iterator[Advance]:
     elif isinstance(bar, RichProgressBar) and bar.progress and bar.progress.live.is_started:
         with _rich_line(bar, bar.progress, label, total) as advance:
             yield advance
+    elif not is_interactive(sys.stderr):
+        yield _lines(label, total)
     else:
-        hidden = not is_interactive(sys.stderr)
-        with tqdm(total=total, desc=label, delay=DELAY_SECONDS, leave=False, disable=hidden) as own:
+        with tqdm(total=total, desc=label, delay=DELAY_SECONDS, leave=False) as own:
 
             def advance(count: int, note: str) -> None:
                 own.set_postfix_str(note, refresh=False)
                 own.update(count)
 
             yield advance
+
+
+def print_iteration(trainer: Trainer) -> None:
+    """Print a line about a finished iteration if stdout is not interactive; a collective.
+
+    Args:
+        trainer: in ``on_train_epoch_end``; prints on its first rank, if it has a progress bar.
+    """
+    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    is_shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
+    if not is_shown or is_interactive(sys.stdout):
+        return
+    last = f" of {trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+    formats = {
+        "rollout/reward": "reward {:.3f}",
+        "train/kl_ref": "kl_ref {:.4f}",
+        "rollout/groups_without_signal": "{:.0%} of groups without signal",
+        "rollout/completion_length": "{:.0f} tokens a completion",
+        "rollout/sampling_seconds": "sampled in {:.0f} s",
+        "train/seconds": "trained in {:.0f} s",
+        "pass@1": "pass@1 {:.3f}",
+    }
+    texts = [text.format(values[name]) for name, text in formats.items() if name in values]
+    print(f"Iteration {trainer.current_epoch + 1}{last}: {', '.join(texts)}", flush=True)
+
+
+def _lines(label: str, total: int) -> Advance:
+    """Print a line a minute; a log file must not be filled by a bar."""
+    start = printed = monotonic()
+    done = 0
+
+    def advance(count: int, note: str) -> None:
+        nonlocal done, printed
+        done += count
+        now = monotonic()
+        if now - printed >= LINE_SECONDS:
+            printed = now
+            text = f"{label}: {done} of {total} after {now - start:.0f} s {note}".rstrip()
+            print(text, file=sys.stderr, flush=True)
+
+    return advance
 
 
 @contextmanager
@@ -89,10 +133,10 @@ def _rich_line(bar: RichProgressBar, progress: Any, label: str, total: int) -> I
     known = [task.id for task in progress.tasks if task.fields.get("label") == label]
     task = known[0] if known else progress.add_task(label, total=total, visible=False, label=label)
     progress.reset(task, total=total, visible=False, description=label)
-    start = time.monotonic()
+    start = monotonic()
 
     def advance(count: int, note: str) -> None:
-        is_long = time.monotonic() - start >= DELAY_SECONDS
+        is_long = monotonic() - start >= DELAY_SECONDS
         text = f"{label} {note}".rstrip()
         progress.update(task, advance=count, description=text, visible=is_long)
         bar.refresh()
@@ -106,7 +150,9 @@ def _rich_line(bar: RichProgressBar, progress: Any, label: str, total: int) -> I
 
 @contextmanager
 def sampling_bar(trainer: Trainer, prompts: int) -> Iterator[Progress]:
-    """Show a bar of finished prompts with tokens per second.
+    """Show a bar of finished prompts, with the tokens sampled so far and their speed.
+
+    A prompt is finished with its last completion, which may be near the end for all prompts.
 
     Args:
         trainer: see ``progress_bar``.
@@ -115,13 +161,16 @@ def sampling_bar(trainer: Trainer, prompts: int) -> Iterator[Progress]:
     Yields:
         The ``on_progress`` of ``Sampler.generate``.
     """
-    start, sampled = time.monotonic(), 0
+    start, shown, sampled = monotonic(), -REFRESH_SECONDS, 0
     with progress_bar(trainer, "Sampling", prompts) as advance:
 
         def on_progress(finished: Mapping[int, Any], tokens: int) -> None:
-            nonlocal sampled
+            nonlocal sampled, shown
             sampled += tokens
-            speed = sampled / max(time.monotonic() - start, 1e-9)
-            advance(len(finished), f"{sampled:,} tokens, {speed:,.0f} tokens/s")
+            now = monotonic()
+            if finished or now - shown >= REFRESH_SECONDS:
+                shown = now
+                speed = sampled / max(now - start, 1e-9)
+                advance(len(finished), f"{sampled:,} tokens, {speed:,.0f} tokens/s")
 
         yield on_progress

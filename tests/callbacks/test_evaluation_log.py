@@ -17,8 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from prl_lightning.callbacks.evaluation_log import results_table
 from prl_lightning.cli import main
 from prl_lightning.evaluation.metrics import MeanAtN, PassAtK
+from prl_lightning.evaluation.results import Estimate, SetResults
 from prl_lightning.models.loading import load_tokenizer
 from prl_lightning.runs.files import read_evaluations
 from prl_lightning.runs.tables import read_table
@@ -114,7 +116,7 @@ def test_validate_writes_results_table_and_samples(evaluated: Evaluated, tied_mo
     found = results(folder, version)
     assert set(found["metrics"]) == {"mean@4", "pass@2", "maj@4", "no_answer", "length"}
     table = (folder / "run" / f"version_{version}" / "evaluation.md").read_text()
-    assert table in evaluated.output
+    assert all(cell in evaluated.output for cell in table.split("|"))
     columns = "| set | problems | mean@4 | pass@2 | maj@4 | no_answer | length |"
     assert table.splitlines()[0] == columns
     rows = samples(folder, version)
@@ -129,6 +131,23 @@ def test_validate_writes_results_table_and_samples(evaluated: Evaluated, tied_mo
     for row in rows:
         text = tokenizer.decode(row["token_ids"], skip_special_tokens=True)
         assert (text, len(row["token_ids"])) == (row["completion"], row["length"])
+
+
+def test_no_line_of_the_screen_is_wider_than_a_terminal() -> None:
+    names = ("mean@16", "pass@4", "pass@16", "maj@16", "no_answer", "length")
+    metrics = {name: Estimate(0.125, 0.0625, 0.25) for name in names}
+    results = {name: SetResults(500, 16, metrics, {}) for name in ("olympiad_bench", "aime24")}
+    lines = results_table(results, 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    heads = [line.strip("| ").split(" | ") for line in lines if line.startswith("| set")]
+    assert len(heads) > 1
+    assert [name for head in heads for name in head[1:]] == ["problems", *names]
+    assert sum(line.startswith("| aime24") for line in lines) == len(heads)
+    whole = results_table(results).splitlines()
+    assert results_table(results, len(whole[0]) + 1000).splitlines() == whole
+    assert len(whole) == 4
+    # A cell that is wider than the terminal stands alone.
+    assert all(line.count("|") == 3 for line in results_table(results, 5).splitlines() if line)
 
 
 def test_votes_and_missing_answers_are_those_of_the_samples(evaluated: Evaluated) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,26 @@ def test_one_start_one_call_per_sampling_and_no_needless_load(
     texts = [r.text for r in module.trainer.datamodule.eval_buffers["two"].rollouts]
     assert len(texts) == 6
     assert texts[::2] == texts[1::2]
+
+
+class SlowStart(HFSampler):
+    """Its start takes an hour, by the clock of the test."""
+
+    clock = 0.0
+
+    def start(self, model: str, max_model_tokens: int) -> None:
+        SlowStart.clock += 3600
+        super().start(model, max_model_tokens)
+
+
+def test_the_first_sampling_time_is_without_the_engines_start(
+    tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monotonic = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + SlowStart.clock)
+    _, watch = train(tied_model, tmp_path, sampler=SlowStart(), epochs=1)
+    assert watch.values[0]["rollout/weights_seconds"] >= 3600
+    assert watch.values[0]["rollout/sampling_seconds"] < 3600
 
 
 def test_a_row_may_be_as_long_as_the_model_takes(tied_model: str) -> None:

@@ -359,6 +359,46 @@ def test_check_says_what_a_run_asks_for_without_loading_weights(
     assert not (tmp_path / "run").exists()
 
 
+def test_check_adds_up_what_a_run_takes_without_a_gpu(
+    tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = tiny_overrides(tied_model, tmp_path, "VLLMSampler")
+    main(["check", "--config", str(QUICKSTART), *overrides, "--rollout.sampler.cache_gib=2"])
+    said = capsys.readouterr().out
+    numbers = {
+        name: int(value.replace(",", ""))
+        for name, value in re.findall(r"^  (\w[\w ]*?) +([\d,]+) MiB", said, flags=re.MULTILINE)
+    }
+    # 16 completions in two micro-batches of 16 + 8 tokens each.
+    assert "192 tokens in a micro-batch" in said
+    # By hand: a layer keeps about 10 rows of the hidden size and 4 of the inner one.
+    per_token = int(re.findall(r"([\d,]+) KiB a token", said)[0])
+    by_hand = 2 * (10 * 64 + 4 * 64) * 4 / 1024
+    assert by_hand / 2 < per_token < by_hand * 2
+    assert numbers["code"] > 1000
+    assert numbers["in all"] >= 2048 + numbers["code"]
+
+
+def test_check_accepts_an_evaluation(
+    tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = QUICKSTART.parent / "eval" / "math.yaml"
+    heldout = write_prompts(tmp_path / "heldout.jsonl")
+    changes = [
+        f"--model.policy={tied_model}",
+        f"--evaluation.sets={{tiny: {heldout}}}",
+        "--rollout.max_new_tokens=8",
+        "--rollout.sampler=HFSampler",
+    ]
+    main(["check", "--config", str(config), *changes])
+    said = capsys.readouterr().out
+    assert "data.train is not set" in said
+    assert "tiny: 16 samples" in said
+    assert "gradient" not in said
+    with pytest.raises(ConfigurationError, match=r"data\.train is missing"):
+        main(["check", "--config", str(config), *changes, "--evaluation.sets={}"])
+
+
 @pytest.mark.parametrize(
     ("changes", "copies"),
     [

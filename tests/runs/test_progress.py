@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,41 @@ def test_no_bar_is_written_to_a_pipe(
     text = pipe.getvalue()
     assert "Done: 1 update." in text
     assert not [sign for sign in ("\r", "%|", "•", "Epoch 0", "it/s") if sign in text], text
+    # But a line for the iteration.
+    assert re.search(r"^Iteration 1 of 1: reward 0\.\d+, kl_ref .* trained in", text, re.MULTILINE)
+
+
+def test_a_file_gets_a_line_a_minute_while_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = show_in(Stream(is_terminal=False), monkeypatch)
+    now = 0.0
+    monkeypatch.setattr(progress, "monotonic", lambda: now)
+    trainer = Trainer(callbacks=[TQDMProgressBar()], logger=False, accelerator="cpu")
+    with sampling_bar(trainer, prompts=8) as on_progress:
+        for now in range(0, 181, 10):
+            on_progress({now: []} if now % 60 == 50 else {}, 100)
+    assert log.getvalue().splitlines() == [
+        "Sampling: 1 of 8 after 60 s 700 tokens, 12 tokens/s",
+        "Sampling: 2 of 8 after 120 s 1,300 tokens, 11 tokens/s",
+        "Sampling: 3 of 8 after 180 s 1,900 tokens, 11 tokens/s",
+    ]
+
+
+def test_the_bar_counts_tokens_before_the_first_prompt_is_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = show_in(Stream(is_terminal=True), monkeypatch)
+    now = 0.0
+    monkeypatch.setattr(progress, "monotonic", lambda: now)
+    trainer = Trainer(callbacks=[TQDMProgressBar()], logger=False, accelerator="cpu")
+    with sampling_bar(trainer, prompts=8) as on_progress:
+        now = 2.0
+        on_progress({}, 500)
+        on_progress({}, 500)  # at once: it is counted but not shown
+        on_progress({0: []}, 0)
+    text = terminal.getvalue()
+    assert "500 tokens, 250 tokens/s" in text
+    assert "1/8" in text
+    assert "1,000 tokens, 500 tokens/s" in text
 
 
 def test_a_line_of_rich_appears_late_and_disappears(monkeypatch: pytest.MonkeyPatch) -> None:
