@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from prl_lightning.callbacks import RolloutCallback
-from prl_lightning.checks.contradictions import ConfigurationError
+from prl_lightning.checks.contradictions import ConfigurationError, warn_of_slow_precision
 from prl_lightning.cli import main
 from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
@@ -205,6 +208,25 @@ def test_check_adds_up_what_a_run_takes_without_a_gpu(
     assert by_hand / 2 < per_token < by_hand * 2
     assert numbers["code"] > 1000
     assert numbers["in all"] >= 2048 + numbers["code"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "has_instructions", "warns"),
+    [("bf16-mixed", False, True), ("bf16-true", False, True), ("bf16-mixed", True, False),
+     ("32-true", False, False)],
+)  # fmt: skip
+def test_slow_bf16_on_a_cpu_is_a_warning(
+    precision: Any, has_instructions: bool, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = {"avx2": True, "avx512_bf16": has_instructions, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    trainer = PRLTrainer(accelerator="cpu", logger=False, precision=precision)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_slow_precision(trainer)
+    said = [str(one.message) for one in caught if "bfloat16 instructions" in str(one.message)]
+    assert bool(said) == warns
+    assert all(f"trainer.precision={precision}" in one for one in said)
 
 
 def test_check_accepts_an_evaluation(
