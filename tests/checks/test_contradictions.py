@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prl_lightning.callbacks import RolloutCallback
+from prl_lightning.checks import estimate
 from prl_lightning.checks.contradictions import ConfigurationError, warn_of_slow_precision
 from prl_lightning.cli import main
 from prl_lightning.data import PromptDataModule
@@ -21,6 +22,7 @@ from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.sampling import HFSampler, SubprocessSampler
 from prl_lightning.trainer import PRLTrainer
+from random_models import random_model
 from sample_rewards import even_digits
 from tiny_runs import QUICKSTART, fit, tiny_overrides, write_prompts
 
@@ -208,6 +210,34 @@ def test_check_adds_up_what_a_run_takes_without_a_gpu(
     assert by_hand / 2 < per_token < by_hand * 2
     assert numbers["code"] > 1000
     assert numbers["in all"] >= 2048 + numbers["code"]
+
+
+def test_activations_of_experts_are_counted(tmp_path: Path) -> None:
+    """Their kernels refuse float32 on tensors without memory."""
+    model = random_model("qwen3_moe")
+    model.config.save_pretrained(tmp_path)
+    module = PRLModule(str(tmp_path))
+    whole, half = (estimate._activations(module, kind) for kind in ("32-true", "bf16-true"))
+    assert whole is not None
+    assert half is not None
+    assert half > 0
+    assert 1.5 * half < whole <= 2 * half
+
+
+def test_activations_that_cannot_be_counted_are_said_to_be_unknown(
+    tied_model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: Any) -> float:
+        raise RuntimeError("depends on data")
+
+    monkeypatch.setattr(estimate, "_kept_bytes", fail)
+    main(["check", "--config", str(QUICKSTART), *tiny_overrides(tied_model, tmp_path)])
+    said = capsys.readouterr().out
+    assert re.search(r"activations +unknown for this architecture", said)
+    assert re.search(r"in all +[\d,]+ MiB", said)
 
 
 @pytest.mark.parametrize(
