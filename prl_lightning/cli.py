@@ -58,6 +58,8 @@ IRRELEVANT_WARNINGS = (
     r"LightningCLI's args parameter is intended to run from within Python",
     # An internal matter of Lightning and torch.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # Of vLLM, about itself.
+    r"`torch\.distributed\.reduce_op` is deprecated",
 )
 
 # Options that take one object or a list of them.

@@ -58,6 +58,8 @@ class PRLTrainer(Trainer):
         num_sanity_val_steps: by default, all: the initial policy is evaluated.
         log_every_n_steps: by default 1, since an iteration may have a single update.
         use_distributed_sampler: off, because each rank reads the buffer that it has filled.
+        enable_model_summary: off: it counts no FLOPs of a language model, and frozen parts as in
+            eval mode. ``prl check`` has the sizes.
         kwargs: all other arguments of Lightning's Trainer.
     """
 
@@ -67,12 +69,14 @@ class PRLTrainer(Trainer):
         num_sanity_val_steps: int | None = -1,
         log_every_n_steps: int | None = 1,
         use_distributed_sampler: bool = False,
+        enable_model_summary: bool | None = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             num_sanity_val_steps=num_sanity_val_steps,
             log_every_n_steps=log_every_n_steps,
             use_distributed_sampler=use_distributed_sampler,
+            enable_model_summary=enable_model_summary,
             **kwargs,
         )
         # The Timer of max_time first: the other callbacks see that the run ends, and finish it.

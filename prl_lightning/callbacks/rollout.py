@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from prl_lightning.checks.contradictions import (
@@ -18,6 +19,7 @@ from prl_lightning.checks.contradictions import (
     raise_errors,
     warn_of_greedy,
     warn_of_one_step,
+    warn_of_slow_precision,
     warn_of_turn_end,
 )
 from prl_lightning.models.loading import stop_token_ids
@@ -92,6 +94,7 @@ class RolloutCallback(Callback):
             stop=tuple(stop or ()),
         )
         self.engine: EngineLink | None = None
+        self._has_hinted = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the settings before a model is loaded, and start the reward functions.
@@ -107,6 +110,7 @@ class RolloutCallback(Callback):
         raise_errors(errors + sampler.missing_requirements())
         if trains:
             warn_of_one_step(module, self.settings)
+            warn_of_slow_precision(trainer)
         warn_of_greedy(data)
         warn_of_turn_end(module, data, self.settings)
         for where, columns in data.reward_columns.items():
@@ -157,7 +161,9 @@ class RolloutCallback(Callback):
         prompts = data.next_prompts()
         rollouts = self.collector.collect(prompts, config, data.updates_per_epoch, accumulate)
         data.train_buffer.fill(rollouts)
-        self._log(pl_module, self.collector.metrics | data.advance(rollouts))
+        values = self.collector.metrics | data.advance(rollouts)
+        self._log(pl_module, values)
+        self._hint(values, data.evaluation.solved_at)
         if self.settings.overlap and not is_last_epoch(trainer):
             self.collector.engine.prefetch(data.next_prompts(), config)
 
@@ -186,6 +192,19 @@ class RolloutCallback(Callback):
         for name, value in values.items():
             module.log(f"rollout/{name}", value, sync_dist=True, reduce_fx=reduction_of(name))
         module.log("reward", values["reward"], prog_bar=True, logger=False)
+
+    def _hint(self, values: dict[str, float], solved_at: float) -> None:
+        """Say once what to do if most groups teach nothing."""
+        share, reward = values["groups_without_signal"], values["reward"]
+        if share <= 0.5 or self._has_hinted:
+            return
+        self._has_hinted = True
+        others = "harder" if reward >= solved_at else "easier"
+        rank_zero_warn(
+            f"rollout/groups_without_signal={share:.2f}: these groups have equal rewards, so "
+            f"they teach nothing about the outcome. The mean reward is {reward:.2f}: take "
+            f"{others} prompts, or raise data.group_size. docs/metrics.md has more."
+        )
 
     # Evaluation
 

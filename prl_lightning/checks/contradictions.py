@@ -193,6 +193,26 @@ def warn_of_turn_end(module: PRLModule, data: PromptDataModule, rollout: Rollout
         )
 
 
+def warn_of_slow_precision(trainer: Trainer) -> None:
+    """Warn if the CPU has no bfloat16 instructions: torch then converts each number by itself."""
+    precision = str(trainer.precision)
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    if on_cpu and precision.startswith("bf16") and not has_bf16_instructions():
+        rank_zero_warn(
+            f"trainer.precision={precision}, but this CPU has no bfloat16 instructions "
+            "(avx512_bf16 or amx_bf16): updates may take several times longer than in float32. Set "
+            "trainer.precision=32-true."
+        )
+
+
+def has_bf16_instructions() -> bool:
+    """Whether the CPU computes in bfloat16; True if this version of torch cannot tell."""
+    read = getattr(torch.cpu, "get_capabilities", None)
+    features = {} if read is None else read()
+    known = [has for name, has in features.items() if "bf16" in name]
+    return any(known) if known else True
+
+
 def _read_config(name: str) -> None:
     try:
         load_config(name)

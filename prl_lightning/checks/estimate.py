@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from prl_lightning.sampling import VLLMSampler
 from prl_lightning.types import Completion, Prompt, Rollout
 
 MIB = 2**20
+# It prints a traceback for every operation that it cannot imitate.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 # Measured on a CPU, after the first update, without weights: Python, torch, transformers and the
 # callbacks; vLLM needs as much again.
 CODE_BYTES = 640 * MIB
@@ -115,10 +119,12 @@ def _beside_weights(
         vocabulary = load_config(module.policy_name).get_text_config().vocab_size
         chunk = _CHUNK_ELEMENTS.get(trainer.strategy.root_device.type, _CHUNK_ELEMENTS["cpu"])
         logits = 2 * 4 * min(tokens * vocabulary, chunk)  # two buffers in float32
-        total += tokens * per_token + logits
-        yield (
-            f"  {'activations':<16} {tokens * per_token / MIB:10,.0f} MiB at most: "
-            f"{per_token / 1024:,.0f} KiB a token, {tokens:,} tokens in a micro-batch at the limits"
+        total += tokens * (per_token or 0) + logits
+        yield f"  {'activations':<16} " + (
+            "unknown for this architecture, and not in the sum"
+            if per_token is None
+            else f"{tokens * per_token / MIB:10,.0f} MiB at most: {per_token / 1024:,.0f} KiB a "
+            f"token, {tokens:,} tokens in a micro-batch at the limits"
         )
         yield f"  {'logits':<16} {logits / MIB:10,.0f} MiB at most, in chunks"
     if trainer.strategy.root_device.type != "cpu":
@@ -132,27 +138,34 @@ def _beside_weights(
     yield f"  {'in all':<16} {(total + code + engine) / MIB:10,.0f} MiB at most, without a GPU"
 
 
-def _activations(module: PRLModule, precision: str) -> float:
-    """Return the bytes that autograd keeps for a token, counted on tensors without memory.
+def _activations(module: PRLModule, precision: str) -> float | None:
+    """Return the bytes that autograd keeps for a token, or None if they cannot be counted."""
+    is_half = precision in ("bf16-true", "16-true")
+    # Kernels for experts refuse float32 on tensors without memory: count half of it.
+    for dtype, factor in (
+        (torch.bfloat16 if is_half else torch.float32, 1.0),
+        (torch.bfloat16, 2.0),
+    ):
+        with suppress(RuntimeError, ValueError, NotImplementedError):
+            return factor * _kept_bytes(module, dtype, precision.endswith("-mixed"))
+    return None
 
-    With LoRA it keeps fewer.
-    """
-    rollout = Rollout(
-        Prompt([0], ""), Completion([0] * PROBE_TOKENS, [0.0] * PROBE_TOKENS, True), ""
-    )
-    batch = collate([rollout], 1, 1)
+
+def _kept_bytes(module: PRLModule, dtype: torch.dtype, is_mixed: bool) -> float:
+    """Count on tensors without memory; with LoRA autograd keeps fewer."""
+    completion = Completion([0] * PROBE_TOKENS, [0.0] * PROBE_TOKENS, True)
+    batch = collate([Rollout(Prompt([0], ""), completion, "")], 1, 1)
     kept: dict[Any, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    dtype = torch.bfloat16 if precision in ("bf16-true", "16-true") else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = causal_lm_from_config(module.policy_name, dtype)
         policy = LogprobModel(model, module.gradient_checkpointing).train()
         with (
-            torch.autocast("cpu", torch.bfloat16, enabled=precision.endswith("-mixed")),
+            torch.autocast("cpu", torch.bfloat16, enabled=is_mixed),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
             policy(batch)

@@ -232,6 +232,21 @@ def test_one_start_one_call_per_sampling_and_no_needless_load(
     assert texts[::2] == texts[1::2]
 
 
+@pytest.mark.parametrize(("reward", "mend"), [(0.0, "easier"), (1.0, "harder")])
+def test_groups_without_signal_are_a_hint_said_once(
+    reward: float, mend: str, tied_model: str, tmp_path: Path
+) -> None:
+    def same(completions: list[str], **columns: Any) -> list[float]:
+        return [reward] * len(completions)
+
+    with pytest.warns(UserWarning, match="groups_without_signal") as caught:
+        train(tied_model, tmp_path, rewards=[same], epochs=2)
+    said = [str(one.message) for one in caught if "groups_without_signal" in str(one.message)]
+    assert len(said) == 1
+    for words in ("rollout/groups_without_signal=1.00", f"{mend} prompts", "data.group_size"):
+        assert words in said[0]
+
+
 class SlowStart(HFSampler):
     """Its start takes an hour, by the clock of the test."""
 

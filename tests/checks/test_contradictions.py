@@ -6,10 +6,12 @@ import importlib.util
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -17,7 +19,12 @@ from torch.optim import lr_scheduler
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prl_lightning.callbacks import LastCheckpoint, RolloutCallback
-from prl_lightning.checks.contradictions import ConfigurationError, contradictions
+from prl_lightning.checks import estimate
+from prl_lightning.checks.contradictions import (
+    ConfigurationError,
+    contradictions,
+    warn_of_slow_precision,
+)
 from prl_lightning.checks.lightning_options import lightning_errors
 from prl_lightning.cli import main
 from prl_lightning.data import PromptDataModule
@@ -26,6 +33,7 @@ from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.sampling import HFSampler, SubprocessSampler
 from prl_lightning.trainer import FSDP2Strategy, PRLTrainer
+from random_models import random_model
 from sample_rewards import even_digits
 from tiny_runs import QUICKSTART, fit, tiny_overrides, write_prompts
 
@@ -377,6 +385,53 @@ def test_check_adds_up_what_a_run_takes_without_a_gpu(
     assert by_hand / 2 < per_token < by_hand * 2
     assert numbers["code"] > 1000
     assert numbers["in all"] >= 2048 + numbers["code"]
+
+
+def test_activations_of_experts_are_counted(tmp_path: Path) -> None:
+    """Their kernels refuse float32 on tensors without memory."""
+    model = random_model("qwen3_moe")
+    model.config.save_pretrained(tmp_path)
+    module = PRLModule(str(tmp_path))
+    whole, half = (estimate._activations(module, kind) for kind in ("32-true", "bf16-true"))
+    assert whole is not None
+    assert half is not None
+    assert half > 0
+    assert 1.5 * half < whole <= 2 * half
+
+
+def test_activations_that_cannot_be_counted_are_said_to_be_unknown(
+    tied_model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: Any) -> float:
+        raise RuntimeError("depends on data")
+
+    monkeypatch.setattr(estimate, "_kept_bytes", fail)
+    main(["check", "--config", str(QUICKSTART), *tiny_overrides(tied_model, tmp_path)])
+    said = capsys.readouterr().out
+    assert re.search(r"activations +unknown for this architecture", said)
+    assert re.search(r"in all +[\d,]+ MiB", said)
+
+
+@pytest.mark.parametrize(
+    ("precision", "has_instructions", "warns"),
+    [("bf16-mixed", False, True), ("bf16-true", False, True), ("bf16-mixed", True, False),
+     ("32-true", False, False)],
+)  # fmt: skip
+def test_slow_bf16_on_a_cpu_is_a_warning(
+    precision: Any, has_instructions: bool, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = {"avx2": True, "avx512_bf16": has_instructions, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    trainer = PRLTrainer(accelerator="cpu", logger=False, precision=precision)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_slow_precision(trainer)
+    said = [str(one.message) for one in caught if "bfloat16 instructions" in str(one.message)]
+    assert bool(said) == warns
+    assert all(f"trainer.precision={precision}" in one for one in said)
 
 
 def test_check_accepts_an_evaluation(

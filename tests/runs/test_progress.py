@@ -86,6 +86,7 @@ def test_no_bar_is_written_to_a_pipe(
     text = pipe.getvalue()
     assert "Done: 1 update." in text
     assert not [sign for sign in ("\r", "%|", "•", "Epoch 0", "it/s") if sign in text], text
+    assert "FLOPs" not in text
     # But a line for the iteration.
     assert re.search(r"^Iteration 1 of 1: reward 0\.\d+, kl_ref .* trained in", text, re.MULTILINE)
 
