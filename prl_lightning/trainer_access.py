@@ -88,17 +88,16 @@ def is_last_epoch(trainer: Trainer) -> bool:
 
 
 def finish_iteration(trainer: Trainer) -> None:
-    """Let a run that ``max_time`` stops make the iteration's last update, and evaluate it.
+    """Let a run that stops early make the iteration's last update, and evaluate it.
 
     Lightning would stop after any micro-batch, and evaluate only at ``check_val_every_n_epoch``.
 
     Args:
-        trainer: with ``should_stop``, in ``on_train_batch_end``. The Timer sets it again later.
+        trainer: to be stopped, in ``on_train_batch_end``; call it again until the last batch.
     """
+    trainer.should_stop = trainer.is_last_batch
     if trainer.is_last_batch:
         trainer.check_val_every_n_epoch = 1
-    else:
-        trainer.should_stop = False
 
 
 def prl_module(module: LightningModule) -> PRLModule:

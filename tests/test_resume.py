@@ -164,7 +164,7 @@ def test_a_run_goes_on_exactly_from_any_moment(
 
 
 class StopAt(At):
-    """As ``max_time`` does, also within an update."""
+    """As ``max_time`` does, also within an update; the iteration is then finished."""
 
     def act(self, trainer: Trainer) -> None:
         trainer.should_stop = True

@@ -95,6 +95,7 @@ class RolloutCallback(Callback):
         )
         self.engine: EngineLink | None = None
         self._has_hinted = False
+        self._is_stopping = False  # at the end of this iteration
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the settings before a model is loaded, and start the reward functions.
@@ -180,7 +181,8 @@ class RolloutCallback(Callback):
         seconds = time.monotonic() - self._batch_start
         # Not over ranks: they wait for each other in every update.
         pl_module.log("train/seconds", seconds, on_step=False, on_epoch=True, reduce_fx="sum")
-        if trainer.should_stop and trainer.fit_loop._can_stop_early:
+        if self._is_stopping or (trainer.should_stop and trainer.fit_loop._can_stop_early):
+            self._is_stopping = not trainer.is_last_batch
             finish_iteration(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

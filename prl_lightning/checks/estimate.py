@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from prl_lightning.checks.contradictions import is_available
 from prl_lightning.data import PromptDataModule, collate
@@ -161,16 +163,22 @@ def _kept_bytes(module: PRLModule, dtype: torch.dtype, is_mixed: bool) -> float:
         kept[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.device("meta"):
         model = causal_lm_from_config(module.policy_name, dtype)
         policy = LogprobModel(model, module.gradient_checkpointing).train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = chain(policy.named_parameters(), policy.named_buffers())
+        held = {
+            name: torch.empty(x.shape, dtype=x.dtype, requires_grad=x.requires_grad)
+            for name, x in tensors
+        }
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=is_mixed),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
-            policy(batch)
-        for parameter in policy.parameters():
-            kept.pop(parameter.untyped_storage(), None)
+            functional_call(policy, held, (batch,))
+        for tensor in held.values():
+            kept.pop(tensor.untyped_storage(), None)
     return sum(kept.values()) / PROBE_TOKENS
 
 

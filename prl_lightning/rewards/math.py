@@ -17,7 +17,7 @@ from prl_lightning.rewards.protocol import completion_text
 # LaTeX also takes the next sign without braces, as in \boxed 2.
 _BOX = re.compile(
     r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>-?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?|[A-Za-z](?![A-Za-z])"
-    r"|\\[A-Za-z]+(?:\{[^{}]*\})*))"
+    r"|\\(?!f?box)[A-Za-z]+(?:\{[^{}]*\})*))"
 )
 _BRACE = re.compile(r"\\[{}\\]|[{}]")  # \{ is text, not a brace
 

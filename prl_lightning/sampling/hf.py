@@ -75,15 +75,15 @@ class HFSampler(Sampler):
         rows = [(p.token_ids, p.seed + sample) for p in prompts for sample in range(size)]
         done: list[Completion] = []
 
-        def groups(row: int) -> list[Completion]:
+        def group_of(row: int) -> list[Completion]:
             return done[row * size : (row + 1) * size] * (config.n // size)
 
         for start in range(0, len(rows), self.batch_size):
             done += self._generate(rows[start : start + self.batch_size], config, on_progress)
             if on_progress is not None:
                 whole = range(start // size, len(done) // size)
-                on_progress({row: groups(row) for row in whole}, 0)
-        return [groups(row) for row in range(len(prompts))]
+                on_progress({row: group_of(row) for row in whole}, 0)
+        return [group_of(row) for row in range(len(prompts))]
 
     def stop(self) -> None:
         """See ``Sampler.stop``."""

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ class EngineThatSleeps:
         self.is_asleep = False
         self.events: list[str] = []
         self.llm_engine = self
+        self.request_counter = SimpleNamespace(counter=0)
 
     def sleep(self, level: int) -> None:
         self.is_asleep = True
