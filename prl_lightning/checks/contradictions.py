@@ -125,7 +125,9 @@ def file_errors(
     return [
         *errors,
         *errors_of(
-            lambda: longest_row(module, data, rollout),
+            lambda: rollout.sampler.refuse_model(
+                module.policy_name, longest_row(module, data, rollout)
+            ),
             lambda: load_policy(module.policy_name, module.lora, with_weights=False),
             lambda: StepSplitter(module.objective.steps, load_tokenizer(module.policy_name)),
             lambda: _check_stops(module.policy_name, rollout),

@@ -6,7 +6,7 @@ and the backward pass recomputes them.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +28,13 @@ def token_logprobs(
     targets: Tensor,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return log π(target | hidden) and the entropy of π = softmax(hidden·Wᵀ / temperature).
+    """Return log π(target | hidden) and the entropy of π = softmax(logits / temperature).
 
-    log π(a) = z_a - log Σ_v exp z_v and entropy = log Σ_v exp z_v - Σ_v π_v z_v, z = hidden·Wᵀ/τ.
+    log π(a) = z_a - log Σ_v exp z_v and entropy = log Σ_v exp z_v - Σ_v π_v z_v. The logits are
+    scale·hidden·Wᵀ, or with a cap c (softcapping) c·tanh(scale·hidden·Wᵀ/c), and z = logits/τ.
     Forward and backward hold the logits of one chunk at a time, in at most two buffers.
 
     The matrix product runs in the dtype of `hidden`, or of autocast if it is on. Softmax, sums and
@@ -43,13 +46,15 @@ def token_logprobs(
         targets: token ids in [0, V), (N,).
         temperature: of sampling, above 0.
         chunk_size: tokens in a chunk; None derives it from vocabulary and device.
+        scale: multiplies the logits.
+        cap: tanh keeps every logit between its negative and it; None for no cap.
 
     Returns:
         Log-probabilities (N,), differentiable in hidden and head_weight, and entropies (N,) in
         nats, not differentiable. Both float32, or float64 if `hidden` is.
 
     Raises:
-        ValueError: shapes disagree, or temperature or chunk_size is out of range.
+        ValueError: shapes disagree, or temperature, chunk_size or cap is out of range.
 
     Example:
         >>> hidden, weight = torch.zeros(2, 3), torch.ones(4, 3)
@@ -59,15 +64,44 @@ def token_logprobs(
     _check(hidden, head_weight, targets)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be above 0.")
+    if cap is not None and not cap > 0:
+        raise ValueError(f"cap={cap}: must be above 0, or None for no cap.")
     if chunk_size is None:
         elements = _CHUNK_ELEMENTS.get(hidden.device.type, _CHUNK_ELEMENTS["cpu"])
         chunk_size = max(1, elements // max(1, len(head_weight)))
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: use at least 1, or None for automatic.")
     logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, head_weight, targets, temperature, chunk_size
+        hidden, head_weight, targets, _Transform(scale, cap, temperature), chunk_size
     )
     return logprobs, entropy
+
+
+class _Transform(NamedTuple):
+    """From hidden·Wᵀ to logits over the temperature, in place; and its derivative."""
+
+    scale: float
+    cap: float | None
+    temperature: float
+
+    def apply_(self, products: Tensor) -> Tensor:
+        factor = self.slope
+        if self.cap is not None:
+            products.mul_(self.scale / self.cap).tanh_()
+            factor = self.cap / self.temperature
+        return products if factor == 1.0 else products.mul_(factor)
+
+    @property
+    def slope(self) -> float:
+        """Derivative at 0."""
+        return self.scale / self.temperature
+
+    def bend_(self, grads: Tensor, logits: Tensor) -> Tensor:
+        """Multiply by the derivative over that at 0, in place of these results of ``apply_``."""
+        if self.cap is None:
+            return grads
+        # Of c·tanh(x/c): 1 - tanh².
+        return grads.mul_(logits.mul_(self.temperature / self.cap).square_().neg_().add_(1.0))
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -77,7 +111,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden: Tensor,
         head_weight: Tensor,
         targets: Tensor,
-        temperature: float,
+        transform: _Transform,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         product_dtype = _product_dtype(hidden)
@@ -87,7 +121,7 @@ class _TokenLogprobs(torch.autograd.Function):
             hidden.new_empty(len(hidden), dtype=sum_dtype) for _ in range(3)
         )
         for rows in _chunks(len(hidden), chunk_size):
-            logits = _logits(hidden[rows], weight, temperature, sum_dtype)
+            logits = _logits(hidden[rows], weight, transform, sum_dtype)
             picked = logits.gather(1, targets[rows, None]).squeeze(1)
             peak = logits.amax(1)
             # Relative to the maximum, so that exp does not overflow.
@@ -99,7 +133,7 @@ class _TokenLogprobs(torch.autograd.Function):
             torch.sub(picked, log_normalizer[rows], out=logprobs[rows])
             del logits, probabilities  # free the memory before the next chunk
         ctx.save_for_backward(hidden, head_weight, targets, log_normalizer)
-        ctx.temperature, ctx.chunk_size, ctx.product_dtype = temperature, chunk_size, product_dtype
+        ctx.transform, ctx.chunk_size, ctx.product_dtype = transform, chunk_size, product_dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -116,11 +150,14 @@ class _TokenLogprobs(torch.autograd.Function):
             torch.zeros_like(head_weight, dtype=sum_dtype) if ctx.needs_input_grad[1] else None
         )
         for rows in _chunks(len(hidden), ctx.chunk_size):
-            # ∂ log π(a)/∂ logits = (onehot(a) - π)/τ, in place of the logits.
-            grads = _logits(hidden[rows], weight, ctx.temperature, sum_dtype)
+            logits = _logits(hidden[rows], weight, ctx.transform, sum_dtype)
+            # ∂ log π(a)/∂z = onehot(a) - π, in place of the logits unless a cap needs them again.
+            grads = logits if ctx.transform.cap is None else logits.clone()
             grads.sub_(log_normalizer[rows, None]).exp_()
-            scale = grad_logprobs[rows, None].to(sum_dtype) / ctx.temperature
-            grads.mul_(-scale).scatter_add_(1, targets[rows, None], scale)
+            slope = grad_logprobs[rows, None].to(sum_dtype) * ctx.transform.slope
+            grads.mul_(-slope).scatter_add_(1, targets[rows, None], slope)
+            grads = ctx.transform.bend_(grads, logits)
+            del logits
             grads = grads.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grads @ weight
@@ -132,9 +169,8 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    logits = (hidden.to(weight.dtype) @ weight.T).to(dtype)
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def _logits(hidden: Tensor, weight: Tensor, transform: _Transform, dtype: torch.dtype) -> Tensor:
+    return transform.apply_((hidden.to(weight.dtype) @ weight.T).to(dtype))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

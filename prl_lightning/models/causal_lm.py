@@ -18,7 +18,7 @@ except ImportError:  # transformers 4: its modules have the names of the files
 from prl_lightning.functional import token_logprobs
 from prl_lightning.models.experts import use_autocast_experts
 from prl_lightning.models.lora import merged
-from prl_lightning.models.output_head import refuse_other_heads
+from prl_lightning.models.output_head import logit_transform
 from prl_lightning.models.packed_attention import disable_cudnn_attention, pack_attention
 from prl_lightning.models.packing import Packing
 from prl_lightning.models.sharding import named_tensors
@@ -41,7 +41,7 @@ class LogprobModel(nn.Module):
         compile: compile each block, once for all shapes.
 
     Raises:
-        ValueError: the architecture transforms its logits, or its output head has a bias.
+        ValueError: the architecture gets its logits by more than a matrix, scaling and capping.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class LogprobModel(nn.Module):
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
-        refuse_other_heads(causal_lm, self._body())
+        self.logit_transform = logit_transform(causal_lm, self._body())
         disable_cudnn_attention()
         self.is_packed = pack_attention(causal_lm, self._body())
         use_autocast_experts(causal_lm)
@@ -99,7 +99,9 @@ class LogprobModel(nn.Module):
         packing, mask = batch.packing, batch.completion_mask
         hidden = self._packed(packing) if self.is_packed else self._padded(batch)
         head = self.causal_lm.get_output_embeddings().weight
-        logprobs, entropy = token_logprobs(hidden, head, packing.targets, batch.temperature)
+        logprobs, entropy = token_logprobs(
+            hidden, head, packing.targets, batch.temperature, **self.logit_transform
+        )
         zeros = logprobs.new_zeros(mask.numel())
         return (
             zeros.index_copy(0, packing.cells, logprobs).view_as(mask),

@@ -98,6 +98,18 @@ class Sampler(ABC):
         """Return what the machine lacks, with the fix; checked before anything is loaded."""
         return []
 
+    def refuse_model(self, model: str, max_model_tokens: int) -> None:
+        """Raise if the engine cannot sample from an architecture; before anything is loaded.
+
+        Args:
+            model: Hugging Face id or folder.
+            max_model_tokens: see ``start``.
+
+        Raises:
+            ValueError: with the architecture and the fix.
+        """
+        return  # an engine that takes them all
+
     @abstractmethod
     def start(self, model: str, max_model_tokens: int) -> None:
         """Build the engine for a model, before the first ``load_weights``.

@@ -17,7 +17,10 @@ from transformers import (
 )
 
 from prl_lightning.models.loading import causal_lm_from_config, load_tokenizer
-from prl_lightning.models.packed_attention import disable_cudnn_attention
+from prl_lightning.models.packed_attention import (
+    disable_cudnn_attention,
+    use_exact_attention,
+)
 from prl_lightning.sampling.base import Progress, Sampler, SamplingConfig
 from prl_lightning.types import Completion, Prompt
 
@@ -44,6 +47,7 @@ class HFSampler(Sampler):
         disable_cudnn_attention()  # each decoding step has a new length
         self._name = model
         self._model = causal_lm_from_config(model, self.dtype)
+        use_exact_attention(self._model)
         # Drop the model's recommended settings, such as top-k: they would change the distribution.
         self._model.generation_config = GenerationConfig()
 

@@ -63,6 +63,10 @@ class SubprocessSampler(Sampler):
             )
         return missing
 
+    def refuse_model(self, model: str, max_model_tokens: int) -> None:
+        """See ``Sampler.refuse_model``: it is that of the engine."""
+        self.sampler.refuse_model(model, max_model_tokens)
+
     def start(self, model: str, max_model_tokens: int) -> None:
         """See ``Sampler.start``.
 

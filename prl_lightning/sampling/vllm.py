@@ -13,10 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from prl_lightning.models.loading import load_tokenizer
+from prl_lightning.models.loading import load_config, load_tokenizer
 from prl_lightning.sampling.base import Progress, Sampler, SamplingConfig, local_rank
-from prl_lightning.sampling.vllm_requirements import missing_requirements, refuse_multi_process
+from prl_lightning.sampling.vllm_requirements import (
+    missing_requirements,
+    refuse_architecture,
+    refuse_multi_process,
+)
 from prl_lightning.types import Completion, Prompt
+
+TIED_HEAD = "lm_head.weight"
 
 
 class VLLMSampler(Sampler):
@@ -77,14 +83,19 @@ class VLLMSampler(Sampler):
         """See ``Sampler.missing_requirements``: a version of vLLM, a GPU."""
         return list(missing_requirements(self.sleeps, self.batch_invariant))
 
+    def refuse_model(self, model: str, max_model_tokens: int) -> None:
+        """See ``Sampler.refuse_model``."""
+        refuse_architecture(load_config(model), max_model_tokens)
+
     def start(self, model: str, max_model_tokens: int) -> None:
         """See ``Sampler.start``.
 
         Raises:
-            ValueError: see ``missing_requirements``.
+            ValueError: see ``missing_requirements`` and ``refuse_model``.
         """
         if missing := self.missing_requirements():
             raise ValueError(" ".join(missing))
+        self.refuse_model(model, max_model_tokens)
         self._set_environment()
         self._model = model
         from vllm import LLM
@@ -112,6 +123,7 @@ class VLLMSampler(Sampler):
             # After reading a part of a prompt, vLLM rewinds the generator of a seeded request.
             # torch's CPU generator cannot be rewound, so prompts must be read whole.
             arguments["enable_chunked_prefill"] = False
+        _keep_transformers_classes()
         with _rank_environment() as executor:
             self._llm = LLM(**arguments | self.engine_args | executor)
 
@@ -120,6 +132,8 @@ class VLLMSampler(Sampler):
         self._wake()
         if not torch.cuda.is_available():
             self._llm.apply_model(_unpack_experts)
+        if not all(self._llm.apply_model(_has_head)):
+            weights = (item for item in weights if item[0] != TIED_HEAD)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         # Cached keys and values belong to the old weights.
         self._llm.reset_prefix_cache()
@@ -206,6 +220,22 @@ class VLLMSampler(Sampler):
             torch.cuda.empty_cache()
             self._llm.wake_up()
             self._is_asleep = False
+
+
+def _keep_transformers_classes() -> None:
+    """Keep vLLM from changing the classes of transformers, whose instances the trainer has.
+
+    Where vLLM has no implementation of an architecture, it uses that of transformers. It would
+    compile it by replacing methods of the class, which then fail outside of the engine.
+    """
+    from vllm.model_executor.models.transformers import base
+
+    base.Base._decorate_for_torch_compile = lambda self: None
+
+
+def _has_head(model: nn.Module) -> bool:
+    """Whether the engine's model has an output head; if tied, it may use the embeddings alone."""
+    return any(name.rpartition(".")[2] == "lm_head" for name, _ in model.named_modules())
 
 
 def _unpack_experts(model: nn.Module) -> None:

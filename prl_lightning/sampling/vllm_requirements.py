@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from packaging.specifiers import SpecifierSet
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 # The versions whose interfaces VLLMSampler uses. Below 0.16 the engine takes no weights in memory.
 # From 0.16 to 0.24 it runs out of memory on waking up, and ignores a mixture's experts.
@@ -26,6 +27,16 @@ MULTI_PROCESS_ARGS = (
 )
 # Lowest compute capability that vLLM's batch-invariant kernels support (Hopper).
 BATCH_INVARIANT_FROM = (9, 0)
+
+
+# Types of layers that the engine computes without a GPU.
+ENGINE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+# vLLM copies the experts of these past the functions by which it takes weights in memory.
+UNLOADABLE = {"gpt_oss"}
+# Field of latent attention (MLA). Without a GPU, vLLM's values differ from transformers' by nats.
+LATENT = "kv_lora_rank"
+# A token of these sees one token more in vLLM than in transformers.
+WIDER_WINDOWS = {"cohere2", "cohere2_moe"}
 
 
 def refuse_multi_process(engine_args: dict[str, Any]) -> None:
@@ -72,6 +83,53 @@ def missing_requirements(sleeps: bool, batch_invariant: bool) -> Iterator[str]:
             "VLLMSampler.batch_invariant=true needs a GPU of compute capability 9.0 (Hopper) or "
             "higher. Remove it; without a GPU, completions never depend on the batch."
         )
+
+
+def refuse_architecture(config: PretrainedConfig, max_model_tokens: int) -> None:
+    """Raise if vLLM cannot sample from a model as the trainer computes it.
+
+    Args:
+        config: of the model.
+        max_model_tokens: longest row.
+
+    Raises:
+        ValueError: with the architecture and the reason.
+    """
+    for reason in _reasons_against(config, max_model_tokens):
+        kind = config.get_text_config().model_type
+        raise ValueError(
+            f"model.policy is of the architecture {kind!r}, but {reason}. Set rollout.sampler to "
+            "prl_lightning.sampling.HFSampler, or use another architecture."
+        )
+
+
+def _reasons_against(config: PretrainedConfig, max_model_tokens: int) -> Iterator[str]:
+    text = config.get_text_config()
+    has_gpu, window = torch.cuda.is_available(), getattr(text, "sliding_window", None)
+    others = set(getattr(text, "layer_types", None) or ()) - ENGINE_LAYERS
+    if text.model_type in UNLOADABLE:
+        yield "vLLM takes no new weights of its experts in memory"
+    if text.model_type in WIDER_WINDOWS and window and max_model_tokens > window:
+        yield (
+            f"vLLM's window is one token wider than sliding_window={window}, and a row may have "
+            f"{max_model_tokens} tokens"
+        )
+    if getattr(text, LATENT, None) and not has_gpu:
+        yield f"vLLM without a GPU computes latent attention ({LATENT}) differently"
+    if others and not has_gpu:
+        yield f"vLLM without a GPU does not compute layers of type {', '.join(sorted(others))}"
+    if not _has_implementation(config):
+        yield "vLLM has no implementation of it"
+
+
+def _has_implementation(config: PretrainedConfig) -> bool:
+    """Whether vLLM implements an architecture, or can use transformers' implementation."""
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if kind is None or kind._supports_attention_backend or not installed_version():
+        return True
+    from vllm import ModelRegistry
+
+    return kind.__name__ in ModelRegistry.get_supported_archs()
 
 
 def installed_version() -> str | None:

@@ -216,8 +216,8 @@ def test_a_logger_that_would_not_upload_is_a_mistake(
 def test_an_architecture_that_cannot_work_is_named_before_its_weights_are_read(
     bare_model: str, tmp_path: Path
 ) -> None:
-    AutoConfig.for_model("recurrent_gemma", logits_soft_cap=20.0).save_pretrained(bare_model)
-    message = r"model\.policy.*'recurrent_gemma' transforms its logits \(logits_soft_cap=20\.0\)"
+    AutoConfig.for_model("gptj").save_pretrained(bare_model)
+    message = r"model\.policy.*'gptj' has a bias of the output head"
     with pytest.raises(ConfigurationError, match=message):
         fit(*tiny_overrides(bare_model, tmp_path))
 

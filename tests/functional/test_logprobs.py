@@ -16,10 +16,18 @@ from .batches import assert_close, quick, value_and_slope
 
 
 def reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log_softmax + gather, over all logits at once."""
-    logprobs = (hidden @ weight.T / temperature).log_softmax(-1)
+    logits = scale * (hidden @ weight.T)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    logprobs = (logits / temperature).log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
 
@@ -41,6 +49,8 @@ def inputs(
     width=st.integers(1, 5),
     chunk_size=st.none() | st.integers(1, 11),
     temperature=st.sampled_from([1.0, 0.6, 2.5]),
+    scale=st.sampled_from([1.0, 0.125, 3.0]),
+    cap=st.sampled_from([None, 1.5, 30.0]),
     seed=st.integers(0, 1000),
 )
 def test_token_logprobs_is_log_softmax_and_gather(
@@ -49,11 +59,13 @@ def test_token_logprobs_is_log_softmax_and_gather(
     width: int,
     chunk_size: int | None,
     temperature: float,
+    scale: float,
+    cap: float | None,
     seed: int,
 ) -> None:
     hidden, weight, targets = inputs(tokens, vocabulary, width, seed)
-    logprobs, entropy = token_logprobs(hidden, weight, targets, temperature, chunk_size)
-    want, want_entropy = reference(hidden, weight, targets, temperature)
+    logprobs, entropy = token_logprobs(hidden, weight, targets, temperature, chunk_size, scale, cap)
+    want, want_entropy = reference(hidden, weight, targets, temperature, scale, cap)
     assert_close(logprobs, want)
     assert_close(entropy, want_entropy.detach())
     assert not entropy.requires_grad
@@ -162,15 +174,17 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("temperature", "cap"), [(1.0, None), (0.7, None), (0.7, 30.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_more_than_one_chunk_of_logits_exists(dtype: torch.dtype, temperature: float) -> None:
+def test_no_more_than_one_chunk_of_logits_exists(
+    dtype: torch.dtype, temperature: float, cap: float | None
+) -> None:
     tokens, vocabulary, width, chunk_size = 96, 1000, 4, 8
     hidden, weight, targets = inputs(tokens, vocabulary, width, dtype=dtype)
     chunk = chunk_size * vocabulary
     assert chunk > vocabulary * width > tokens * width  # so a chunk of logits is the largest
     with Recorder(large=chunk) as forward:
-        logprobs, _ = token_logprobs(hidden, weight, targets, temperature, chunk_size)
+        logprobs, _ = token_logprobs(hidden, weight, targets, temperature, chunk_size, cap=cap)
     with Recorder(large=chunk) as backward:
         logprobs.sum().backward()
     for pass_ in (forward, backward):
@@ -211,6 +225,7 @@ def test_a_gpu_has_larger_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"chunk_size": 0}, "chunk_size=0"),
+        ({"cap": 0.0}, "cap=0.0"),
         ({"targets": torch.zeros(3).long()}, r"targets \(3,\)"),
         ({"head_weight": torch.zeros(5, 9)}, r"hidden has shape \(4, 3\), head_weight \(5, 9\)"),
         ({"hidden": torch.zeros(2, 2, 3)}, r"hidden has shape \(2, 2, 3\)"),
