@@ -117,6 +117,7 @@ class RolloutCallback(Callback):
         for where, columns in data.reward_columns.items():
             rewards.check_columns(columns, where)
         longest = longest_row(module, data, self.settings)
+        sampler.refuse_model(module.policy_name, longest)
         self.engine = EngineLink(trainer, module, self.settings, longest)
         ids, self._stop_texts = split_stops(self.settings.stop, data.tokenizer)
         self._stop_token_ids = stop_token_ids(module.policy_name, data.tokenizer, ids)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from prl_lightning.models.loading import load_config, load_tokenizer
 from prl_lightning.sampling.base import Progress, Sampler, SamplingConfig, local_rank
@@ -85,17 +86,17 @@ class VLLMSampler(Sampler):
 
     def refuse_model(self, model: str, max_model_tokens: int) -> None:
         """See ``Sampler.refuse_model``."""
-        refuse_architecture(load_config(model), max_model_tokens)
+        config = load_config(model)
+        refuse_architecture(config, max_model_tokens, _is_implemented(config))
 
     def start(self, model: str, max_model_tokens: int) -> None:
         """See ``Sampler.start``.
 
         Raises:
-            ValueError: see ``missing_requirements`` and ``refuse_model``.
+            ValueError: see ``missing_requirements``.
         """
         if missing := self.missing_requirements():
             raise ValueError(" ".join(missing))
-        self.refuse_model(model, max_model_tokens)
         self._set_environment()
         self._model = model
         from vllm import LLM
@@ -231,6 +232,16 @@ def _keep_transformers_classes() -> None:
     from vllm.model_executor.models.transformers import base
 
     base.Base._decorate_for_torch_compile = lambda self: None
+
+
+def _is_implemented(config: PretrainedConfig) -> bool:
+    """Whether vLLM implements an architecture, or can use transformers' implementation."""
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if kind is None or kind._supports_attention_backend:  # spares the import of vLLM
+        return True
+    from vllm import ModelRegistry
+
+    return kind.__name__ in ModelRegistry.get_supported_archs()
 
 
 def _has_head(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from packaging.specifiers import SpecifierSet
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 # The versions whose interfaces VLLMSampler uses. Below 0.16 the engine takes no weights in memory.
 # From 0.16 to 0.24 it runs out of memory on waking up, and ignores a mixture's experts.
@@ -85,17 +85,21 @@ def missing_requirements(sleeps: bool, batch_invariant: bool) -> Iterator[str]:
         )
 
 
-def refuse_architecture(config: PretrainedConfig, max_model_tokens: int) -> None:
+def refuse_architecture(
+    config: PretrainedConfig, max_model_tokens: int, is_implemented: bool
+) -> None:
     """Raise if vLLM cannot sample from a model as the trainer computes it.
 
     Args:
         config: of the model.
         max_model_tokens: longest row.
+        is_implemented: whether vLLM knows the architecture.
 
     Raises:
         ValueError: with the architecture and the reason.
     """
-    for reason in _reasons_against(config, max_model_tokens):
+    reason = next(_reasons_against(config, max_model_tokens, is_implemented), None)
+    if reason:
         kind = config.get_text_config().model_type
         raise ValueError(
             f"model.policy is of the architecture {kind!r}, but {reason}. Set rollout.sampler to "
@@ -103,7 +107,11 @@ def refuse_architecture(config: PretrainedConfig, max_model_tokens: int) -> None
         )
 
 
-def _reasons_against(config: PretrainedConfig, max_model_tokens: int) -> Iterator[str]:
+def _reasons_against(
+    config: PretrainedConfig, max_model_tokens: int, is_implemented: bool
+) -> Iterator[str]:
+    if not is_implemented:
+        yield "vLLM has no implementation of it"
     text = config.get_text_config()
     has_gpu, window = torch.cuda.is_available(), getattr(text, "sliding_window", None)
     others = set(getattr(text, "layer_types", None) or ()) - ENGINE_LAYERS
@@ -118,18 +126,6 @@ def _reasons_against(config: PretrainedConfig, max_model_tokens: int) -> Iterato
         yield f"vLLM without a GPU computes latent attention ({LATENT}) differently"
     if others and not has_gpu:
         yield f"vLLM without a GPU does not compute layers of type {', '.join(sorted(others))}"
-    if not _has_implementation(config):
-        yield "vLLM has no implementation of it"
-
-
-def _has_implementation(config: PretrainedConfig) -> bool:
-    """Whether vLLM implements an architecture, or can use transformers' implementation."""
-    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if kind is None or kind._supports_attention_backend or not installed_version():
-        return True
-    from vllm import ModelRegistry
-
-    return kind.__name__ in ModelRegistry.get_supported_archs()
 
 
 def installed_version() -> str | None:

@@ -222,6 +222,15 @@ def test_an_architecture_that_cannot_work_is_named_before_its_weights_are_read(
         fit(*tiny_overrides(bare_model, tmp_path))
 
 
+def test_an_architecture_that_the_engine_cannot_sample_from_is_named(
+    bare_model: str, tmp_path: Path
+) -> None:
+    AutoConfig.for_model("gpt_oss").save_pretrained(bare_model)
+    overrides = [*tiny_overrides(bare_model, tmp_path), "--rollout.sampler=VLLMSampler"]
+    with pytest.raises(ConfigurationError, match=r"model\.policy.*'gpt_oss'.*HFSampler"):
+        fit(*overrides)
+
+
 def test_a_reference_that_nothing_reads_is_a_mistake(tied_model: str, tmp_path: Path) -> None:
     overrides = [*tiny_overrides(tied_model, tmp_path), "--model.reference=owner/other"]
     no_kl = ["--model.objective.kl=none"]

@@ -87,8 +87,6 @@ def test_what_vllm_cannot_do_is_named_before_it_starts(name: str, tmp_path: Path
     for sampler in (VLLMSampler(), SubprocessSampler(VLLMSampler())):
         with pytest.raises(ValueError, match=message):
             sampler.refuse_model(str(tmp_path), 8)
-    with pytest.raises(ValueError, match=message):
-        VLLMSampler().start(str(tmp_path), 8)
 
 
 def test_rows_longer_than_a_window_that_vllm_reads_otherwise(tmp_path: Path) -> None:

@@ -45,9 +45,10 @@ class EngineThatSleeps:
         return False
 
     def __getattr__(self, name: str) -> Any:
-        def work(*args: Any, **kwargs: Any) -> None:
+        def work(*args: Any, **kwargs: Any) -> list[Any]:
             assert not self.is_asleep
             self.events.append(name)
+            return []
 
         return work
 
@@ -66,7 +67,7 @@ def test_it_sleeps_after_sampling_and_wakes_for_weights_or_sampling(
         sampler.generate([], CONFIG)
         sampler.generate([], CONFIG)
     unpack = [] if torch.cuda.is_available() else ["apply_model"]
-    load = [*unpack, "collective_rpc", "reset_prefix_cache"]
+    load = [*unpack, "apply_model", "collective_rpc", "reset_prefix_cache"]
     wake, sleep = (["collect", "empty_cache", "wake"], ["sleep"]) if sleeps else ([], [])
     once = [*load, "enqueue", *sleep, *wake, "enqueue", *sleep]
     assert engine.events == [*once, *wake, *once]

@@ -152,6 +152,7 @@ def test_arguments_and_environment_of_the_engine(
     monkeypatch.setitem(
         sys.modules, "vllm", SimpleNamespace(LLM=lambda **given: found.update(given))
     )
+    monkeypatch.setattr("prl_lightning.sampling.vllm._keep_transformers_classes", lambda: None)
     sampler.start("model", 64)
     found |= os.environ
     assert {name: found.get(name) for name in expected} == expected
