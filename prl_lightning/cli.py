@@ -28,14 +28,16 @@ from prl_lightning.callbacks import (
     UpdateGuard,
 )
 from prl_lightning.callbacks.rollout import rollout_callback
+from prl_lightning.checks.cautions import (
+    warn_of_greedy,
+    warn_of_one_step,
+    warn_of_turn_end,
+)
 from prl_lightning.checks.contradictions import (
     ConfigurationError,
     contradictions,
     file_errors,
     raise_errors,
-    warn_of_greedy,
-    warn_of_one_step,
-    warn_of_turn_end,
 )
 from prl_lightning.checks.estimate import describe
 from prl_lightning.checks.secrets import SaveConfig

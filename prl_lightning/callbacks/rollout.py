@@ -13,14 +13,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from prl_lightning.checks.contradictions import (
-    contradictions,
-    longest_row,
-    raise_errors,
+from prl_lightning.checks.cautions import (
     warn_of_greedy,
     warn_of_one_step,
     warn_of_slow_precision,
     warn_of_turn_end,
+)
+from prl_lightning.checks.contradictions import (
+    contradictions,
+    longest_row,
+    raise_errors,
 )
 from prl_lightning.models.loading import stop_token_ids
 from prl_lightning.rewards import RewardFunction, RewardLimits, RewardSum

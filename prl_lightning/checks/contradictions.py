@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from prl_lightning.checks.lightning_options import lightning_errors
@@ -25,12 +23,11 @@ from prl_lightning.models.loading import (
     max_model_tokens,
     stop_token_ids,
 )
-from prl_lightning.models.sharding import is_sharding
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import RewardLimits
 from prl_lightning.rollouts.settings import RolloutSettings
-from prl_lightning.sampling.stops import split_stops, turn_end
+from prl_lightning.sampling.stops import split_stops
 
 
 class ConfigurationError(ValueError):
@@ -162,59 +159,6 @@ def _check_stops(name: str, rollout: RolloutSettings) -> None:
     stop_token_ids(name, tokenizer, split_stops(rollout.stop, tokenizer)[0])
 
 
-def warn_of_greedy(data: PromptDataModule) -> None:
-    """Warn if the completions of a problem are all equal in evaluations."""
-    if data.eval_sources and data.evaluation.caution:
-        rank_zero_warn(data.evaluation.caution)
-
-
-def warn_of_one_step(module: PRLModule, rollout: RolloutSettings) -> None:
-    """Warn if no completion can be long enough for a second step."""
-    steps = module.objective.steps
-    if isinstance(steps, int) and steps >= rollout.max_new_tokens:
-        rank_zero_warn(
-            f"model.objective.steps={steps}, but rollout.max_new_tokens={rollout.max_new_tokens}: "
-            "every completion is one step. Lower steps, or raise max_new_tokens."
-        )
-
-
-def warn_of_turn_end(module: PRLModule, data: PromptDataModule, rollout: RolloutSettings) -> None:
-    """Warn if what the chat template closes a turn with does not end a completion."""
-    if data.format.chat_template is False or not is_available(module.policy_name, data):
-        return
-    tokenizer = load_tokenizer(module.policy_name)
-    closing = turn_end(tokenizer, data.format.chat_template_args)
-    more, texts = split_stops(rollout.stop, tokenizer)
-    if closing is None or any(text in closing[0] for text in texts):
-        return
-    if not set(closing[1]) & set(stop_token_ids(module.policy_name, tokenizer, more)):
-        rank_zero_warn(
-            f"the chat template closes a turn with {closing[0]!r}, which neither the tokenizer nor "
-            f"the generation config of model.policy={module.policy_name!r} has as a stop token: a "
-            f"completion goes on after it. Set rollout.stop to [{closing[0]!r}] to end it there."
-        )
-
-
-def warn_of_slow_precision(trainer: Trainer) -> None:
-    """Warn if the CPU has no bfloat16 instructions: torch then converts each number by itself."""
-    precision = str(trainer.precision)
-    on_cpu = trainer.strategy.root_device.type == "cpu"
-    if on_cpu and precision.startswith("bf16") and not has_bf16_instructions():
-        rank_zero_warn(
-            f"trainer.precision={precision}, but this CPU has no bfloat16 instructions "
-            "(avx512_bf16 or amx_bf16): updates may take several times longer than in float32. Set "
-            "trainer.precision=32-true."
-        )
-
-
-def has_bf16_instructions() -> bool:
-    """Whether the CPU computes in bfloat16; True if this version of torch cannot tell."""
-    read = getattr(torch.cpu, "get_capabilities", None)
-    features = {} if read is None else read()
-    known = [has for name, has in features.items() if "bf16" in name]
-    return any(known) if known else True
-
-
 def _read_config(name: str) -> None:
     try:
         load_config(name)
@@ -264,22 +208,6 @@ def _of_engine(trainer: Trainer, rollout: RolloutSettings) -> Iterator[str]:
         )
 
 
-def _of_averaging(trainer: Trainer) -> Iterator[str]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
-        name, strategy = type(callback).__name__, type(trainer.strategy).__name__
-        if isinstance(callback, StochasticWeightAveraging):
-            yield (
-                f"trainer.callbacks has {name}, which copies the model before it is loaded and "
-                "would average nothing. Use WeightAveraging or EMAWeightAveraging."
-            )
-        if isinstance(callback, WeightAveraging) and is_sharding(trainer.strategy):
-            yield (
-                f"trainer.callbacks has {name}, which cannot copy a model that trainer.strategy="
-                f"{strategy} shards. Use `strategy: ddp`, or leave the callback out."
-            )
-
-
 def _of_training(
     trainer: Trainer, module: PRLModule, data: PromptDataModule, rollout: RolloutSettings
 ) -> Iterator[str]:
@@ -301,7 +229,6 @@ def _of_training(
         )
     yield from _of_optimizer(module)
     yield from lightning_errors(trainer, data)
-    yield from _of_averaging(trainer)
 
 
 def _of_optimizer(module: PRLModule) -> Iterator[str]:

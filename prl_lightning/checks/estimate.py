@@ -19,9 +19,10 @@ from prl_lightning.data import PromptDataModule, collate
 from prl_lightning.functional.logprobs import _CHUNK_ELEMENTS
 from prl_lightning.models.causal_lm import LogprobModel
 from prl_lightning.models.loading import causal_lm_from_config, load_config
+from prl_lightning.models.sharding import is_sharding
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.settings import RolloutSettings
-from prl_lightning.sampling import VLLMSampler
+from prl_lightning.sampling import Sampler, VLLMSampler
 from prl_lightning.types import Completion, Prompt, Rollout
 
 MIB = 2**20
@@ -82,8 +83,7 @@ def _parameters(name: str) -> int:
 
 def _memory(trainer: Trainer, module: PRLModule, trains: bool) -> Iterator[tuple[str, float]]:
     """Yield the bytes of weights and states by purpose; strategies that shard divide by ranks."""
-    is_sharded = "FSDP" in type(trainer.strategy).__name__
-    ranks = trainer.world_size if is_sharded else 1
+    ranks = trainer.world_size if is_sharding(trainer.strategy) else 1
     size = 2 if str(trainer.precision) in ("bf16-true", "16-true") else 4
     weights = _parameters(module.policy_name) * size / ranks
     yield "policy", weights
@@ -131,9 +131,8 @@ def _beside_weights(
         yield f"  {'logits':<16} {logits / MIB:10,.0f} MiB at most, in chunks"
     if trainer.strategy.root_device.type != "cpu":
         return
-    sampler = getattr(rollout.sampler, "sampler", rollout.sampler)
-    code, engine = CODE_BYTES, float(_parameters(module.policy_name))
-    engine *= 4 if sampler.dtype == "float32" else 2
+    sampler, engine = _engine_weights(module, rollout)
+    code = CODE_BYTES
     if isinstance(sampler, VLLMSampler):
         code, engine = 2 * code, engine + sampler.cache_gib * 2**30
     yield f"  {'code':<16} {code / MIB:10,.0f} MiB of Python, torch and the engine"
@@ -182,13 +181,18 @@ def _kept_bytes(module: PRLModule, dtype: torch.dtype, is_mixed: bool) -> float:
     return sum(kept.values()) / PROBE_TOKENS
 
 
-def _engine(module: PRLModule, rollout: RolloutSettings) -> str:
+def _engine_weights(module: PRLModule, rollout: RolloutSettings) -> tuple[Sampler, float]:
+    """Return the sampler that has the engine, and the bytes of its weights."""
     sampler = getattr(rollout.sampler, "sampler", rollout.sampler)  # inside a SubprocessSampler
+    size = 4 if sampler.dtype == "float32" else 2
+    return sampler, float(_parameters(module.policy_name) * size)
+
+
+def _engine(module: PRLModule, rollout: RolloutSettings) -> str:
+    sampler, weights = _engine_weights(module, rollout)
     if not isinstance(sampler, VLLMSampler):
         return f"{type(sampler).__name__}: at most a second copy of the weights, and its cache"
-    size = 4 if sampler.dtype == "float32" else 2
-    weights = _parameters(module.policy_name) * size / MIB
     return (
-        f"{weights:10,.0f} MiB weights, and a cache of {sampler.cache_gib:g} GiB without a GPU; "
-        f"{sampler.gpu_memory_utilization:.0%} of a GPU in all"
+        f"{weights / MIB:10,.0f} MiB weights, and a cache of {sampler.cache_gib:g} GiB without a "
+        f"GPU; {sampler.gpu_memory_utilization:.0%} of a GPU in all"
     )

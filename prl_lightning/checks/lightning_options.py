@@ -1,4 +1,4 @@
-"""Options of Lightning that would change an update, or upload nothing, without a word."""
+"""Options of Lightning that would change an update, average or upload nothing, without a word."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
 )
 
 from prl_lightning.data import PromptDataModule
+from prl_lightning.models.sharding import is_sharding
 
 # Callbacks that cannot work here, with the reason and the fix.
 UNUSABLE: dict[type[Callback], str] = {
@@ -22,6 +25,8 @@ UNUSABLE: dict[type[Callback], str] = {
     "Leave it out, and set trainer.accumulate_grad_batches for smaller micro-batches",
     LearningRateFinder: "which trains on batches that are not sampled yet. Leave it out, and set "
     "model.optimizer",
+    StochasticWeightAveraging: "which copies the model before it is loaded and would average "
+    "nothing. Use WeightAveraging or EMAWeightAveraging",
 }
 
 
@@ -49,6 +54,12 @@ def lightning_errors(trainer: Trainer, data: PromptDataModule) -> Iterator[str]:
         for kind, why in UNUSABLE.items():
             if isinstance(callback, kind):
                 yield f"trainer.callbacks has {type(callback).__name__}, {why}."
+        if isinstance(callback, WeightAveraging) and is_sharding(trainer.strategy):
+            yield (
+                f"trainer.callbacks has {type(callback).__name__}, which cannot copy a model that "
+                f"trainer.strategy={type(trainer.strategy).__name__} shards. Use `strategy: ddp`, "
+                "or leave the callback out."
+            )
     yield from _of_uploads(trainer)
 
 

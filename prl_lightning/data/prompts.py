@@ -15,9 +15,10 @@ from torch.utils.data import ConcatDataset
 from prl_lightning.data.format import PromptFormat
 from prl_lightning.data.generated import GeneratedPrompts, problem_of
 from prl_lightning.data.loader import RolloutLoader
+from prl_lightning.data.prompt_set import PromptSet
 from prl_lightning.data.rollouts import RolloutBuffer
 from prl_lightning.data.sizes import EpochSizes
-from prl_lightning.data.sources import PromptSet, Source
+from prl_lightning.data.sources import Source
 from prl_lightning.evaluation import Evaluation
 from prl_lightning.models.loading import load_tokenizer
 from prl_lightning.runs.progress import hide_library_bars

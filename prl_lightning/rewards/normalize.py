@@ -89,7 +89,6 @@ _NO_UNITS = frozenset(
 )
 
 
-@lru_cache(maxsize=4096)
 def tidy(answer: str) -> str:
     r"""Remove what only changes how an answer looks: emphasis, spaces, Unicode, `\left`.
 
@@ -97,7 +96,7 @@ def tidy(answer: str) -> str:
         >>> tidy(r"$\left( 1,\ 2 \right)$"), tidy("½ x²"), tidy("1, 200")
         ('(1,2)', '1/2x^{2}', '1, 200')
     """
-    return _squeeze(_apply(_LOOKS, _in_latex(answer)))
+    return _squeeze(_plain(answer))
 
 
 @lru_cache(maxsize=4096)
@@ -112,8 +111,14 @@ def normalize(answer: str) -> tuple[str, str]:
         >>> normalize("18 dollars"), normalize("1 1/4"), normalize(r"0.\overline{3}")
         (('18', 'dollar'), ('1\\frac{1}{4}', ''), ('\\frac{3}{9}', ''))
     """
-    text, unit = _without_unit(_apply(_VALUE, _apply(_LOOKS, _in_latex(answer))))
+    text, unit = _without_unit(_apply(_VALUE, _plain(answer)))
     return _squeeze(text), unit
+
+
+# Both forms of an answer are asked for, one after the other.
+@lru_cache(maxsize=4096)
+def _plain(answer: str) -> str:
+    return _apply(_LOOKS, _in_latex(answer))
 
 
 def _apply(rules: list[_Rule], text: str) -> str:

@@ -143,32 +143,13 @@ class VLLMSampler(Sampler):
         self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None
     ) -> list[list[Completion]]:
         """See ``Sampler.generate``."""
-        from vllm import SamplingParams
-
-        params = [
-            SamplingParams(
-                n=config.num_distinct,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                max_tokens=config.max_new_tokens,
-                stop_token_ids=list(config.stop_token_ids),
-                # Stop at the stop tokens only, not at the model's own end-of-sequence token.
-                ignore_eos=True,
-                seed=prompt.seed,  # vLLM adds j for sample j
-                logprobs=0,
-                stop=list(config.stop_texts),
-                detokenize=bool(config.stop_texts),
-                skip_special_tokens=False,
-            )
-            for prompt in prompts
-        ]
         self._wake()
         processor = self._llm.llm_engine.output_processor
         if config.stop_texts and processor.tokenizer is None:  # only these need one
             processor.tokenizer = load_tokenizer(self._model)
         inputs = [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
         first = self._llm.request_counter.counter  # requests have ascending numbers
-        self._llm.enqueue(inputs, params, use_tqdm=False)
+        self._llm.enqueue(inputs, _params(prompts, config), use_tqdm=False)
         groups: dict[int, list[Completion]] = {}
         copies, reported, complete = config.n // config.num_distinct, 0, 0
         while self._llm.llm_engine.has_unfinished_requests():
@@ -294,6 +275,28 @@ def _rank_environment() -> Iterator[dict[str, Any]]:
         for name in place:
             del os.environ[name]
         os.environ.update(before)
+
+
+def _params(prompts: Sequence[Prompt], config: SamplingConfig) -> list[Any]:
+    from vllm import SamplingParams
+
+    return [
+        SamplingParams(
+            n=config.num_distinct,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_tokens=config.max_new_tokens,
+            stop_token_ids=list(config.stop_token_ids),
+            # Stop at the stop tokens only, not at the model's own end-of-sequence token.
+            ignore_eos=True,
+            seed=prompt.seed,  # vLLM adds j for sample j
+            logprobs=0,
+            stop=list(config.stop_texts),
+            detokenize=bool(config.stop_texts),
+            skip_special_tokens=False,
+        )
+        for prompt in prompts
+    ]
 
 
 def _completion(sample: Any) -> Completion:

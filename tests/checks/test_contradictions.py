@@ -20,10 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prl_lightning.callbacks import LastCheckpoint, RolloutCallback
 from prl_lightning.checks import estimate
+from prl_lightning.checks.cautions import (
+    warn_of_slow_precision,
+)
 from prl_lightning.checks.contradictions import (
     ConfigurationError,
     contradictions,
-    warn_of_slow_precision,
 )
 from prl_lightning.checks.lightning_options import lightning_errors
 from prl_lightning.cli import main

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import processors
 
-from prl_lightning.data import sources
 from prl_lightning.data.format import DataError, PromptFormat
-from prl_lightning.data.sources import PromptSet, Source
+from prl_lightning.data.prompt_set import PromptSet
+from prl_lightning.data.sources import Source
 from prl_lightning.rewards import ExactMatch
 from prl_lightning.rewards.match import reference_texts
 from prl_lightning.rewards.protocol import checked_rewards
@@ -451,7 +451,7 @@ def test_too_long_prompts_are_dropped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     messages: list[str] = []
-    monkeypatch.setattr(sources, "rank_zero_info", messages.append)
+    monkeypatch.setattr("prl_lightning.data.prompt_set.rank_zero_info", messages.append)
     rows = [{"prompt": "1" * length, "answer": str(length)} for length in (4, 5, 3, 9)]
     path = write(tmp_path / "rows.jsonl", rows)
     prompts = prompt_set(path, max_prompt_tokens=5)  # "<s>" is one of the five
