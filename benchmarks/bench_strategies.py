@@ -1,4 +1,4 @@
-"""The quickstart under each strategy: what it reaches, and how long an iteration takes.
+"""Arithmetic under each strategy: what it reaches, and how long an iteration takes.
 
     python benchmarks/bench_strategies.py            # writes benchmarks/results/strategies.json
 
@@ -31,7 +31,7 @@ PARTS = (
 
 def run(strategy: str, devices: int, epochs: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "prl_lightning", "fit", "--config=configs/quickstart.yaml"]
+        command = [sys.executable, "-m", "prl_lightning", "fit", "--config=configs/arithmetic.yaml"]
         options = [
             f"--trainer.strategy={strategy}",
             f"--trainer.devices={devices}",

@@ -254,7 +254,7 @@ def copy_configs(folder: Path = Path("configs")) -> None:
     """
     refuse_existing(folder, "folder")
     shutil.copytree(Path(__file__).with_name("configs"), folder)
-    print(f"prl fit --config {folder}/quickstart.yaml")
+    print(f"prl fit --config {folder}/arithmetic.yaml")
 
 
 # Commands without a Trainer.

@@ -16,7 +16,7 @@ import yaml
 from prl_lightning.checks.contradictions import ConfigurationError
 from prl_lightning.cli import CheckCLI, _command_line, main, run_command
 from prl_lightning.data import DataError
-from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
+from tiny_runs import ARITHMETIC, fit, metrics_of, tiny_overrides
 
 pytestmark = pytest.mark.process
 
@@ -72,7 +72,7 @@ def test_validate_repeats_the_last_evaluation(tied_model: str, tmp_path: Path) -
     run = tmp_path / "run" / "version_0"
     checkpoint = run / "checkpoints" / "last.ckpt"
     main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)])
-    main(["validate", "--config", str(QUICKSTART), *overrides, "--ckpt_path=last"])
+    main(["validate", "--config", str(ARITHMETIC), *overrides, "--ckpt_path=last"])
     before = metrics_of(tmp_path)
     for version in (1, 2):
         after = metrics_of(tmp_path, version)
@@ -107,7 +107,7 @@ def test_last_is_an_error_where_there_is_none_to_evaluate(
 ) -> None:
     overrides = tiny_overrides(tied_model, tmp_path)
     with pytest.raises(ConfigurationError, match=r"--ckpt_path last.*default_root_dir=.*run"):
-        main([command, "--config", str(QUICKSTART), *overrides, "--ckpt_path=last"])
+        main([command, "--config", str(ARITHMETIC), *overrides, "--ckpt_path=last"])
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
@@ -135,7 +135,7 @@ def test_a_row_that_cannot_be_rendered_ends_in_one_message(
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write('{"prompt": [{"role": "system"}], "answer": "1"}\n')
     reward = "--rollout.rewards=[prl_lightning.rewards.ExactMatch]"
-    said = refused(monkeypatch, tmp_path, "fit", f"--config={QUICKSTART}", *overrides, reward)
+    said = refused(monkeypatch, tmp_path, "fit", f"--config={ARITHMETIC}", *overrides, reward)
     assert re.search(r"data\.train \(.*train\.jsonl\), row 12: message 0 .*'system'", said)
     assert "\n" not in said
 
@@ -150,7 +150,7 @@ def test_a_reward_beside_the_configuration_is_found(tied_model: str, tmp_path: P
         "--rollout.rewards=[my_rewards.short]",
         *one,
     ]
-    command = [PRL, "fit", f"--config={QUICKSTART}"]
+    command = [PRL, "fit", f"--config={ARITHMETIC}"]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([*command, *overrides], cwd=tmp_path, env=env, check=True)
     assert "rollout/reward" in metrics_of(tmp_path)
@@ -160,7 +160,7 @@ def test_what_is_refused_is_a_message_and_no_traceback(tied_model: str, tmp_path
     """The process itself; the tests below call the same function here."""
     wrong = ["--data.train=nowhere.jsonl", "--data.group_size=1"]
     overrides = [*without_rewards(tied_model, tmp_path), *wrong]
-    command = [PRL, "check", f"--config={QUICKSTART}"]
+    command = [PRL, "check", f"--config={ARITHMETIC}"]
     done = subprocess.run([*command, *overrides], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     first, *errors = done.stderr[done.stderr.index("prl: ") :].split("\n- ")
@@ -193,7 +193,7 @@ def test_a_mistake_is_a_message(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = [f"--config={QUICKSTART}", *without_rewards(tied_model, tmp_path), *command[1:]]
+    words = [f"--config={ARITHMETIC}", *without_rewards(tied_model, tmp_path), *command[1:]]
     assert said in refused(monkeypatch, tmp_path, command[0], *words)
 
 
@@ -227,7 +227,7 @@ def test_objects_of_a_second_file_replace_the_first_ones(
         return ({"class_path": some[0]} if some[0] else {}) | {"init_args": some[1]}
 
     def parsed(*values: Any, by: str = "file") -> Any:
-        words = [*tiny_overrides("no/model", tmp_path), f"--config={QUICKSTART}"]
+        words = [*tiny_overrides("no/model", tmp_path), f"--config={ARITHMETIC}"]
         for number, value in enumerate(values):
             file = tmp_path / f"{number}.yaml"
             file.write_text(yaml.safe_dump({"trainer": {option: value}}))
@@ -249,7 +249,7 @@ def test_a_tool_says_what_is_not_there(tmp_path: Path, monkeypatch: pytest.Monke
 def test_users_own_data_and_model_are_a_file(tied_model: str, tmp_path: Path) -> None:
     # The template's letters are unknown to the tokenizer, which transformers 4 counts.
     overrides = [*tiny_overrides(tied_model, tmp_path), "--data.max_prompt_tokens=128"]
-    fit(*overrides, config=QUICKSTART.with_name("own.yaml"))
+    fit(*overrides, config=ARITHMETIC.with_name("own.yaml"))
     metrics = metrics_of(tmp_path)
     assert "val/tiny/mean@4" in metrics
     config = yaml.safe_load((tmp_path / "run" / "version_0" / "config.yaml").read_text())

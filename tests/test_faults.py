@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from prl_lightning.rewards import RewardSum
 from prl_lightning.sampling import HFSampler
 from ranks import SUPPORT, environment
-from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
+from tiny_runs import ARITHMETIC, fit, metrics_of, tiny_overrides
 
 pytestmark = pytest.mark.process
 
@@ -98,7 +98,7 @@ def test_one_ranks_failure_ends_all_ranks(
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2",
                      "-m", "prl_lightning"],
     }  # fmt: skip
-    command = [sys.executable, "-m", *starts[launcher], "fit", f"--config={QUICKSTART}"]
+    command = [sys.executable, "-m", *starts[launcher], "fit", f"--config={ARITHMETIC}"]
     two = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu"]
     started = time.monotonic()
     run = subprocess.Popen(
@@ -164,7 +164,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tied_model: str, tmp_path:
     (whole,) = tmp_path.rglob("last.ckpt")
     script = tmp_path / "full.py"
     script.write_text(FULL_DISK)
-    args = ["fit", f"--config={QUICKSTART}", *run_of(tied_model, tmp_path), "--ckpt_path=last"]
+    args = ["fit", f"--config={ARITHMETIC}", *run_of(tied_model, tmp_path), "--ckpt_path=last"]
     done = subprocess.run(
         [sys.executable, str(script), str(whole.stat().st_size // 2), *args],
         cwd=SUPPORT,

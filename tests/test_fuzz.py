@@ -20,7 +20,7 @@ from prl_lightning.data import PromptDataModule
 from prl_lightning.rewards import RegexMatch
 from prl_lightning.rewards.match import number_answers, reference_texts, same_text
 from prl_lightning.rewards.math import boxed_answer
-from tiny_runs import QUICKSTART, tiny_overrides
+from tiny_runs import ARITHMETIC, tiny_overrides
 
 pytestmark = pytest.mark.process
 
@@ -178,7 +178,7 @@ def test_a_configuration_fits_or_says_what_does_not(
     changes: dict[str, str], tied_model: str, tmp_path: Path
 ) -> None:
     words = [f"--{name}={value}" for name, value in changes.items()]
-    args = ["check", f"--config={QUICKSTART}", *tiny_overrides(tied_model, tmp_path), *words]
+    args = ["check", f"--config={ARITHMETIC}", *tiny_overrides(tied_model, tmp_path), *words]
     said = complaint(lambda: main(args))
     # By its name as a field: "eval" alone would be found in "evaluation".
     fields = [re.escape(name.split(".")[-1]) for name in changes]

@@ -17,7 +17,7 @@ from prl_lightning.objective import Objective
 from prl_lightning.types import RolloutBatch
 from random_models import batch_of, random_model
 from ranks import SUPPORT, environment, gap, recorded_run, run_all
-from tiny_runs import QUICKSTART, metrics_of, tiny_overrides
+from tiny_runs import ARITHMETIC, metrics_of, tiny_overrides
 
 pytestmark = [
     pytest.mark.process,
@@ -195,7 +195,7 @@ def test_a_run_needs_only_the_dependencies(
     if extras:
         pytest.importorskip("vllm")
     run = [*tiny_overrides(tied_model, tmp_path, sampler), "--trainer.max_epochs=1"]
-    command = ["only_dependencies.py", extras, "fit", f"--config={QUICKSTART}", *run]
+    command = ["only_dependencies.py", extras, "fit", f"--config={ARITHMETIC}", *run]
     subprocess.run(
         [sys.executable, *command, "--trainer.devices=1"],
         cwd=SUPPORT, env=environment(), check=True,

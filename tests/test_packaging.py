@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ranks import SUPPORT, environment
-from tiny_runs import QUICKSTART, metrics_of, tiny_overrides
+from tiny_runs import ARITHMETIC, metrics_of, tiny_overrides
 
 pytestmark = pytest.mark.process
 
@@ -53,7 +53,7 @@ def test_its_configurations_can_be_had_without_a_clone(installed: Path, tmp_path
     command = [sys.executable, "-m", "prl_lightning", "configs"]
     env = environment(PYTHONPATH=str(installed))
     first = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert first.stdout == "prl fit --config configs/quickstart.yaml\n"
+    assert first.stdout == "prl fit --config configs/arithmetic.yaml\n"
     assert files(tmp_path / "configs") == files(ROOT / "configs")
     again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert "folder=configs exists: name another folder" in again.stderr
@@ -71,6 +71,6 @@ def test_a_run_needs_no_more_than_its_dependencies(
     run = [*tiny_overrides(tied_model, tmp_path, sampler), "--trainer.max_epochs=1"]
     if sampler == "VLLMSampler":
         run.append("--rollout.sampler.cache_gib=0.1")
-    command = ["only_dependencies.py", extras, "fit", f"--config={QUICKSTART}", *run]
+    command = ["only_dependencies.py", extras, "fit", f"--config={ARITHMETIC}", *run]
     subprocess.run([sys.executable, *command], cwd=SUPPORT, env=environment(), check=True)
     assert metrics_of(tmp_path)["rollout/engine_gap"][0] < 1e-4

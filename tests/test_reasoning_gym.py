@@ -10,7 +10,7 @@ import torch
 
 from prl_lightning.checks.contradictions import ConfigurationError
 from prl_lightning.cli import main
-from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
+from tiny_runs import ARITHMETIC, fit, metrics_of, tiny_overrides
 
 pytestmark = pytest.mark.process
 
@@ -20,7 +20,7 @@ MOVES = "--data.train.init_args.curriculum={iterations: 1, raise_above: 0.3, low
 
 @pytest.fixture
 def arguments(tied_model: str, tmp_path: Path) -> list[str]:
-    """The quickstart at a tiny size, with the sources and rewards of the documentation."""
+    """Arithmetic at a tiny size, with the sources and rewards of the documentation."""
     section = PAGE.read_text().partition("## Tasks of reasoning-gym")[2]
     [config] = re.findall(r"```yaml\n(.*?)```", section.partition("\n## ")[0], flags=re.DOTALL)
     (tmp_path / "gym.yaml").write_text(config)
@@ -30,7 +30,7 @@ def arguments(tied_model: str, tmp_path: Path) -> list[str]:
 
 
 def check(*words: str) -> None:
-    main(["check", "--config", str(QUICKSTART), *words])
+    main(["check", "--config", str(ARITHMETIC), *words])
 
 
 def test_the_documented_configuration_is_checked(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ranks import SUPPORT, environment
-from tiny_runs import QUICKSTART, metrics_of, tiny_overrides
+from tiny_runs import ARITHMETIC, metrics_of, tiny_overrides
 
 pytestmark = pytest.mark.process
 
@@ -34,7 +34,7 @@ def test_300_epochs_with_the_engine_take_no_more_and_no_longer(
         "--trainer.callbacks+=watch.Watch",
         f"--trainer.callbacks.file={tmp_path / 'watch.jsonl'}",
     ]
-    command = [sys.executable, "-m", "prl_lightning", "fit", f"--config={QUICKSTART}", *overrides]
+    command = [sys.executable, "-m", "prl_lightning", "fit", f"--config={ARITHMETIC}", *overrides]
     subprocess.run(command, cwd=SUPPORT, env=environment(), check=True, timeout=1800)
     lines = (tmp_path / "watch.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines][SETTLED:]

@@ -15,11 +15,11 @@ from prl_lightning.models.export import export_checkpoint
 from prl_lightning.models.loading import load_causal_lm
 from prl_lightning.runs.tables import read_table
 from ranks import Record, gap, read, recorded_run, run_all, start_two
-from tiny_runs import QUICKSTART, fit
+from tiny_runs import ARITHMETIC, fit
 
 pytestmark = pytest.mark.process
 
-# What differs from the quickstart in each comparison; the split into micro-batches changes as well.
+# What differs in each comparison; the split into micro-batches changes as well.
 OBJECTIVES = {
     "token_mean": ["--model.objective.aggregation=token_mean"],
     "sequence_mean": ["--model.objective.aggregation=sequence_mean", "--model.objective.kl=loss"],
@@ -48,7 +48,7 @@ HALVED = [("ddp", "bf16_mixed"), *(("fsdp2", precision) for precision in HALF_PR
 # Measured by each rank for itself: times, and the first completions that it has sampled.
 OF_A_RANK = ("seconds", "per_second", "engine_gap", "engine_gap_max")
 STRATEGIES = ("ddp", "fsdp2")
-OVERLAYS = QUICKSTART.parent / "strategies"
+OVERLAYS = ARITHMETIC.parent / "strategies"
 SPLITS = {"ddp": 4, "fsdp2": 2}
 
 
@@ -246,7 +246,7 @@ def test_torchrun_on_two_nodes(
     ]
     torchrun = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=static"]
     address = ["--master-addr=127.0.0.1", f"--master-port={find_free_network_port()}"]
-    command = ["-m", "prl_lightning", "fit", f"--config={QUICKSTART}", *args]
+    command = ["-m", "prl_lightning", "fit", f"--config={ARITHMETIC}", *args]
     start_two([
         (["torch.distributed.run", *torchrun, *address, f"--node-rank={node}", *command], {})
         for node in range(2)
@@ -269,7 +269,7 @@ def test_tasks_of_slurm(tied_model: str, one_rank: dict[str, Record], tmp_path: 
         "SLURM_NTASKS_PER_NODE": "2",
         "MASTER_PORT": str(find_free_network_port()),
     }
-    command = ["prl_lightning", "fit", f"--config={QUICKSTART}", *args]
+    command = ["prl_lightning", "fit", f"--config={ARITHMETIC}", *args]
     start_two([
         (command, job | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)})
         for task in range(2)

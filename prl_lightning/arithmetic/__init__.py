@@ -1,4 +1,4 @@
-"""A small reasoning problem for a laptop; quickstart, tests and benchmarks use it."""
+"""A small reasoning problem for a laptop; tests, the study and benchmarks use it."""
 
 from prl_lightning.arithmetic.prepare import ArithmeticTask
 from prl_lightning.arithmetic.problems import Problem, draw_problems

@@ -15,23 +15,22 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prl_lightning.runs.files import (
     COMPLETIONS,
-    CONFIG,
     EVALUATIONS,
     METRICS,
-    Curve,
     completion_files,
     metrics_rows,
     read_evaluations,
-    read_metrics,
 )
 from prl_lightning.runs.folders import EARLIER_METRICS, folder_of
+from prl_lightning.runs.summary import summary
 from prl_lightning.runs.tables import read_table
-from prl_lightning.runs.text import updates
 from prl_lightning.trainer_access import checkpoint_path, csv_logger, run_folder
 
 
 class RunSummary(Callback):
-    """Print the first and last evaluation at the end of a run, and where its files are.
+    """Print the first and last evaluation at the end of a run, an example, and where its files are.
+
+    The evaluations are those that an ``EvaluationLog`` has written.
 
     A resumed run writes to a new folder. Metrics, evaluations and completions up to the checkpoint
     are copied into it, so that it has the complete curves. In its own folder the metrics up to the
@@ -85,45 +84,8 @@ class RunSummary(Callback):
     def _print(self, trainer: Trainer, heading: str) -> None:
         folder = run_folder(trainer)
         if trainer.is_global_zero and (folder / METRICS).is_file():
-            print(self._text(trainer, folder, heading, read_metrics(folder / METRICS)), flush=True)
-
-    def _text(self, trainer: Trainer, folder: Path, heading: str, curves: dict[str, Curve]) -> str:
-        evaluations = {
-            name: values
-            for name, (_, values) in curves.items()
-            if name.rpartition("@")[2].isdecimal()
-        }
-        sets = {name.partition("/")[2].rpartition("/")[0] for name in evaluations}
-        lines = ["", f"{heading}: {updates(trainer.global_step)}."]
-        for name, values in sorted(evaluations.items(), key=lambda item: _order(item[0])):
-            where, _, metric = name.partition("/")[2].rpartition("/")
-            label = metric if len(sets) == 1 else f"{where} {metric}"
-            lines.append(f"{label}: {values[0]:.2f} -> {values[-1]:.2f}")
-        checkpoint = _checkpoint(trainer)
-        evaluated = _evaluated_step(folder)
-        if evaluated is not None and evaluated < trainer.global_step:
-            lines.append(
-                f"The last evaluation was after {updates(evaluated)}, not after "
-                f"{trainer.global_step}."
-            )
-        lines += ["", f"metrics     {folder / METRICS}", f"config      {folder / CONFIG}"]
-        if checkpoint:
-            lines += [
-                f"checkpoint  {checkpoint}",
-                "",
-                "Next: see curves and completions in one HTML file with",
-                f"  prl report {folder}",
-                "evaluate it again with",
-                f"  prl validate --config {folder / CONFIG} --ckpt_path {checkpoint}",
-                'or put your own data and model into the config (README, "Your own data").',
-            ]
-        return "\n".join(lines)
-
-
-def _order(name: str) -> tuple[str, int]:
-    """Sort "val/set/pass@16" after "val/set/pass@4"."""
-    metric, _, number = name.rpartition("@")
-    return metric, int(number)
+            text = summary(folder, heading, trainer.global_step, _checkpoint(trainer))
+            print(text, flush=True)
 
 
 def _checkpoint(trainer: Trainer) -> str:
@@ -133,14 +95,6 @@ def _checkpoint(trainer: Trainer) -> str:
     unscheduled = checkpoint_path(trainer)  # written at a signal
     known = callback.last_model_path or callback.best_model_path
     return known or (str(unscheduled) if unscheduled.exists() else "")
-
-
-def _evaluated_step(folder: Path) -> int | None:
-    """Return the number of updates before the last evaluation; None without evaluations."""
-    if not (folder / EVALUATIONS).is_file():
-        return None
-    evaluations, _ = read_evaluations(folder / EVALUATIONS)
-    return max((evaluation["step"] for evaluation in evaluations), default=None)
 
 
 def _kept_rows(trainer: Trainer, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

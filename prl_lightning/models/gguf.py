@@ -9,6 +9,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from prl_lightning.runs.progress import hide_library_bars
+
 
 @dataclass(frozen=True)
 class GGUFModel:
@@ -41,6 +43,7 @@ class GGUFModel:
             raise ModuleNotFoundError(
                 "reading a GGUF file needs the package gguf: pip install 'prl_lightning[gguf]'"
             )
+        hide_library_bars()
         print(f"Converting {file.name} into {self.folder} (once).")
         self._convert(file)
 

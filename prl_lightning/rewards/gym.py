@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from prl_lightning.rewards.match import number_answers, same_text
+from prl_lightning.rewards.match import RegexMatch, number_answers, same_text
 from prl_lightning.rewards.math import boxed_answer
 from prl_lightning.rewards.protocol import completion_text
 
@@ -26,24 +26,33 @@ class ReasoningGymReward:
     r"""Reward the score of the task's own verifier, from 0 to 1.
 
     The answer is the text between the last `<answer>` and its `</answer>`, or else the last box; a
-    box within the tags is opened. A completion without an answer scores 0. Many verifiers give a
-    part of the score for a wrong answer in the right form, or for a part of the answer.
+    box within the tags is opened. For models that follow neither form, a pattern finds the answer.
+    A completion without an answer scores 0. Many verifiers give a part of the score for a wrong
+    answer in the right form, or for a part of the answer.
 
     The rows are those of `prl_lightning.data.ReasoningGym`.
 
     Args:
         threshold: If given, scores from it on count as 1.0, and scores below it as 0.0.
         evaluates_answers: Allow tasks whose verifier runs the answer as Python code.
+        pattern: Regular expression whose last match has the answer, instead of tags and boxes.
+        group: Number or name of the pattern's group that is the answer; 0 is the whole match.
 
     Attributes:
         failures: How many completions of the last call the verifier raised on, although it accepts
             the task's own answer. They score 0.
 
     Raises:
-        ValueError: The threshold is not above 0 and at most 1.
+        ValueError: The threshold is not above 0 and at most 1, or the pattern is not one.
     """
 
-    def __init__(self, threshold: float | None = None, evaluates_answers: bool = False) -> None:
+    def __init__(
+        self,
+        threshold: float | None = None,
+        evaluates_answers: bool = False,
+        pattern: str | None = None,
+        group: int | str = 1,
+    ) -> None:
         if threshold is not None and not 0 < threshold <= 1:
             raise ValueError(
                 f"ReasoningGymReward: threshold={threshold}: must be above 0 and at most 1."
@@ -51,6 +60,9 @@ class ReasoningGymReward:
         self.threshold = threshold
         self.evaluates_answers = evaluates_answers
         self.failures = 0
+        self._given_answer: Callable[[str], str | None] = (
+            given_answer if pattern is None else RegexMatch(pattern, group=group).given_answer
+        )
         self._verifiers: dict[tuple[str, str], Callable[..., float]] = {}
 
     def __call__(
@@ -104,12 +116,12 @@ class ReasoningGymReward:
 
     def answers(self, completions: Sequence[str]) -> list[int]:
         """Number the answers of one prompt's completions; equal are equal texts and numbers."""
-        return number_answers([given_answer(text) for text in completions], same_text)
+        return number_answers([self._given_answer(text) for text in completions], same_text)
 
     def _reward(
         self, completion: str, task: str, entry: Mapping[str, Any], config: Mapping[str, Any]
     ) -> float:
-        answer = given_answer(completion)
+        answer = self._given_answer(completion)
         if answer is None:
             return 0.0
         score = self._verifier(task, config)

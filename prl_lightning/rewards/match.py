@@ -145,12 +145,12 @@ class ExactMatch:
 
     def answers(self, completions: Sequence[str]) -> list[int]:
         """Number the answers of one prompt's completions; see `RewardSum.answers`."""
-        return number_answers([self._answer(text) for text in completions], same_text)
+        return number_answers([self.given_answer(text) for text in completions], same_text)
 
     def _reward(self, completion: str, reference: Any) -> float | None:
         if reference is None:
             return None
-        answer = self._answer(completion)
+        answer = self.given_answer(completion)
         if answer is None:
             return 0.0
         wanted = map(self._wanted, reference_texts(reference))
@@ -159,7 +159,8 @@ class ExactMatch:
     def _wanted(self, reference: str) -> str:
         return reference
 
-    def _answer(self, completion: str) -> str | None:
+    def given_answer(self, completion: str) -> str | None:
+        """Return the answer that a completion gives, or None."""
         return completion
 
 
@@ -199,9 +200,12 @@ class RegexMatch(ExactMatch):
         self.group = group
 
     def _wanted(self, reference: str) -> str:
-        return reference if _NUMERAL.fullmatch(reference) else self._answer(reference) or reference
+        if _NUMERAL.fullmatch(reference):
+            return reference
+        return self.given_answer(reference) or reference
 
-    def _answer(self, completion: str) -> str | None:
+    def given_answer(self, completion: str) -> str | None:
+        """Return what the pattern's last match in a completion contains, or None."""
         answer = None
         for match in self.pattern.finditer(completion):
             answer = match[self.group]

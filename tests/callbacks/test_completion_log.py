@@ -16,7 +16,7 @@ from prl_lightning.callbacks import CompletionLog
 from prl_lightning.callbacks.completion_log import SHOWN, log_table
 from prl_lightning.cli import main
 from prl_lightning.runs.tables import read_table
-from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
+from tiny_runs import ARITHMETIC, fit, metrics_of, tiny_overrides
 from trainer_runs import TRAIN_ALONE
 
 pytestmark = pytest.mark.process
@@ -103,7 +103,7 @@ def test_an_outcome_advantage_per_token_is_stored(tied_model: str, tmp_path: Pat
 
 
 def test_predict_writes_every_group_with_its_advantages(tied_model: str, tmp_path: Path) -> None:
-    main(["predict", "--config", str(QUICKSTART), *tiny_overrides(tied_model, tmp_path)])
+    main(["predict", "--config", str(ARITHMETIC), *tiny_overrides(tied_model, tmp_path)])
     rows = stored(tmp_path, 0)
     assert [row["group"] for row in rows] == [group for group in range(5) for _ in range(4)]
     rewards = torch.tensor([row["reward"] for row in rows]).view(5, 4)

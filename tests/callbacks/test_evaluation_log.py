@@ -34,7 +34,7 @@ from prl_lightning.sampling import (
 )
 from prl_lightning.sampling.sample_cache import SampleCache, fingerprint
 from prl_lightning.types import Completion, Prompt
-from tiny_runs import QUICKSTART, fit, metrics_of, tiny_overrides
+from tiny_runs import ARITHMETIC, fit, metrics_of, tiny_overrides
 
 pytestmark = pytest.mark.process
 
@@ -80,7 +80,7 @@ class CountingSampler(HFSampler):
 
 def validate(model: str, folder: Path, *args: str) -> None:
     overrides = tiny_overrides(model, folder, f"{__name__}.CountingSampler")
-    main(["validate", "--config", str(QUICKSTART), *overrides, *args])
+    main(["validate", "--config", str(ARITHMETIC), *overrides, *args])
 
 
 def results(folder: Path, version: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 from interruptions import Command, callback, differing
 from prl_lightning.callbacks import save_on_signal
 from prl_lightning.cli import main
-from tiny_runs import QUICKSTART, metrics_of
+from tiny_runs import ARITHMETIC, metrics_of
 from trainer_runs import TRAIN_ALONE
 
 pytestmark = pytest.mark.process
@@ -24,7 +24,7 @@ REWARDS = "--rollout.rewards=[sample_rewards.even_digits]"
 
 
 def fit(command: Command, *args: str) -> None:
-    main(["fit", "--config", str(QUICKSTART), *command.options, REWARDS, *args])
+    main(["fit", "--config", str(ARITHMETIC), *command.options, REWARDS, *args])
 
 
 def interrupted(

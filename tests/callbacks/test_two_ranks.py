@@ -12,7 +12,7 @@ import torch
 from interruptions import Command
 from ranks import read, recorded_run, start_on_ranks
 from stop_all import stop_all
-from tiny_runs import QUICKSTART, tiny_overrides
+from tiny_runs import ARITHMETIC, tiny_overrides
 from trainer_runs import TRAIN_ALONE
 
 pytestmark = pytest.mark.process
@@ -54,7 +54,7 @@ def runs(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             "--rollout.limits.max_failures=0.4",
         ],
     }
-    fit = ["fit", f"--config={QUICKSTART}"]
+    fit = ["fit", f"--config={ARITHMETIC}"]
     words = [[*fit, *args, *TRAIN_ALONE] for args in commands.values()]
     code, output = start_on_ranks(2, stop_all, words, str(root)).finish(timeout=900)
     assert code == 0, output

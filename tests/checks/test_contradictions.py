@@ -37,7 +37,7 @@ from prl_lightning.sampling import HFSampler, SubprocessSampler
 from prl_lightning.trainer import FSDP2Strategy, PRLTrainer
 from random_models import random_model
 from sample_rewards import even_digits
-from tiny_runs import QUICKSTART, fit, tiny_overrides, write_prompts
+from tiny_runs import ARITHMETIC, fit, tiny_overrides, write_prompts
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_contradiction_is_named(
     change: str, message: str, tied_model: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        main(["check", "--config", str(QUICKSTART), *tiny_overrides(tied_model, tmp_path), change])
+        main(["check", "--config", str(ARITHMETIC), *tiny_overrides(tied_model, tmp_path), change])
 
 
 def test_options_of_lightning_that_would_change_an_update_are_named_at_once(
@@ -135,7 +135,7 @@ def test_options_of_lightning_that_would_change_an_update_are_named_at_once(
         "--trainer.callbacks+=BatchSizeFinder",
     ]
     with pytest.raises(ConfigurationError) as raised:
-        main(["check", "--config", str(QUICKSTART), *overrides])
+        main(["check", "--config", str(ARITHMETIC), *overrides])
     for words in (
         r"- model\.lr_scheduler=ReduceLROnPlateau\(monitor='reward'\)",
         r"- trainer\.limit_train_batches=0\.5 .*all of its 2 micro",
@@ -237,7 +237,7 @@ def test_a_reference_that_nothing_reads_is_a_mistake(tied_model: str, tmp_path: 
     overrides = [*tiny_overrides(tied_model, tmp_path), "--model.reference=owner/other"]
     no_kl = ["--model.objective.kl=none"]
     with pytest.raises(ConfigurationError, match=r"reference='owner/other' is not used"):
-        main(["check", "--config", str(QUICKSTART), *overrides, *no_kl])
+        main(["check", "--config", str(ARITHMETIC), *overrides, *no_kl])
 
 
 def test_an_adapter_without_peft_is_a_mistake(
@@ -249,7 +249,7 @@ def test_an_adapter_without_peft_is_a_mistake(
     )
     overrides = [*tiny_overrides(tied_model, tmp_path), "--model.lora={r: 2}"]
     with pytest.raises(ConfigurationError, match=r"model\.lora needs peft.*prl-lightning\[lora\]"):
-        main(["check", "--config", str(QUICKSTART), *overrides])
+        main(["check", "--config", str(ARITHMETIC), *overrides])
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_run_needs_its_devices_and_a_check_does_not(
         f"--rollout.sampler={{class_path: prl_lightning.sampling.{sampler}}}",
         "--trainer.accelerator=cpu",
     ]
-    main(["check", "--config", str(QUICKSTART), *overrides])
+    main(["check", "--config", str(ARITHMETIC), *overrides])
     with pytest.raises(ConfigurationError, match=message):
         fit(*overrides)
 
@@ -281,7 +281,7 @@ def test_an_engine_needs_a_gpu_for_each_process(tied_model: str, tmp_path: Path)
         *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"),
     ]
     with pytest.raises(ConfigurationError, match=r"gpus=\[0\], but the trainer has 2 processes"):
-        main(["check", "--config", str(QUICKSTART), *overrides])
+        main(["check", "--config", str(ARITHMETIC), *overrides])
 
 
 def test_a_reward_in_the_folder_of_the_configuration_is_found(
@@ -298,7 +298,7 @@ def test_a_reward_in_the_folder_of_the_configuration_is_found(
     monkeypatch.chdir(tmp_path / "work")
     overrides = tiny_overrides(tied_model, tmp_path)
     overrides = [flag for flag in overrides if "sample_rewards" not in flag]
-    main(["check", f"--config={QUICKSTART}", "--config=../own/run.yaml", *overrides])
+    main(["check", f"--config={ARITHMETIC}", "--config=../own/run.yaml", *overrides])
     # Servers and other ranks get the path, whatever their working directory.
     assert str(tmp_path / "own") in sys.path
 
@@ -306,7 +306,7 @@ def test_a_reward_in_the_folder_of_the_configuration_is_found(
 def test_steps_that_no_completion_fills_are_said(tied_model: str, tmp_path: Path) -> None:
     overrides = [*tiny_overrides(tied_model, tmp_path), "--model.objective.steps=8"]
     with pytest.warns(UserWarning, match=r"steps=8, but rollout\.max_new_tokens=8"):
-        main(["check", "--config", str(QUICKSTART), *overrides])
+        main(["check", "--config", str(ARITHMETIC), *overrides])
 
 
 @pytest.fixture
@@ -334,7 +334,7 @@ def test_an_end_of_turn_that_ends_no_completion_is_said(
 ) -> None:  # fmt: skip
     index = load_tokenizer(chat_model).convert_tokens_to_ids("?")
     settings = [text.replace("STOP", str(index)) for text in settings]
-    main(["check", "--config", str(QUICKSTART), *tiny_overrides(chat_model, tmp_path), *settings])
+    main(["check", "--config", str(ARITHMETIC), *tiny_overrides(chat_model, tmp_path), *settings])
     said = [str(one.message) for one in recwarn if "rollout.stop to ['?']" in str(one.message)]
     assert len(said) == is_said
 
@@ -356,7 +356,7 @@ def test_an_evaluation_is_not_bothered_by_what_only_training_needs(
     tied_model: str, tmp_path: Path
 ) -> None:
     overrides = [*tiny_overrides(tied_model, tmp_path), "--trainer.accumulate_grad_batches=3"]
-    main(["validate", "--config", str(QUICKSTART), *overrides, "--data.train=nowhere.jsonl"])
+    main(["validate", "--config", str(ARITHMETIC), *overrides, "--data.train=nowhere.jsonl"])
     assert (tmp_path / "run" / "version_0" / "evaluation.json").exists()
 
 
@@ -370,7 +370,7 @@ def test_check_says_what_a_run_asks_for_without_loading_weights(
         "--trainer.strategy=ddp",
         "--trainer.max_epochs=7",
     ]
-    main(["check", "--config", str(QUICKSTART), *overrides])
+    main(["check", "--config", str(ARITHMETIC), *overrides])
     said = capsys.readouterr().out
     assert "4 prompts x 4 completions = 16 per epoch; / 1 updates = 16 per update; / 2" in said
     assert "at most 16 x (16 + 8) = 384 an epoch" in said
@@ -382,7 +382,7 @@ def test_check_adds_up_what_a_run_takes_without_a_gpu(
     tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = tiny_overrides(tied_model, tmp_path, "VLLMSampler")
-    main(["check", "--config", str(QUICKSTART), *overrides, "--rollout.sampler.cache_gib=2"])
+    main(["check", "--config", str(ARITHMETIC), *overrides, "--rollout.sampler.cache_gib=2"])
     said = capsys.readouterr().out
     numbers = {
         name: int(value.replace(",", ""))
@@ -420,7 +420,7 @@ def test_activations_that_cannot_be_counted_are_said_to_be_unknown(
         raise RuntimeError("depends on data")
 
     monkeypatch.setattr(estimate, "_kept_bytes", fail)
-    main(["check", "--config", str(QUICKSTART), *tiny_overrides(tied_model, tmp_path)])
+    main(["check", "--config", str(ARITHMETIC), *tiny_overrides(tied_model, tmp_path)])
     said = capsys.readouterr().out
     assert re.search(r"activations +unknown for this architecture", said)
     assert re.search(r"in all +[\d,]+ MiB", said)
@@ -448,7 +448,7 @@ def test_slow_bf16_on_a_cpu_is_a_warning(
 def test_check_accepts_an_evaluation(
     tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = QUICKSTART.parent / "eval" / "math.yaml"
+    config = ARITHMETIC.parent / "eval" / "math.yaml"
     heldout = write_prompts(tmp_path / "heldout.jsonl")
     changes = [
         f"--model.policy={tied_model}",
@@ -484,7 +484,7 @@ def test_the_memory_estimate_counts_every_copy_of_the_weights(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("prl_lightning.checks.estimate.MIB", 1)  # in bytes, to be exact
-    main(["check", "--config", str(QUICKSTART), *tiny_overrides(tied_model, tmp_path), *changes])
+    main(["check", "--config", str(ARITHMETIC), *tiny_overrides(tied_model, tmp_path), *changes])
     lines = re.findall(r"^  \w.*? ([\d,]+) MiB$", capsys.readouterr().out, flags=re.MULTILINE)
     model = AutoModelForCausalLM.from_pretrained(tied_model)
     size = 4 * sum(parameter.numel() for parameter in model.parameters())

@@ -11,7 +11,7 @@ import pytest
 
 from prl_lightning.cli import main
 from prl_lightning.runs.tables import read_table
-from tiny_runs import QUICKSTART, metrics_of, tiny_overrides, write_prompts
+from tiny_runs import ARITHMETIC, metrics_of, tiny_overrides, write_prompts
 
 pytestmark = pytest.mark.process
 
@@ -31,12 +31,12 @@ def run(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fit of three epochs, and a prediction of its checkpoint on two sets of prompts."""
     folder = tmp_path_factory.mktemp("real")
     overrides = tiny_overrides(tied_model, folder)
-    main(["fit", "--config", str(QUICKSTART), *overrides, "--trainer.max_epochs=3",
+    main(["fit", "--config", str(ARITHMETIC), *overrides, "--trainer.max_epochs=3",
           "--completions.groups=2"])  # fmt: skip
     other = write_prompts(folder / "other.jsonl", count=3, seed=2)
     sets = f"--evaluation.sets={{tiny: {folder / 'heldout.jsonl'}, other: {other}}}"
     checkpoint = next((folder / "run").rglob("last.ckpt"))
-    main(["predict", "--config", str(QUICKSTART), *overrides, sets, f"--ckpt_path={checkpoint}"])
+    main(["predict", "--config", str(ARITHMETIC), *overrides, sets, f"--ckpt_path={checkpoint}"])
     return folder
 
 

@@ -80,6 +80,31 @@ def test_where_the_answer_is(text: str, answer: str | None) -> None:
     assert given_answer(text) == answer
 
 
+@pytest.mark.parametrize(
+    ("text", "settings", "reward"),
+    [
+        ("3 * 4 is 11, no: 12.", {"pattern": r"-?\d+", "group": 0}, 1.0),
+        ("12 or 13", {"pattern": r"-?\d+", "group": 0}, 0.0),
+        ("It is 12 = 3 * 4", {"pattern": r"is (\d+)"}, 1.0),
+        ("<answer>12</answer> 13", {"pattern": r"(\d+)"}, 0.0),
+        ("twelve", {"pattern": r"(\d+)"}, 0.0),
+    ],
+)
+def test_a_pattern_finds_the_answer_instead(
+    text: str, settings: dict[str, Any], reward: float
+) -> None:
+    entry = {"question": "3 * 4", "answer": "12", "metadata": {}}
+    columns = {"task": ["products"], "entry": [entry], "config": [{}]}
+    assert score(text, columns, **settings) == reward
+    answers = ReasoningGymReward(**settings).answers([text, "none", text])
+    assert answers == ([NO_ANSWER] * 3 if text == "twelve" else [0, NO_ANSWER, 0])
+
+
+def test_a_pattern_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="no group 1"):
+        ReasoningGymReward(pattern=r"\d+")
+
+
 def test_the_verifier_of_the_task_scores_the_answer() -> None:
     columns = made("products", min_digits=1, max_digits=1)
     answer = columns["entry"][0]["answer"]

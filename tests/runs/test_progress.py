@@ -17,7 +17,7 @@ from transformers.utils import logging
 from prl_lightning.cli import _command_line
 from prl_lightning.runs import progress
 from prl_lightning.runs.progress import progress_bar, sampling_bar
-from tiny_runs import QUICKSTART, tiny_overrides
+from tiny_runs import ARITHMETIC, tiny_overrides
 
 pytestmark = pytest.mark.process
 
@@ -50,7 +50,7 @@ def fit(model: str, folder: Path, bar: str) -> Trainer:
     return _command_line(
         [
             "fit",
-            f"--config={QUICKSTART}",
+            f"--config={ARITHMETIC}",
             *tiny_overrides(model, folder),
             "--trainer.enable_progress_bar=true",
             f"--trainer.callbacks={BARS[bar].__name__}",

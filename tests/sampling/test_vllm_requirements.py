@@ -18,7 +18,7 @@ from prl_lightning.checks.contradictions import ConfigurationError
 from prl_lightning.cli import main
 from prl_lightning.sampling import HFSampler, Sampler, SubprocessSampler, VLLMSampler
 from prl_lightning.sampling.vllm_requirements import MULTI_PROCESS_ARGS, SUPPORTED
-from tiny_runs import QUICKSTART
+from tiny_runs import ARITHMETIC
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 Capability = tuple[int, int] | None
@@ -75,7 +75,7 @@ def test_an_engine_of_several_processes_is_refused(name: str) -> None:
 def test_the_command_refuses_it_before_anything_is_loaded() -> None:
     sampler = "{class_path: VLLMSampler, init_args: {engine_args: {tensor_parallel_size: 2}}}"
     with pytest.raises(ConfigurationError, match="engine_args.tensor_parallel_size=2"):
-        main(["check", f"--config={QUICKSTART}", f"--rollout.sampler={sampler}"])
+        main(["check", f"--config={ARITHMETIC}", f"--rollout.sampler={sampler}"])
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, capability: Capability) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import prl_lightning.trainer
 from prl_lightning.cli import main
 from ranks import start_on_ranks
-from tiny_runs import QUICKSTART, tiny_overrides
+from tiny_runs import ARITHMETIC, tiny_overrides
 from warm import Warm
 
 Settings = dict[str, Any]
@@ -132,7 +132,7 @@ class Command:
     def start(self, *args: str, callbacks: tuple[Settings, ...] = ()) -> Warm:
         config = self.folder / "callbacks.yaml"
         config.write_text(yaml.safe_dump({"trainer": {"callbacks": [*callbacks, CHECKPOINT]}}))
-        words = ["fit", f"--config={QUICKSTART}", f"--config={config}", *self.options, *args]
+        words = ["fit", f"--config={ARITHMETIC}", f"--config={config}", *self.options, *args]
         return start_on_ranks(self.ranks, main, words)
 
     def run(self, *args: str, callbacks: tuple[Settings, ...] = ()) -> tuple[int, str]:

@@ -30,7 +30,7 @@ import torch
 
 from conftest import save_tiny_model
 from ranks import SUPPORT, environment
-from tiny_runs import QUICKSTART, tiny_overrides
+from tiny_runs import ARITHMETIC, tiny_overrides
 
 STALLED_SECONDS = 180.0
 ENDING_SECONDS = 60.0  # in which nothing of a run that has ended is left
@@ -45,7 +45,7 @@ class Run:
         folder.mkdir()
         self.folder = folder
         self.command = [
-            *(sys.executable, "-m", "prl_lightning", "fit", f"--config={QUICKSTART}"),
+            *(sys.executable, "-m", "prl_lightning", "fit", f"--config={ARITHMETIC}"),
             *tiny_overrides(model, folder),
             "--rollout.sampler={class_path: prl_lightning.sampling.SubprocessSampler, "
             "init_args: {sampler: prl_lightning.sampling.HFSampler}}",

@@ -14,7 +14,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from torch import Tensor
 
 from fit_all import fit_all
-from tiny_runs import QUICKSTART, tiny_overrides
+from tiny_runs import ARITHMETIC, tiny_overrides
 from warm import Warm, ranks_of
 
 SUPPORT = Path(__file__).parent
@@ -51,7 +51,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def run_all(
-    root: Path, ranks: int, runs: dict[str, list[str]], config: Path | None = QUICKSTART
+    root: Path, ranks: int, runs: dict[str, list[str]], config: Path | None = ARITHMETIC
 ) -> dict[str, Record]:
     """Command lines of ``fit`` in the same processes, by the name of their folder."""
     first = ["fit"] if config is None else ["fit", f"--config={config}"]

@@ -9,7 +9,7 @@ from prl_lightning.arithmetic import draw_problems
 from prl_lightning.cli import main
 from prl_lightning.runs.files import read_metrics
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+ARITHMETIC = Path(__file__).parents[2] / "configs" / "arithmetic.yaml"
 
 
 def write_prompts(file: Path, count: int = 12, seed: int = 0) -> Path:
@@ -22,7 +22,7 @@ def write_prompts(file: Path, count: int = 12, seed: int = 0) -> Path:
 
 
 def tiny_overrides(model: str, folder: Path, sampler: str = "HFSampler") -> list[str]:
-    """Everything that makes the quickstart's config a run of seconds."""
+    """Everything that makes configs/arithmetic.yaml a run of seconds."""
     train = write_prompts(folder / "train.jsonl")
     heldout = write_prompts(folder / "heldout.jsonl", count=5, seed=1)
     return [
@@ -46,7 +46,7 @@ def tiny_overrides(model: str, folder: Path, sampler: str = "HFSampler") -> list
     ]
 
 
-def fit(*args: str, config: Path = QUICKSTART) -> None:
+def fit(*args: str, config: Path = ARITHMETIC) -> None:
     main(["fit", "--config", str(config), *args])
 
 
