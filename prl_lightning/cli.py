@@ -60,6 +60,8 @@ IRRELEVANT_WARNINGS = (
     r"LightningCLI's args parameter is intended to run from within Python",
     # An internal matter of Lightning and torch.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # In packages that reasoning-gym imports.
+    r'"is" with a literal',
     # Of vLLM, about itself.
     r"`torch\.distributed\.reduce_op` is deprecated",
 )
@@ -241,6 +243,11 @@ class CheckCLI(PRLCLI):
         super().add_arguments_to_parser(parser)
         for name in ("ckpt_path", "weights_only"):
             parser.add_argument(f"--{name}", default=None, help="ignored; see prl fit")
+        parser.add_argument(
+            "--gpu",
+            default=None,
+            help="estimate the time on this GPU, such as H100 (default: here)",
+        )
 
 
 def copy_configs(folder: Path = Path("configs")) -> None:
@@ -292,7 +299,7 @@ def main(args: Sequence[str] | None = None) -> None:
         warn_of_one_step(cli.model, cli.rollout)
         warn_of_greedy(cli.datamodule)
         warn_of_turn_end(cli.model, cli.datamodule, cli.rollout)
-        print(describe(cli.trainer, cli.model, cli.datamodule, cli.rollout))
+        print(describe(cli.trainer, cli.model, cli.datamodule, cli.rollout, cli.config.gpu))
         return
     _command_line(None if args is None else words)
 

@@ -1,4 +1,4 @@
-"""What a run costs: the sizes of an epoch and an estimate of the memory."""
+"""What a run costs: the sizes of an epoch, estimates of memory and time."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from prl_lightning.checks.contradictions import is_available
+from prl_lightning.checks.duration import describe_duration
 from prl_lightning.data import PromptDataModule, collate
 from prl_lightning.functional.logprobs import _CHUNK_ELEMENTS
 from prl_lightning.models.causal_lm import LogprobModel
@@ -35,15 +36,23 @@ PROBE_TOKENS = 64
 
 
 def describe(
-    trainer: Trainer, module: PRLModule, data: PromptDataModule, rollout: RolloutSettings
+    trainer: Trainer,
+    module: PRLModule,
+    data: PromptDataModule,
+    rollout: RolloutSettings,
+    gpu: str | None = None,
 ) -> str:
-    """Describe the sizes of an epoch and the memory of a rank as text.
+    """Describe the sizes of an epoch, the memory of a rank and the time of an iteration as text.
 
     Args:
         trainer: number of ranks, precision, limits of the run.
         module: need not be loaded.
         data: need not be read.
         rollout: settings of the sampling.
+        gpu: whose time is estimated, such as "H100"; by default this machine's hardware.
+
+    Raises:
+        ConfigurationError: the GPU is not known.
     """
     rollout.sampler.follow(str(trainer.precision))
     lines = []
@@ -70,8 +79,12 @@ def describe(
         lines += [f"  {name:<16} {size / MIB:10,.0f} MiB" for name, size in parts]
         lines += [f"  {'engine':<16} {_engine(module, rollout)}"]
         lines += _beside_weights(trainer, module, data, rollout, sum(size for _, size in parts))
+        if data.train_sources:
+            lines += describe_duration(trainer, module, data, rollout, gpu)
     else:
-        lines.append(f"memory     unknown until data.prepare has created {module.policy_name}")
+        lines.append(
+            f"memory     and time are unknown until data.prepare has created {module.policy_name}"
+        )
     return "\n".join(lines)
 
 
