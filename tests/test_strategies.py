@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from prl_lightning.models.export import export_checkpoint
 from prl_lightning.models.loading import load_causal_lm
 from prl_lightning.runs.tables import read_table
-from ranks import Record, gap, read, recorded_run, run_all, start_two
+from ranks import Record, environment, gap, read, recorded_run, run_all, start_two
 from tiny_runs import ARITHMETIC, fit
 
 pytestmark = pytest.mark.process
@@ -50,6 +52,14 @@ OF_A_RANK = ("seconds", "per_second", "engine_gap", "engine_gap_max")
 STRATEGIES = ("ddp", "fsdp2")
 OVERLAYS = ARITHMETIC.parent / "strategies"
 SPLITS = {"ddp": 4, "fsdp2": 2}
+# Starts both tasks of a job and fails if one fails, as the real one does.
+SRUN = """#!/bin/sh
+shift
+for task in 0 1; do
+  SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & pids="$pids $!"
+done
+for pid in $pids; do wait "$pid" || exit 1; done
+"""
 
 
 def overrides(model: str, folder: Path, objective: str) -> list[str]:
@@ -254,13 +264,15 @@ def test_torchrun_on_two_nodes(
     assert gap(read(tmp_path)["after"], one_rank["token_mean"]["after"]) < 1e-5
 
 
-def test_tasks_of_slurm(tied_model: str, one_rank: dict[str, Record], tmp_path: Path) -> None:
-    args = [
-        *overrides(tied_model, tmp_path, "token_mean"),
-        "--trainer.strategy=fsdp2",
-        "--trainer.devices=2",
-    ]
+def test_the_script_for_slurm(tied_model: str, one_rank: dict[str, Record], tmp_path: Path) -> None:
+    args = [*overrides(tied_model, tmp_path, "token_mean"), "--trainer.strategy=fsdp2"]
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
     job = {
+        "PATH": f"{srun.parent}:{Path(sys.executable).parent}:/usr/bin:/bin",
+        "SLURM_NNODES": "1",
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NAME": "train",
         "SLURM_NODELIST": "localhost",
@@ -269,11 +281,8 @@ def test_tasks_of_slurm(tied_model: str, one_rank: dict[str, Record], tmp_path: 
         "SLURM_NTASKS_PER_NODE": "2",
         "MASTER_PORT": str(find_free_network_port()),
     }
-    command = ["prl_lightning", "fit", f"--config={ARITHMETIC}", *args]
-    start_two([
-        (command, job | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)})
-        for task in range(2)
-    ])  # fmt: skip
+    command = [OVERLAYS / "slurm.sh", f"--config={ARITHMETIC}", *args]
+    subprocess.run(command, env=environment(**job), check=True, timeout=600)
     assert gap(read(tmp_path)["after"], one_rank["token_mean"]["after"]) < 1e-5
 
 
