@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
@@ -46,6 +47,20 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
 
+class CheckpointFile(TorchCheckpointIO):
+    """Lightning's files, loaded to the CPU by its name.
+
+    Lightning passes a function, which torch refuses for tensor subclasses. With torchao's 8-bit
+    optimizers, whose states are such, a run could be saved but not resumed.
+    """
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """See Lightning's TorchCheckpointIO."""
+        return super().load_checkpoint(path, map_location, weights_only)
+
+
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all ranks")
 
 
@@ -79,6 +94,8 @@ class PRLTrainer(Trainer):
             enable_model_summary=enable_model_summary,
             **kwargs,
         )
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # not a user's plugin
+            self.strategy.checkpoint_io = CheckpointFile()
         # The Timer of max_time first: the other callbacks see that the run ends, and finish it.
         callbacks = self.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda callback: not isinstance(callback, Timer))

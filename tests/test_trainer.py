@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.data import DataLoader
 
 import prl_lightning.trainer
@@ -272,3 +273,32 @@ def test_a_checkpoint_has_what_was_asked_for_and_nothing_is_said_of_defaults(
     assert "weights_only" not in caplog.text
     saved = torch.load(tmp_path / "some.ckpt", weights_only=True)
     assert ("optimizer_states" in saved) == (not weights_only)
+
+
+class Wrapper(torch.optim.SGD):
+    """An optimizer whose state is a tensor subclass, as torchao's."""
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            before = state.get("moment", TwoTensor(torch.zeros(()), torch.zeros(())))
+            state["moment"] = before + 1
+        return super().step(closure)
+
+
+def test_a_state_of_tensor_subclasses_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Model, "configure_optimizers", lambda self: Wrapper(self.parameters(), lr=0.1)
+    )
+    fitted(tmp_path).save_checkpoint(tmp_path / "one.ckpt")
+    resumed = PRLTrainer(
+        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    with torch.serialization.safe_globals([TwoTensor]):
+        resumed.fit(Model(), DataLoader([1.0, 2.0]), ckpt_path=tmp_path / "one.ckpt")
+    (state,) = resumed.optimizers[0].state.values()
+    assert isinstance(state["moment"], TwoTensor)
+    assert state["moment"].a == 4  # two steps before and two after

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prl_lightning.checks.contradictions import is_available
 from prl_lightning.checks.duration import describe_duration
@@ -101,20 +102,30 @@ def _memory(trainer: Trainer, module: PRLModule, trains: bool) -> Iterator[tuple
     weights = _parameters(module.policy_name) * size / ranks
     yield "policy", weights
     if module.lora is None and trains:
-        probe = torch.nn.Parameter(torch.zeros(()))
-        moments = len(_states(module.optimizer([probe]), probe))
         yield "gradient", weights
-        yield f"optimizer ({moments})", weights * moments
+        yield "optimizer", weights * _state_share(module)
     if module.loads_reference:
         yield "reference", _parameters(module.reference_name) * size / ranks
 
 
-def _states(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> list[str]:
-    """Return the names of the tensors that an optimizer keeps per parameter."""
-    parameter.grad = torch.zeros_like(parameter)
+def _state_share(module: PRLModule) -> float:
+    """Return the bytes that the optimizer keeps for a byte of weights; 2 for AdamW."""
+    # Large enough for optimizers that keep small matrices in full precision.
+    probe = torch.nn.Parameter(torch.zeros(128, 128))
+    optimizer = module.optimizer([probe])
+    probe.grad = torch.zeros_like(probe)
     optimizer.step()
-    state = optimizer.state[parameter]
-    return [k for k, v in state.items() if isinstance(v, torch.Tensor) and k != "step"]
+    state = optimizer.state[probe].values()
+    tensors = (value for value in state if isinstance(value, Tensor) and value.ndim)  # no counter
+    return sum(_held_bytes(tensor) for tensor in tensors) / probe.nbytes
+
+
+def _held_bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor, or of those that a wrapper such as torchao's consists of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(_held_bytes(getattr(tensor, name)) for name in names)
 
 
 def _beside_weights(
