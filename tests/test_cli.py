@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch.cli import LightningCLI
 
 from prl_lightning.checks.contradictions import ConfigurationError
-from prl_lightning.cli import CheckCLI, _command_line, main, run_command
+from prl_lightning.cli import main, run_command
+from prl_lightning.cli.lightning import CheckCLI, command_line
+from prl_lightning.cli.tools import TOOLS
 from prl_lightning.data import DataError
-from tiny_runs import ARITHMETIC, fit, metrics_of, tiny_overrides
+from tiny_runs import ARITHMETIC, fit, metrics_of, summary_line, tiny_overrides
 
 pytestmark = pytest.mark.process
 
@@ -62,7 +65,7 @@ def test_run_folder_has_metrics_config_and_checkpoint(
     values = metrics_of(tmp_path)["val/tiny/mean@4"]
     assert len(values) == 3
     screen = capsys.readouterr().out
-    assert f"mean@4: {values[0]:.2f} -> {values[-1]:.2f}" in screen
+    assert re.search(summary_line("mean@4", values), screen)
     assert str(run / "checkpoints" / "last.ckpt") in screen
 
 
@@ -96,7 +99,7 @@ def test_one_command_serves_the_first_run_and_those_that_continue(
     # The base model is evaluated once, and the summary compares with it.
     values = resumed["val/tiny/mean@4"]
     assert values == whole["val/tiny/mean@4"]
-    assert capsys.readouterr().out.count(f"mean@4: {values[0]:.2f} -> {values[-1]:.2f}") >= 2
+    assert len(re.findall(summary_line("mean@4", values), capsys.readouterr().out)) >= 2
     config = yaml.safe_load((tmp_path / "run" / "version_2" / "config.yaml").read_text())
     assert config["ckpt_path"] == "last"
 
@@ -234,7 +237,7 @@ def test_objects_of_a_second_file_replace_the_first_ones(
             words.append(f"--config={file}")
         if by == "flag":
             words[-1] = f"--trainer.{option}={json.dumps(values[-1])}"
-        return _command_line(words, CheckCLI, run=False).config.trainer[option]
+        return command_line(words, CheckCLI, run=False).config.trainer[option]
 
     whole = parsed(spec(expected))
     assert parsed(spec(first), spec(second)) == whole
@@ -325,3 +328,19 @@ def test_empty_training_set_is_an_error(tied_model: str, tmp_path: Path) -> None
     (tmp_path / "empty.json").write_text(json.dumps([]))
     with pytest.raises(Exception, match="empty.json.*no rows"):
         fit(*overrides, f"--data.train={tmp_path / 'empty.json'}")
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_the_overview_has_every_command(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(words)
+    lines = capsys.readouterr().out.splitlines()
+    named = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert sorted(named) == sorted([*LightningCLI.subcommands(), *TOOLS, "check"])
+
+
+@pytest.mark.parametrize(("word", "hint"), [("fti", "did you mean fit"), ("zzzz", "fit, validate")])
+def test_a_command_that_does_not_exist_is_named(word: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=f"{word}.*{hint}"):
+        main([word])

@@ -68,7 +68,10 @@ def test_callbacks_are_imported_by_the_command_line_alone() -> None:
         # Every rank starts a process that loads no more than this.
         ("prl_lightning.rewards", ("torch", "lightning", "transformers", "vllm")),
         # The engine is imported when it starts: the package works without it.
-        ("prl_lightning.cli", ("vllm", "reasoning_gym")),
+        ("prl_lightning.cli.lightning", ("vllm", "reasoning_gym")),
+        # Commands that people use often start in a second.
+        ("prl_lightning.cli.tools", ("torch", "lightning", "transformers")),
+        ("prl_lightning.cli", ("torch", "lightning", "transformers", "jsonargparse")),
     ],
 )
 def test_import_pulls_in_no_more_than_it_needs(module: str, absent: tuple[str, ...]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from prl_lightning.models.export import refuse_existing, save_policy, torch_dtype
+from prl_lightning.models.export import save_policy, torch_dtype
+from prl_lightning.runs.files import refuse_existing
 from prl_lightning.trainer_access import prl_module, run_folder
 
 

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from prl_lightning.models.causal_lm import named_weights
 from prl_lightning.models.loading import causal_lm_from_config, load_policy, load_tokenizer
+from prl_lightning.runs.files import refuse_existing
 from prl_lightning.runs.unpickling import refuse_code
 
 POLICY = "policy."
@@ -58,20 +59,6 @@ def export_checkpoint(ckpt_path: str, out: str, dtype: str | None = None) -> Non
             tensor.copy_(checkpoint["state_dict"][name])
     save_policy(dict(named_weights(policy)), origin["name"], Path(out), dtype)
     print(f"{out}: the policy of {ckpt_path}")
-
-
-def refuse_existing(folder: Path, field: str) -> None:
-    """Raise if the folder exists; nothing is overwritten.
-
-    Args:
-        folder: to be created.
-        field: that names it, for the message.
-
-    Raises:
-        FileExistsError: it exists.
-    """
-    if folder.exists():
-        raise FileExistsError(f"{field}={folder} exists: name another folder, or remove it.")
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

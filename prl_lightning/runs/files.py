@@ -81,3 +81,17 @@ def completion_files(folder: Path) -> list[Path]:
     """
     files = (folder / COMPLETIONS).glob("epoch=*.parquet")
     return sorted(files, key=lambda file: (len(file.name), file.name))
+
+
+def refuse_existing(folder: Path, field: str) -> None:
+    """Raise if the folder exists; nothing is overwritten.
+
+    Args:
+        folder: to be created.
+        field: that names it, for the message.
+
+    Raises:
+        FileExistsError: it exists.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{field}={folder} exists: name another folder, or remove it.")

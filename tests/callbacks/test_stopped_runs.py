@@ -14,7 +14,7 @@ from interruptions import Command, callback
 from prl_lightning.cli import main
 from prl_lightning.runs.files import read_evaluations
 from prl_lightning.runs.tables import read_table
-from tiny_runs import ARITHMETIC, metrics_of
+from tiny_runs import ARITHMETIC, metrics_of, summary_line
 
 pytestmark = pytest.mark.process
 
@@ -62,8 +62,7 @@ def test_max_time_ends_after_the_iteration_with_an_evaluation_and_its_completion
     values = metrics_of(command.folder)["val/tiny/mean@4"]
     screen = capsys.readouterr().out
     assert "Stopped early: 4 updates." in screen
-    shown = rf"mean@4: {values[0]:.2f} \[[^]]*\] -> {values[-1]:.2f} \["
-    assert re.search(shown, screen)
+    assert re.search(summary_line("mean@4", values), screen)
     assert "last evaluation" not in screen
 
 

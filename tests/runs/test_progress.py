@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from transformers.utils import logging
 
-from prl_lightning.cli import _command_line
+from prl_lightning.cli.lightning import command_line
 from prl_lightning.runs import progress
 from prl_lightning.runs.progress import progress_bar, sampling_bar
 from tiny_runs import ARITHMETIC, tiny_overrides
@@ -47,7 +47,7 @@ def show_in(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> Stream:
 
 
 def fit(model: str, folder: Path, bar: str) -> Trainer:
-    return _command_line(
+    return command_line(
         [
             "fit",
             f"--config={ARITHMETIC}",

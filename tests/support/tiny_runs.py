@@ -53,3 +53,8 @@ def fit(*args: str, config: Path = ARITHMETIC) -> None:
 def metrics_of(folder: Path, version: int = 0) -> dict[str, list[float]]:
     curves = read_metrics(folder / "run" / f"version_{version}" / "metrics.csv")
     return {name: values for name, (_, values) in curves.items()}
+
+
+def summary_line(metric: str, values: list[float]) -> str:
+    """A pattern for what a run's last lines say of a metric."""
+    return rf"{metric}: {values[0]:.2f} \[.*?\] -> {values[-1]:.2f} \["

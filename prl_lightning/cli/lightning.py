@@ -1,18 +1,17 @@
-"""The ``prl`` command: LightningCLI with the sections of a PRL run."""
+"""The commands with a Trainer: LightningCLI with the sections of a PRL run."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import Namespace, auto_cli
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -41,11 +40,9 @@ from prl_lightning.checks.contradictions import (
 )
 from prl_lightning.checks.estimate import describe
 from prl_lightning.checks.secrets import SaveConfig
-from prl_lightning.data import DataError, PromptDataModule
+from prl_lightning.data import PromptDataModule
 from prl_lightning.evaluation import Evaluation
-from prl_lightning.models.export import export_checkpoint, refuse_existing
 from prl_lightning.module import PRLModule
-from prl_lightning.report import write_report
 from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.trainer import PRLTrainer, last_checkpoint
 from prl_lightning.trainer_access import csv_logger
@@ -250,58 +247,40 @@ class CheckCLI(PRLCLI):
         )
 
 
-def copy_configs(folder: Path = Path("configs")) -> None:
-    """Copy the package's configurations into a folder.
-
-    Args:
-        folder: to create.
-
-    Raises:
-        FileExistsError: it exists.
-    """
-    refuse_existing(folder, "folder")
-    shutil.copytree(Path(__file__).with_name("configs"), folder)
-    print(f"prl fit --config {folder}/arithmetic.yaml")
-
-
-# Commands without a Trainer.
-TOOLS: dict[str, Callable[..., Any]] = {
-    "configs": copy_configs,
-    "export": export_checkpoint,
-    "report": write_report,
-}
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the command.
+def run(args: list[str] | None) -> None:
+    """Run a command of the Trainer.
 
     Args:
         args: command line, by default the process's.
     """
+    _prepare()
+    command_line(args)
+
+
+def check(args: list[str]) -> None:
+    """Check a configuration and print its sizes.
+
+    Args:
+        args: those of ``prl fit``.
+
+    Raises:
+        ConfigurationError: it cannot work.
+    """
+    _prepare()
+    # There may be no GPU here, and only the number of devices matters.
+    here = [] if torch.cuda.is_available() else ["--trainer.accelerator=cpu"]
+    cli = command_line([*args, *here], CheckCLI, run=False)
+    raise_errors(cli.errors())
+    warn_of_one_step(cli.model, cli.rollout)
+    warn_of_greedy(cli.datamodule)
+    warn_of_turn_end(cli.model, cli.datamodule, cli.rollout)
+    print(describe(cli.trainer, cli.model, cli.datamodule, cli.rollout, cli.config.gpu))
+
+
+def _prepare() -> None:
     for message in IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message)
     _import_from(Path.cwd())
-    words = list(sys.argv[1:] if args is None else args)
-    if words and words[0] in TOOLS:
-        # `prl report RUN` is positional, `prl export --ckpt_path X --out Y` is not.
-        auto_cli(
-            TOOLS[words[0]],
-            args=words[1:],
-            as_positional=words[0] == "report",
-            prog=f"prl {words[0]}",
-        )
-        return
-    if words[:1] == ["check"]:
-        # There may be no GPU here, and only the number of devices matters.
-        here = [] if torch.cuda.is_available() else ["--trainer.accelerator=cpu"]
-        cli = _command_line([*words[1:], *here], CheckCLI, run=False)
-        raise_errors(cli.errors())
-        warn_of_one_step(cli.model, cli.rollout)
-        warn_of_greedy(cli.datamodule)
-        warn_of_turn_end(cli.model, cli.datamodule, cli.rollout)
-        print(describe(cli.trainer, cli.model, cli.datamodule, cli.rollout, cli.config.gpu))
-        return
-    _command_line(None if args is None else words)
 
 
 def _import_from(folder: Path) -> None:
@@ -310,17 +289,14 @@ def _import_from(folder: Path) -> None:
         sys.path.append(str(folder))
 
 
-def run_command() -> None:
-    """Run ``prl``; a user's error is a message, not a traceback."""
-    is_tool = bool(set(sys.argv[1:2]) & set(TOOLS))
-    expected = (ValueError, OSError) if is_tool else (ConfigurationError, DataError)
-    try:
-        main()
-    except expected as error:
-        raise SystemExit(f"prl: {error}") from None
+def command_line(args: list[str] | None, kind: type[PRLCLI] = PRLCLI, run: bool = True) -> PRLCLI:
+    """Parse a command line, create the configured objects, and run the command.
 
-
-def _command_line(args: list[str] | None, kind: type[PRLCLI] = PRLCLI, run: bool = True) -> PRLCLI:
+    Args:
+        args: command line, by default the process's.
+        kind: of the command line.
+        run: whether ``args`` begins with a command, and it runs.
+    """
     return kind(
         PRLModule,
         PromptDataModule,
@@ -329,9 +305,6 @@ def _command_line(args: list[str] | None, kind: type[PRLCLI] = PRLCLI, run: bool
         parser_kwargs={
             "description": "Process Reward Learning: teach a language model to reason, with "
             "Lightning's Trainer.",
-            "epilog": "prl check --help: check a configuration and estimate its memory; prl report "
-            "--help: a run as one HTML file; prl export --help: a checkpoint as a Hugging Face "
-            "folder; prl configs --help: copy the package's configurations",
         },
         auto_configure_optimizers=False,
         parser_class=Parser,
