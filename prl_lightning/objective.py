@@ -53,7 +53,8 @@ class Objective:
         log_ratio: policy of the process term: at this update ("current") or at sampling time
             ("rollout"); equal with one update per rollout and no ``rollout.overlap``.
         unbiased_std: divide by n - 1 in the group's standard deviation, as the authors' code does.
-        surrogate: loss of a token: "clip" (PPO, DAPO), or a name of `register_loss`.
+        surrogate: loss of a token: "clip" (PPO, DAPO), "gspo" (the ratio of the sequence, whose
+            clip range is some 1e-4), "cispo", "dual_clip", or a name of `register_loss`.
         clip_low: the lower bound of the importance ratio is 1 - clip_low.
         clip_high: the upper bound of the importance ratio is 1 + clip_high.
         aggregation: "token_mean", "sequence_mean" or "constant".

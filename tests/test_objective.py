@@ -271,7 +271,10 @@ def test_registered_functions_decide_the_loss(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="outcome='doubled': (.|\n)*surrogate='squared': "):
         objective.check_names()
     register_advantage("doubled", lambda rewards, members, unbiased: 2 * rewards)
-    register_loss("squared", lambda ratio, a, low, high: (3 * ratio * a**2, a > 1 + high))
+    register_loss(
+        "squared",
+        lambda x: (3 * x.ratio * x.advantages**2, x.advantages > 1 + x.clip_high),
+    )
     objective.check_names()
     advantages = objective.outcome_advantages(torch.tensor([1.0, 0.0]), 2)
     rollouts = [

@@ -11,7 +11,13 @@ from prl_lightning.functional.bootstrap import bootstrap_interval
 from prl_lightning.functional.divergences import Divergence, get_divergence, register_divergence
 from prl_lightning.functional.kl import kl_estimate, kl_loss
 from prl_lightning.functional.logprobs import token_logprobs
-from prl_lightning.functional.losses import importance_weights, policy_loss, register_loss
+from prl_lightning.functional.losses import (
+    LossInputs,
+    dual_clip,
+    importance_weights,
+    policy_loss,
+    register_loss,
+)
 from prl_lightning.functional.majority import majority_correct
 from prl_lightning.functional.masks import MAX_LOG_RATIO
 from prl_lightning.functional.pass_at_k import pass_at_k
@@ -27,9 +33,11 @@ __all__ = [
     "MAX_LOG_RATIO",
     "Aggregation",
     "Divergence",
+    "LossInputs",
     "aggregate",
     "bootstrap_interval",
     "delimiter_steps",
+    "dual_clip",
     "fixed_length_steps",
     "get_divergence",
     "importance_weights",
