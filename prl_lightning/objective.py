@@ -28,6 +28,7 @@ from prl_lightning.models.step_splitter import Steps
 from prl_lightning.types import RolloutBatch
 
 KL_IN_REWARD = ("reward_trajectory", "reward_step")
+NEEDS_SIGN = ("raft", "maxrl")
 K3 = ("reverse_k3", "forward_k3")
 
 
@@ -38,7 +39,10 @@ class Objective:
     Attributes:
         outcome: outcome advantage: "grpo" (mean and standard deviation of the group), "dr_grpo"
             (mean), "rloo" (leave one out), "reward" (the reward itself), "raft" (positives only),
-            or a name of `register_advantage`.
+            "maxrl" (mean, divided by the mean), "batch_std" (mean of the group, standard deviation
+            of the iteration), or a name of `register_advantage`.
+        decouple_rewards: normalise each reward function in its group before their weighted sum;
+            with outcome="batch_std" this is GDPO.
         kl: where the KL to the reference goes: "process" (PRL and FRPO: the process term is added
             to the outcome advantage, v2 Eq. 5.1), "loss" (an estimate is added to the loss),
             "reward_trajectory" or "reward_step" (into the reward, before the group statistics),
@@ -64,6 +68,7 @@ class Objective:
     """
 
     outcome: str = "grpo"
+    decouple_rewards: bool = False
     kl: Literal["process", "loss", "reward_trajectory", "reward_step", "none"] = "process"
     beta: float = 0.01
     divergence: str = "reverse_kl"
@@ -120,10 +125,11 @@ class Objective:
                 f"steps={self.steps!r} has no effect with kl={self.kl!r}. Set kl='process', or "
                 "leave steps out."
             )
-        if self.kl in KL_IN_REWARD and self.outcome == "raft":
+        changes_sign = self.kl in KL_IN_REWARD or self.decouple_rewards
+        if changes_sign and self.outcome in NEEDS_SIGN:
             yield (
-                f"outcome='raft' with kl={self.kl!r}: the KL term can make the reward of a wrong "
-                "completion positive, and raft would train on it. Change outcome or kl."
+                f"outcome={self.outcome!r} depends on the sign of rewards, which kl={self.kl!r} "
+                f"with decouple_rewards={self.decouple_rewards} changes. Change one of them."
             )
         token_form = self.kl == "process" and self.steps == "token"
         if self.baseline and not (token_form and self.divergence in K3):

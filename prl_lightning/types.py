@@ -91,6 +91,7 @@ class Rollout:
         text: the completion, decoded without special tokens.
         temperature: of the sampling; its log-probabilities are computed at it, too.
         reward: weighted sum of the reward functions.
+        reward_parts: weight and reward of each function; NaN where it does not apply.
         outcome_advantage: scalar (), or (T,) if the KL is part of the reward.
         old_logprobs: (T,); None if the policy that is updated is the one that sampled.
         ref_logprobs: (T,); None if nothing needed them before the update.
@@ -103,6 +104,7 @@ class Rollout:
     text: str
     temperature: float = 1.0
     reward: float = 0.0
+    reward_parts: list[tuple[float, float]] = field(default_factory=list)
     outcome_advantage: Tensor = field(default_factory=lambda: torch.zeros(()))
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None

@@ -340,6 +340,8 @@ def test_missing_tensors_are_errors() -> None:
         ({"baseline": True, "divergence": "reverse_k3", "steps": 4}, "baseline=True .*steps=4"),
         ({"baseline": True, "divergence": "forward_kl"}, "baseline=True .*'forward_kl'"),
         ({"outcome": "raft", "kl": "reward_step"}, "outcome='raft' .*'reward_step'"),
+        ({"outcome": "maxrl", "kl": "reward_step"}, "outcome='maxrl' .*'reward_step'"),
+        ({"outcome": "maxrl", "decouple_rewards": True}, "'maxrl' .*decouple_rewards=True"),
         ({"aggregation": "constant"}, "max_length=None .*aggregation='constant'"),
         ({"max_length": 100}, "max_length=100 .*aggregation='token_mean'"),
         ({"kl": "proces"}, r"model\.objective\.kl='proces': .*'process'"),

@@ -215,7 +215,8 @@ def _of_training(
         yield "data.train is missing: name the prompts to train on."
     yield from errors_of(lambda: data.sizes(trainer))
     objective = module.objective
-    if data.group_size == 1 and objective.outcome in ("grpo", "dr_grpo", "rloo"):
+    compares = ("grpo", "dr_grpo", "rloo", "maxrl", "batch_std")
+    if data.group_size == 1 and objective.outcome in compares:
         yield (
             f"data.group_size={data.group_size}, but model.objective.outcome="
             f"{objective.outcome!r} compares the completions of a prompt. Sample 2 or more, "

@@ -1,11 +1,6 @@
 """The mathematics of Process Reward Learning, as pure functions of tensors; needs torch alone."""
 
-from prl_lightning.functional.advantages import (
-    kl_in_reward_step,
-    kl_in_reward_trajectory,
-    outcome_advantages,
-    register_advantage,
-)
+from prl_lightning.functional.advantages import outcome_advantages, register_advantage
 from prl_lightning.functional.aggregation import Aggregation, aggregate
 from prl_lightning.functional.bootstrap import bootstrap_interval
 from prl_lightning.functional.divergences import Divergence, get_divergence, register_divergence
@@ -27,6 +22,11 @@ from prl_lightning.functional.process import (
     process_rewards,
     process_term,
 )
+from prl_lightning.functional.shaped_rewards import (
+    decoupled_rewards,
+    kl_in_reward_step,
+    kl_in_reward_trajectory,
+)
 from prl_lightning.functional.steps import delimiter_steps, fixed_length_steps
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "LossInputs",
     "aggregate",
     "bootstrap_interval",
+    "decoupled_rewards",
     "delimiter_steps",
     "dual_clip",
     "fixed_length_steps",
