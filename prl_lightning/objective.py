@@ -63,6 +63,8 @@ class Objective:
         clip_high: the upper bound of the importance ratio is 1 + clip_high.
         aggregation: "token_mean", "sequence_mean" or "constant".
         max_length: tokens that "constant" divides by; only for "constant", which needs it.
+        mask_truncated: leave completions that were cut at the limit out of the loss and of the
+            totals that it is divided by. Their rewards still count in their groups.
         importance_cap: truncated importance weight between engine and trainer; None is off. Not
             with ``rollout.overlap``, where the importance ratio starts from the engine's policy.
     """
@@ -82,6 +84,7 @@ class Objective:
     clip_high: float = 0.2
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     max_length: int | None = None
+    mask_truncated: bool = False
     importance_cap: float | None = None
 
     def __post_init__(self) -> None:

@@ -25,6 +25,8 @@ def set_advantages(
 ) -> None:
     """Compare each completion with its group: set ``outcome_advantage`` of every rollout.
 
+    It also sets ``in_loss``; a completion that is left out of the loss is compared all the same.
+
     With one update per rollout and no KL inside the reward, rewards are all that is needed: the
     updated policy is the one that sampled, and nothing is scored here. A collective: an advantage
     may compare the groups of all ranks.
@@ -40,8 +42,9 @@ def set_advantages(
     if objective.needs_log_ratios or updates > 1:
         _score(module, split_by_tokens(rollouts, updates * micro_batches))
     for rollout, advantage in zip(rollouts, _compare(objective, rollouts, group_size), strict=True):
-        length = rollout.completion.length
-        rollout.outcome_advantage = advantage[:length] if advantage.ndim else advantage
+        completion = rollout.completion
+        rollout.outcome_advantage = advantage[: completion.length] if advantage.ndim else advantage
+        rollout.in_loss = completion.finished or not objective.mask_truncated
 
 
 def _compare(objective: Objective, rollouts: Sequence[Rollout], group_size: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -118,6 +119,18 @@ def test_a_group_is_compared_by_the_sum_of_its_rewards() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
     got = torch.stack(compare(Objective(kl="none"), rollouts_of(rewards)))
     assert torch.equal(got, outcome_advantages(rewards, GROUP))
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_a_truncated_completion_is_compared_but_not_trained_on(mask_truncated: bool) -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    rollouts = rollouts_of(rewards)
+    for rollout in rollouts[1:3]:
+        rollout.completion = replace(rollout.completion, finished=False)
+    got = compare(Objective(kl="none", mask_truncated=mask_truncated), rollouts)
+    assert torch.equal(torch.stack(got), outcome_advantages(rewards, GROUP))
+    kept = not mask_truncated
+    assert [rollout.in_loss for rollout in rollouts] == [True, kept, kept, True]
 
 
 def test_the_parts_of_a_reward_come_with_their_weights() -> None:
