@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prl_lightning.functional import (
     Aggregation,
-    importance_weights,
+    EngineCorrection,
     kl_in_reward_step,
     kl_in_reward_trajectory,
     kl_loss,
@@ -39,8 +39,8 @@ class Objective:
     Attributes:
         outcome: outcome advantage: "grpo" (mean and standard deviation of the group), "dr_grpo"
             (mean), "rloo" (leave one out), "reward" (the reward itself), "raft" (positives only),
-            "maxrl" (mean, divided by the mean), "batch_std" (mean of the group, standard deviation
-            of the iteration), or a name of `register_advantage`.
+            "maxrl" (divided by the mean), "batch_std" (by the standard deviation of the iteration),
+            or a name of `register_advantage`.
         decouple_rewards: normalise each reward function in its group before their weighted sum;
             with outcome="batch_std" this is GDPO.
         kl: where the KL to the reference goes: "process" (PRL and FRPO: the process term is added
@@ -57,16 +57,16 @@ class Objective:
         log_ratio: policy of the process term: at this update ("current") or at sampling time
             ("rollout"); equal with one update per rollout and no ``rollout.overlap``.
         unbiased_std: divide by n - 1 in the group's standard deviation, as the authors' code does.
-        surrogate: loss of a token: "clip" (PPO, DAPO), "gspo" (the ratio of the sequence, whose
-            clip range is some 1e-4), "cispo", "dual_clip", or a name of `register_loss`.
+        surrogate: loss of a token: "clip" (PPO, DAPO), "gspo" (ratio of the sequence; its clip
+            range is some 1e-4), "cispo", "dual_clip", or a name of `register_loss`.
         clip_low: the lower bound of the importance ratio is 1 - clip_low.
         clip_high: the upper bound of the importance ratio is 1 + clip_high.
         aggregation: "token_mean", "sequence_mean" or "constant".
         max_length: tokens that "constant" divides by; only for "constant", which needs it.
         mask_truncated: leave completions that were cut at the limit out of the loss and of the
             totals that it is divided by. Their rewards still count in their groups.
-        importance_cap: truncated importance weight between engine and trainer; None is off. Not
-            with ``rollout.overlap``, where the importance ratio starts from the engine's policy.
+        engine_correction: importance weights between engine and trainer; None is off. Not with
+            ``rollout.overlap``, where the importance ratio starts from the engine's policy.
     """
 
     outcome: str = "grpo"
@@ -85,7 +85,7 @@ class Objective:
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     max_length: int | None = None
     mask_truncated: bool = False
-    importance_cap: float | None = None
+    engine_correction: EngineCorrection | None = None
 
     def __post_init__(self) -> None:
         """Check each value and their combinations; `check_names` checks names of registries."""
@@ -112,12 +112,10 @@ class Objective:
             raise ValueError("\n".join(filter(None, errors)))
 
     def _out_of_range(self) -> Iterator[str]:
-        cap = self.importance_cap
         for name, fits, wanted in (
             ("beta", 0 <= self.beta < float("inf"), "must be 0 or a positive number"),
             ("clip_low", 0 <= self.clip_low <= 1, "must be between 0 and 1"),
             ("clip_high", self.clip_high >= 0, "must be 0 or a positive number"),
-            ("importance_cap", cap is None or cap > 0, "must be above 0, or null"),
         ):
             if not fits:
                 yield f"{name}={getattr(self, name)}: {wanted}."
@@ -235,8 +233,11 @@ class Objective:
             tokens["process_term"] = outcome - advantages
         tokens["advantage"] = advantages
         weights = None
-        if self.importance_cap is not None:
-            weights = importance_weights(old_logprobs, batch.rollout_logprobs, self.importance_cap)
+        if self.engine_correction is not None:
+            weights, outside = self.engine_correction.weights(
+                old_logprobs, batch.rollout_logprobs, mask
+            )
+            tokens["engine_corrected"] = outside.float()
         aggregation = Aggregation(
             self.aggregation, batch.update_tokens, batch.update_sequences, self.max_length
         )

@@ -222,11 +222,11 @@ def _of_training(
             f"{objective.outcome!r} compares the completions of a prompt. Sample 2 or more, "
             "or set outcome to 'reward'."
         )
-    if rollout.overlap and objective.importance_cap is not None:
+    if rollout.overlap and objective.engine_correction is not None:
         yield (
-            f"model.objective.importance_cap={objective.importance_cap} has no effect with "
-            "rollout.overlap=true: the importance ratio already starts from the engine's "
-            "log-probabilities. Leave one of them out."
+            "model.objective.engine_correction has no effect with rollout.overlap=true: the "
+            "importance ratio already starts from the engine's log-probabilities. Leave one of "
+            "them out."
         )
     yield from _of_optimizer(module)
     yield from lightning_errors(trainer, data)

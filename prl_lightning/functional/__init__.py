@@ -4,12 +4,12 @@ from prl_lightning.functional.advantages import outcome_advantages, register_adv
 from prl_lightning.functional.aggregation import Aggregation, aggregate
 from prl_lightning.functional.bootstrap import bootstrap_interval
 from prl_lightning.functional.divergences import Divergence, get_divergence, register_divergence
+from prl_lightning.functional.engine_correction import EngineCorrection
 from prl_lightning.functional.kl import kl_estimate, kl_loss
 from prl_lightning.functional.logprobs import token_logprobs
 from prl_lightning.functional.losses import (
     LossInputs,
     dual_clip,
-    importance_weights,
     policy_loss,
     register_loss,
 )
@@ -33,6 +33,7 @@ __all__ = [
     "MAX_LOG_RATIO",
     "Aggregation",
     "Divergence",
+    "EngineCorrection",
     "LossInputs",
     "aggregate",
     "bootstrap_interval",
@@ -41,7 +42,6 @@ __all__ = [
     "dual_clip",
     "fixed_length_steps",
     "get_divergence",
-    "importance_weights",
     "kl_estimate",
     "kl_in_reward_step",
     "kl_in_reward_trajectory",

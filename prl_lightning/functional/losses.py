@@ -7,12 +7,7 @@ import torch
 from torch import Tensor
 
 from prl_lightning.functional.aggregation import TOKEN_MEAN, Aggregation, aggregate
-from prl_lightning.functional.masks import (
-    MAX_LOG_RATIO,
-    at_least_float32,
-    check_same_shape,
-    keep_tokens,
-)
+from prl_lightning.functional.masks import MAX_LOG_RATIO, keep_tokens
 from prl_lightning.functional.process import per_token
 from prl_lightning.functional.registry import Registry
 
@@ -88,7 +83,7 @@ def policy_loss(
         clip_high: ε_high.
         surrogate: a name of the table, or a registered one.
         aggregation: by default the token mean of this batch alone.
-        token_weights: (B, T), multiplies each token's loss; see `importance_weights`.
+        token_weights: (B, T), multiplies each token's loss; see `EngineCorrection`.
 
     Returns:
         The loss, a scalar, and its stats, detached scalars over the completion tokens:
@@ -207,32 +202,3 @@ def _ratio_stats(ratio: Tensor, is_clipped: Tensor, mask: Tensor) -> dict[str, T
         "ratio_mean": torch.where(count > 0, torch.where(mask, ratio, zero).sum() / count, one),
         "ratio_max": torch.where(count > 0, largest, one),
     }
-
-
-def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
-    """Return min(π_old/π_rollout, cap): truncated importance sampling.
-
-    The engine that samples and the trainer compute slightly different probabilities from the same
-    weights. The weight corrects the expectation per token; the cap bounds the variance (Ionides
-    2008, "Truncated importance sampling").
-
-    Args:
-        old_logprobs: log π_old as the trainer computes it, (B, T).
-        rollout_logprobs: log π_old as the engine reported it, (B, T).
-        cap: largest weight, above 0.
-
-    Returns:
-        (B, T), detached; meaningless outside the completion mask.
-
-    Raises:
-        ValueError: the cap is not above 0 or shapes disagree.
-
-    Example:
-        >>> importance_weights(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -9.0]]), cap=2.0)
-        tensor([[1., 2.]])
-    """
-    if not cap > 0:
-        raise ValueError(f"cap={cap}: must be above 0, such as 2.0.")
-    check_same_shape("BT", old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs)
-    log_ratio = at_least_float32(old_logprobs) - at_least_float32(rollout_logprobs)
-    return log_ratio.detach().exp().clamp(max=cap)

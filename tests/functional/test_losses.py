@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prl_lightning.functional import Aggregation, importance_weights, kl_loss, policy_loss
+from prl_lightning.functional import Aggregation, kl_loss, policy_loss
 from prl_lightning.functional.losses import LOSSES
 
 from .batches import (
@@ -232,20 +232,6 @@ def test_no_tokens_give_a_zero_loss_with_a_zero_gradient(kind: str) -> None:
     assert (loss.item(), grad.abs().sum().item()) == (0, 0)
 
 
-@quick
-@given(old=st.floats(-9, 0), rollout=st.floats(-9, 0), cap=st.floats(0.5, 5))
-def test_importance_weights_are_their_equation(old: float, rollout: float, cap: float) -> None:
-    trainer = torch.tensor([[old]], dtype=torch.float64, requires_grad=True)
-    got = importance_weights(trainer, torch.tensor([[rollout]], dtype=torch.float64), cap)
-    assert got.item() == pytest.approx(min(math.exp(old - rollout), cap), rel=1e-12)
-    assert not got.requires_grad
-
-
-def test_importance_weights_of_an_extreme_gap_are_the_cap() -> None:
-    gap = torch.tensor([[0.0, -1e4]])
-    assert importance_weights(gap, gap.flip(-1), 2.0).tolist() == [[2.0, 0.0]]
-
-
 def test_errors() -> None:
     a, mask = torch.zeros(2, 3), torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"old_logprobs has shape \(2, 2\)"):
@@ -254,7 +240,3 @@ def test_errors() -> None:
         policy_loss(a, a, torch.zeros(3), mask)
     with pytest.raises(ValueError, match=r"token_weights has shape \(2, 1\)"):
         policy_loss(a, a, a, mask, token_weights=torch.ones(2, 1))
-    with pytest.raises(ValueError, match="cap=0"):
-        importance_weights(a, a, 0)
-    with pytest.raises(ValueError, match=r"rollout_logprobs has shape \(2, 1\)"):
-        importance_weights(a, torch.zeros(2, 1), 2.0)
