@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prl_lightning.functional import (
     Aggregation,
-    importance_weights,
+    EngineCorrection,
     kl_in_reward_step,
     kl_in_reward_trajectory,
     kl_loss,
@@ -28,6 +28,7 @@ from prl_lightning.models.step_splitter import Steps
 from prl_lightning.types import RolloutBatch
 
 KL_IN_REWARD = ("reward_trajectory", "reward_step")
+NEEDS_SIGN = ("raft", "maxrl")
 K3 = ("reverse_k3", "forward_k3")
 
 
@@ -38,7 +39,10 @@ class Objective:
     Attributes:
         outcome: outcome advantage: "grpo" (mean and standard deviation of the group), "dr_grpo"
             (mean), "rloo" (leave one out), "reward" (the reward itself), "raft" (positives only),
+            "maxrl" (divided by the mean), "batch_std" (by the standard deviation of the iteration),
             or a name of `register_advantage`.
+        decouple_rewards: normalise each reward function in its group before their weighted sum;
+            with outcome="batch_std" this is GDPO.
         kl: where the KL to the reference goes: "process" (PRL and FRPO: the process term is added
             to the outcome advantage, v2 Eq. 5.1), "loss" (an estimate is added to the loss),
             "reward_trajectory" or "reward_step" (into the reward, before the group statistics),
@@ -53,16 +57,20 @@ class Objective:
         log_ratio: policy of the process term: at this update ("current") or at sampling time
             ("rollout"); equal with one update per rollout and no ``rollout.overlap``.
         unbiased_std: divide by n - 1 in the group's standard deviation, as the authors' code does.
-        surrogate: loss of a token: "clip" (PPO, DAPO), or a name of `register_loss`.
+        surrogate: loss of a token: "clip" (PPO, DAPO), "gspo" (ratio of the sequence; its clip
+            range is some 1e-4), "cispo", "dual_clip", or a name of `register_loss`.
         clip_low: the lower bound of the importance ratio is 1 - clip_low.
         clip_high: the upper bound of the importance ratio is 1 + clip_high.
         aggregation: "token_mean", "sequence_mean" or "constant".
         max_length: tokens that "constant" divides by; only for "constant", which needs it.
-        importance_cap: truncated importance weight between engine and trainer; None is off. Not
-            with ``rollout.overlap``, where the importance ratio starts from the engine's policy.
+        mask_truncated: leave completions that were cut at the limit out of the loss and of the
+            totals that it is divided by. Their rewards still count in their groups.
+        engine_correction: importance weights between engine and trainer; None is off. Not with
+            ``rollout.overlap``, where the importance ratio starts from the engine's policy.
     """
 
     outcome: str = "grpo"
+    decouple_rewards: bool = False
     kl: Literal["process", "loss", "reward_trajectory", "reward_step", "none"] = "process"
     beta: float = 0.01
     divergence: str = "reverse_kl"
@@ -76,7 +84,8 @@ class Objective:
     clip_high: float = 0.2
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     max_length: int | None = None
-    importance_cap: float | None = None
+    mask_truncated: bool = False
+    engine_correction: EngineCorrection | None = None
 
     def __post_init__(self) -> None:
         """Check each value and their combinations; `check_names` checks names of registries."""
@@ -103,12 +112,10 @@ class Objective:
             raise ValueError("\n".join(filter(None, errors)))
 
     def _out_of_range(self) -> Iterator[str]:
-        cap = self.importance_cap
         for name, fits, wanted in (
             ("beta", 0 <= self.beta < float("inf"), "must be 0 or a positive number"),
             ("clip_low", 0 <= self.clip_low <= 1, "must be between 0 and 1"),
             ("clip_high", self.clip_high >= 0, "must be 0 or a positive number"),
-            ("importance_cap", cap is None or cap > 0, "must be above 0, or null"),
         ):
             if not fits:
                 yield f"{name}={getattr(self, name)}: {wanted}."
@@ -119,10 +126,11 @@ class Objective:
                 f"steps={self.steps!r} has no effect with kl={self.kl!r}. Set kl='process', or "
                 "leave steps out."
             )
-        if self.kl in KL_IN_REWARD and self.outcome == "raft":
+        changes_sign = self.kl in KL_IN_REWARD or self.decouple_rewards
+        if changes_sign and self.outcome in NEEDS_SIGN:
             yield (
-                f"outcome='raft' with kl={self.kl!r}: the KL term can make the reward of a wrong "
-                "completion positive, and raft would train on it. Change outcome or kl."
+                f"outcome={self.outcome!r} depends on the sign of rewards, which kl={self.kl!r} "
+                f"with decouple_rewards={self.decouple_rewards} changes. Change one of them."
             )
         token_form = self.kl == "process" and self.steps == "token"
         if self.baseline and not (token_form and self.divergence in K3):
@@ -225,8 +233,11 @@ class Objective:
             tokens["process_term"] = outcome - advantages
         tokens["advantage"] = advantages
         weights = None
-        if self.importance_cap is not None:
-            weights = importance_weights(old_logprobs, batch.rollout_logprobs, self.importance_cap)
+        if self.engine_correction is not None:
+            weights, outside = self.engine_correction.weights(
+                old_logprobs, batch.rollout_logprobs, mask
+            )
+            tokens["engine_corrected"] = outside.float()
         aggregation = Aggregation(
             self.aggregation, batch.update_tokens, batch.update_sequences, self.max_length
         )

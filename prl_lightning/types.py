@@ -91,7 +91,9 @@ class Rollout:
         text: the completion, decoded without special tokens.
         temperature: of the sampling; its log-probabilities are computed at it, too.
         reward: weighted sum of the reward functions.
+        reward_parts: weight and reward of each function; NaN where it does not apply.
         outcome_advantage: scalar (), or (T,) if the KL is part of the reward.
+        in_loss: False if it was cut at the limit and ``objective.mask_truncated`` leaves it out.
         old_logprobs: (T,); None if the policy that is updated is the one that sampled.
         ref_logprobs: (T,); None if nothing needed them before the update.
         answer: id of its answer within the group: equal for equal answers, negative without an
@@ -103,7 +105,9 @@ class Rollout:
     text: str
     temperature: float = 1.0
     reward: float = 0.0
+    reward_parts: list[tuple[float, float]] = field(default_factory=list)
     outcome_advantage: Tensor = field(default_factory=lambda: torch.zeros(()))
+    in_loss: bool = True
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     answer: int | None = None
@@ -184,7 +188,8 @@ class RolloutBatch(_Fields):
         prompt_lengths: (B,) tokens of each prompt.
         completion_ids: (B, T) the completion part of ``input_ids``.
         completion_lengths: (B,) tokens of each completion, sampled or not.
-        completion_mask: (B, T) bool, True on sampled tokens, the end-of-sequence token included.
+        completion_mask: (B, T) bool, True on sampled tokens, the end-of-sequence token included;
+            nowhere True in a completion that is left out of the loss.
         packing: the rows as one long row, see Packing.
         temperature: at which the completions were sampled.
         rollout_logprobs: (B, T).
@@ -195,7 +200,8 @@ class RolloutBatch(_Fields):
         ref_logprobs: (B, T) or None, see Rollout.
         update_tokens: sampled tokens of the whole optimizer update, over all micro-batches and
             ranks; this denominator makes the loss independent of how the update was cut.
-        update_sequences: completions of the whole update.
+        update_sequences: completions of the whole update. Neither counts those that are left out
+            of the loss.
         answers: (B,) integers or None, see Rollout.
         is_padding: the completions belong to a padding prompt, see Prompt.
     """

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from prl_lightning.data import RolloutBuffer, collate
-from prl_lightning.functional import fixed_length_steps, register_advantage, register_loss
+from prl_lightning.functional import (
+    EngineCorrection,
+    fixed_length_steps,
+    register_advantage,
+    register_loss,
+)
 from prl_lightning.functional.advantages import ADVANTAGES
 from prl_lightning.functional.losses import LOSSES
 from prl_lightning.objective import Objective
@@ -20,6 +25,7 @@ GROUP = 3
 # Two groups with a signal, one where all are right and one where all are wrong.
 REWARDS = [1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 BETA, LIMIT = 0.3, 10
+CAP = EngineCorrection(high=1.1)
 METHODS = {
     "grpo": Objective(kl="none"),
     "dr_grpo": Objective(kl="none", outcome="dr_grpo"),
@@ -37,9 +43,9 @@ METHODS = {
     "frpo_k3": Objective(beta=BETA, divergence="reverse_k3"),
     "frpo_bounds": Objective(beta=BETA, clip_low=0.1, clip_high=0.5),
     # The weight between engine and trainer leaves the KL loss alone.
-    "grpo_capped": Objective(kl="none", importance_cap=1.1),
-    "frpo_capped": Objective(beta=BETA, importance_cap=1.1),
-    "kl_loss_capped": Objective(kl="loss", beta=BETA, importance_cap=1.1),
+    "grpo_capped": Objective(kl="none", engine_correction=CAP),
+    "frpo_capped": Objective(beta=BETA, engine_correction=CAP),
+    "kl_loss_capped": Objective(kl="loss", beta=BETA, engine_correction=CAP),
 }
 AGGREGATIONS = ["token_mean", "sequence_mean", "constant"]
 
@@ -131,9 +137,9 @@ def loss_by_loop(objective: Objective, sampled: Sampled) -> tuple[float, Rows]:
             clipped = min(max(ratio, 1 - objective.clip_low), 1 + objective.clip_high)
             value = -min(ratio * advantage, clipped * advantage)
             slope = -ratio * advantage if ratio * advantage <= clipped * advantage else 0.0
-            if objective.importance_cap is not None:
+            if objective.engine_correction is not None:
                 mismatch = math.exp(sampled.old[i][t] - sampled.engine[i][t])
-                weight = min(mismatch, objective.importance_cap)
+                weight = min(mismatch, objective.engine_correction.high)
                 value, slope = weight * value, weight * slope
             if objective.kl == "loss":
                 delta = sampled.policy[i][t] - sampled.ref[i][t]
@@ -246,6 +252,22 @@ def test_the_process_term_is_reported_in_the_unit_of_the_advantage() -> None:
     assert not stats["process_term"].requires_grad
 
 
+def test_the_share_of_corrected_tokens_is_reported() -> None:
+    """By hand: log w is 0 or 1 for every other token, and exp(1) is above the bound of 2."""
+    rollout = Rollout(Prompt([0], ""), Completion([0] * 4, [-2.0, -3.0] * 2, True), "")
+    policy = torch.full((1, 4), -2.0, requires_grad=True)
+    batch = collate([rollout], 4, 1)
+    batch.outcome_advantages = torch.ones(1)
+    for correction, loss in (
+        (EngineCorrection(), -(1 + 2) / 2),
+        (EngineCorrection(outside="mask"), -1 / 2),
+    ):
+        objective = Objective(kl="none", engine_correction=correction)
+        got, stats = objective.loss(policy, None, batch, None)
+        assert got.item() == pytest.approx(loss)
+        assert stats["engine_corrected"].tolist() == [[0, 1, 0, 1]]
+
+
 # The baseline of the k3 divergences
 
 
@@ -271,7 +293,10 @@ def test_registered_functions_decide_the_loss(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="outcome='doubled': (.|\n)*surrogate='squared': "):
         objective.check_names()
     register_advantage("doubled", lambda rewards, members, unbiased: 2 * rewards)
-    register_loss("squared", lambda ratio, a, low, high: (3 * ratio * a**2, a > 1 + high))
+    register_loss(
+        "squared",
+        lambda x: (3 * x.ratio * x.advantages**2, x.advantages > 1 + x.clip_high),
+    )
     objective.check_names()
     advantages = objective.outcome_advantages(torch.tensor([1.0, 0.0]), 2)
     rollouts = [
@@ -330,13 +355,14 @@ def test_missing_tensors_are_errors() -> None:
         ({"clip_low": -0.1}, r"clip_low=-0\.1: "),
         ({"clip_low": 2.0}, r"clip_low=2\.0: "),
         ({"clip_high": -0.1}, r"clip_high=-0\.1: "),
-        ({"importance_cap": 0.0}, r"importance_cap=0\.0: "),
         ({"kl": "loss", "steps": 256}, "steps=256 .*kl='loss'"),
         ({"kl": "none", "steps": "newline"}, "steps='newline' .*kl='none'"),
         ({"kl": "none", "baseline": True}, "baseline=True .*kl='none'"),
         ({"baseline": True, "divergence": "reverse_k3", "steps": 4}, "baseline=True .*steps=4"),
         ({"baseline": True, "divergence": "forward_kl"}, "baseline=True .*'forward_kl'"),
         ({"outcome": "raft", "kl": "reward_step"}, "outcome='raft' .*'reward_step'"),
+        ({"outcome": "maxrl", "kl": "reward_step"}, "outcome='maxrl' .*'reward_step'"),
+        ({"outcome": "maxrl", "decouple_rewards": True}, "'maxrl' .*decouple_rewards=True"),
         ({"aggregation": "constant"}, "max_length=None .*aggregation='constant'"),
         ({"max_length": 100}, "max_length=100 .*aggregation='token_mean'"),
         ({"kl": "proces"}, r"model\.objective\.kl='proces': .*'process'"),

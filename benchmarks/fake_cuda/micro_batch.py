@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prl_lightning.data import collate
+from prl_lightning.functional import EngineCorrection
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.types import Completion, Prompt, Rollout, RolloutBatch
@@ -23,7 +24,7 @@ OBJECTIVES = {
     "k3 with baseline": Objective(divergence="reverse_k3", baseline=True),
     "KL in the loss": Objective(kl="loss"),
     "KL in the reward": Objective(kl="reward_step"),
-    "importance cap": Objective(log_ratio="rollout", importance_cap=2.0),
+    "importance cap": Objective(log_ratio="rollout", engine_correction=EngineCorrection()),
     "constant": Objective(aggregation="constant", max_length=8),
     "sequence mean": Objective(aggregation="sequence_mean"),
 }

@@ -215,17 +215,18 @@ def _of_training(
         yield "data.train is missing: name the prompts to train on."
     yield from errors_of(lambda: data.sizes(trainer))
     objective = module.objective
-    if data.group_size == 1 and objective.outcome in ("grpo", "dr_grpo", "rloo"):
+    compares = ("grpo", "dr_grpo", "rloo", "maxrl", "batch_std")
+    if data.group_size == 1 and objective.outcome in compares:
         yield (
             f"data.group_size={data.group_size}, but model.objective.outcome="
             f"{objective.outcome!r} compares the completions of a prompt. Sample 2 or more, "
             "or set outcome to 'reward'."
         )
-    if rollout.overlap and objective.importance_cap is not None:
+    if rollout.overlap and objective.engine_correction is not None:
         yield (
-            f"model.objective.importance_cap={objective.importance_cap} has no effect with "
-            "rollout.overlap=true: the importance ratio already starts from the engine's "
-            "log-probabilities. Leave one of them out."
+            "model.objective.engine_correction has no effect with rollout.overlap=true: the "
+            "importance ratio already starts from the engine's log-probabilities. Leave one of "
+            "them out."
         )
     yield from _of_optimizer(module)
     yield from lightning_errors(trainer, data)

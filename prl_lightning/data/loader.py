@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prl_lightning.data.rollouts import RolloutBuffer, equal_parts
+from prl_lightning.data.rollouts import RolloutBuffer, equal_parts, totals_of
 from prl_lightning.distributed import gather
 from prl_lightning.types import Completion, Prompt, Rollout, RolloutBatch
 
 # Fields of a Rollout that a checkpoint keeps, besides its prompt and completion.
 OF_ROLLOUT = (
-    "text", "temperature", "reward", "outcome_advantage", "old_logprobs", "ref_logprobs",
+    "text", "temperature", "reward", "outcome_advantage", "in_loss", "old_logprobs", "ref_logprobs",
 )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ class RolloutLoader:
                 )
         by_rank = [equal_parts(unpack(share), state["updates"]) for share in state["shares"]]
         updates = [list(chain(*parts)) for parts in zip(*by_rank, strict=True)]
-        totals = [[sum(r.completion.num_sampled for r in all_), len(all_)] for all_ in updates]
+        totals = [totals_of(update) for update in updates]
         own = [r for all_ in updates for r in equal_parts(all_, self.ranks)[self.rank]]
         self.buffer.fill(own, torch.tensor(totals))
         self.buffer.position = state["position"]

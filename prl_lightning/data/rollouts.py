@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -57,6 +58,20 @@ def split_by_tokens(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollou
         half = len(chunks[largest]) // 2
         chunks[largest : largest + 1] = [chunks[largest][:half], chunks[largest][half:]]
     return chunks
+
+
+def totals_of(rollouts: Iterable[Rollout]) -> list[int]:
+    """Count the sampled tokens and the completions that the loss is computed from."""
+    lengths = [rollout.completion.num_sampled for rollout in rollouts if rollout.in_loss]
+    return [sum(lengths), len(lengths)]
+
+
+def _for_loss(rollout: Rollout) -> Rollout:
+    """Return a rollout whose tokens are all context if it is left out of the loss."""
+    if rollout.in_loss:
+        return rollout
+    is_sampled = [False] * rollout.completion.length
+    return replace(rollout, completion=replace(rollout.completion, is_sampled=is_sampled))
 
 
 def collate(rollouts: Sequence[Rollout], update_tokens: int, update_sequences: int) -> RolloutBatch:
@@ -133,13 +148,12 @@ class RolloutBuffer:
 
         Args:
             rollouts: of this rank, ready to train on, the same number for each update.
-            totals: (num_updates, 2) sampled tokens and completions of each update on all ranks.
+            totals: (num_updates, 2), ``totals_of`` each update on all ranks.
         """
         updates = equal_parts(rollouts, self.num_updates)
         parts = [split_by_tokens(update, self.micro_batches) for update in updates]
         if totals is None:
-            own = [[sum(r.completion.num_sampled for r in all_), len(all_)] for all_ in updates]
-            totals = sum_over_ranks(torch.tensor(own))
+            totals = sum_over_ranks(torch.tensor([totals_of(update) for update in updates]))
         self.rollouts = rollouts
         self.micro_batch_rollouts = [chunk for chunks in parts for chunk in chunks]
         self.position = 0
@@ -161,4 +175,4 @@ class RolloutBuffer:
                 "Trainer's callbacks"
             )
         tokens, sequences = self._totals[index // self.micro_batches].tolist()
-        return collate(self.micro_batch_rollouts[index], tokens, sequences)
+        return collate([_for_loss(r) for r in self.micro_batch_rollouts[index]], tokens, sequences)

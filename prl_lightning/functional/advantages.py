@@ -5,13 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prl_lightning.functional.masks import (
-    at_least_float32,
-    check_same_shape,
-    keep_tokens,
-    suffix_sums,
-)
-from prl_lightning.functional.process import per_token
+from prl_lightning.functional.masks import at_least_float32, check_same_shape
 from prl_lightning.functional.registry import Registry
 
 AdvantageFunction = Callable[[Tensor, Tensor, bool], Tensor]
@@ -35,6 +29,8 @@ def outcome_advantages(
     | rloo | r_i - mean_{j≠i} r_j | RLOO, arXiv 2402.14740 |
     | reward | r_i | REINFORCE |
     | raft | 1 if r_i > 0 else 0 | RAFT, arXiv 2304.06767 |
+    | maxrl | (r_i - mean r) / mean r, for rewards of 0 and more | MaxRL, arXiv 2602.02710 |
+    | batch_std | (r_i - mean r) / std of all rewards passed | Lite PPO, arXiv 2508.08221 |
 
     A group of two or more equal rewards has no outcome signal. Its advantages are zero for every
     kind, so `reward` and `raft` do not learn from a group that is right throughout, as their
@@ -43,7 +39,13 @@ def outcome_advantages(
 
     There is no epsilon: all other groups are divided by exactly their standard deviation. The
     utility of 0/1 rewards is then 2·arcsin√p for large groups (PRL v2, arXiv 2601.10201,
-    Proposition 3.1).
+    Proposition 3.1), that of dr_grpo and rloo is p, and that of maxrl log p. In a group of G, the
+    expected gradient of maxrl is that of -Σ_{k<G} (1 - p)^k/k, the first terms of log p. (The
+    paper's objective has the term k = G too, which needs an advantage of -1 in groups that are
+    wrong throughout. The paper drops them in practice, as this function does.)
+
+    batch_std is the only kind that compares groups with each other. For a result that does not
+    depend on ranks or micro-batches, pass the groups of all ranks at once.
 
     A mean that includes the completion's own reward shrinks the expected gradient of the outcome,
     but not the gradient of the process term: dr_grpo is (G - 1)/G times rloo, and rloo has the
@@ -66,7 +68,8 @@ def outcome_advantages(
 
     Raises:
         ValueError: the kind is unknown, B is not a multiple of the group size, shapes disagree, a
-            reward of a completion is not finite, or the group size is 1 with rloo.
+            reward of a completion is not finite, the group size is 1 with rloo, or a reward is
+            negative with maxrl.
 
     Example:
         >>> rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
@@ -79,7 +82,7 @@ def outcome_advantages(
         )
     if completion_mask is None:
         check_same_shape("B", rewards=rewards)
-        _check_finite(rewards)
+        check_finite(rewards)
         members = torch.ones_like(rewards, dtype=torch.bool)
     else:
         check_same_shape("BT", rewards=rewards, completion_mask=completion_mask)
@@ -94,78 +97,31 @@ def outcome_advantages(
     return torch.where(members, advantages, torch.zeros_like(advantages)).reshape(rewards.shape)
 
 
-def kl_in_reward_trajectory(
-    rewards: Tensor, log_ratios: Tensor, completion_mask: Tensor, beta: float
-) -> Tensor:
-    """Return r_i - β Σ_t δ_{i,t}: the reward minus the trajectory's KL.
-
-    Its `outcome_advantages` are the 'KL-reward, trajectory' that PRL v2 (arXiv 2601.10201) compares
-    with. The paper predicts that it collapses, and sees it.
-
-    Args:
-        rewards: (B,).
-        log_ratios: δ = log π - log π_ref at the sampled tokens, (B, T); not read outside the mask.
-        completion_mask: (B, T), true on completion tokens.
-        beta: weight of the KL.
-
-    Returns:
-        (B,), detached.
-
-    Raises:
-        ValueError: shapes disagree.
-
-    Example:
-        >>> delta = torch.tensor([[0.5, 1.5]])
-        >>> kl_in_reward_trajectory(torch.tensor([1.0]), delta, torch.ones(1, 2), beta=0.1)
-        tensor([0.8000])
-    """
-    kl = keep_tokens(log_ratios.detach(), completion_mask, "log_ratios").sum(-1)
-    check_same_shape("B", rewards=rewards, kl=kl)
-    return at_least_float32(rewards.detach()) - beta * kl
-
-
-def kl_in_reward_step(
-    rewards: Tensor, log_ratios: Tensor, completion_mask: Tensor, beta: float
-) -> Tensor:
-    """Return r_i - β Σ_{j≥t} δ_{i,j}: the reward minus the KL from position t on.
-
-    Its `outcome_advantages` with the mask are the 'KL-reward, step' that PRL v2 (arXiv 2601.10201)
-    compares with.
-
-    Args:
-        rewards: (B,).
-        log_ratios: δ = log π - log π_ref at the sampled tokens, (B, T); not read outside the mask.
-        completion_mask: (B, T), true on completion tokens.
-        beta: weight of the KL.
-
-    Returns:
-        (B, T), detached, zero outside the mask.
-
-    Raises:
-        ValueError: shapes disagree, or a reward is not finite.
-
-    Example:
-        >>> rewards, delta = torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 2.0], [1.0, 0.0]])
-        >>> mask = torch.tensor([[1, 1], [1, 0]])
-        >>> kl_in_reward_step(rewards, delta, mask, beta=0.1)
-        tensor([[ 0.7000,  0.8000],
-                [-0.1000,  0.0000]])
-    """
-    _check_finite(rewards)
-    delta = keep_tokens(log_ratios.detach(), completion_mask, "log_ratios")
-    outcome = per_token(rewards.detach(), completion_mask, "rewards")
-    return keep_tokens(outcome - beta * suffix_sums(delta), completion_mask, "rewards")
-
-
 def _grpo(rewards: Tensor, members: Tensor, unbiased_std: bool) -> Tensor:
-    # Shift and scale cancel. Mapping the rewards to [0, 1] first keeps the variance from under- and
-    # overflowing, and far from zero.
-    low, high = _extremes(rewards, members)
-    spread = torch.where(high > low, high - low, torch.ones_like(low))
-    centred = _centred((rewards - low) / spread, members)
-    count = members.sum(1, keepdim=True)
-    variance = centred.square().sum(1, keepdim=True) / (count - int(unbiased_std)).clamp(min=1)
-    return centred / torch.where(high > low, variance, torch.ones_like(variance)).sqrt()
+    unit = _in_unit_interval(rewards, members)
+    return _centred(unit, members) / _std(unit, members, unbiased_std)
+
+
+def _batch_std(rewards: Tensor, members: Tensor, unbiased_std: bool) -> Tensor:
+    if not rewards.numel():
+        return rewards
+    whole = (1, -1, *rewards.shape[2:])  # one group of all completions
+    # In float64, so that the order of the groups, which depends on the ranks, does not matter.
+    of_whole = members.reshape(whole)
+    unit = _in_unit_interval(rewards.double().reshape(whole), of_whole)
+    centred = _centred(unit.reshape(rewards.shape), members)
+    return (centred / _std(unit, of_whole, unbiased_std)).to(rewards.dtype)
+
+
+def _maxrl(rewards: Tensor, members: Tensor, unbiased_std: bool) -> Tensor:
+    negative = rewards[members & (rewards < 0)]
+    if len(negative):
+        raise ValueError(
+            f"rewards has {negative[0].item()}: kind='maxrl' divides by a group's mean reward. "
+            "Use rewards of 0 and above, such as 1 for right and 0 for wrong."
+        )
+    mean = _mean(rewards, members)
+    return _centred(rewards, members) / torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
 def _rloo(rewards: Tensor, members: Tensor, unbiased_std: bool) -> Tensor:
@@ -176,10 +132,32 @@ def _rloo(rewards: Tensor, members: Tensor, unbiased_std: bool) -> Tensor:
     return _centred(rewards, members) * (count / (count - 1).clamp(min=1))
 
 
-def _centred(rewards: Tensor, members: Tensor) -> Tensor:
+def _mean(rewards: Tensor, members: Tensor) -> Tensor:
     values = torch.where(members, rewards, torch.zeros_like(rewards))
-    mean = values.sum(1, keepdim=True) / members.sum(1, keepdim=True).clamp(min=1)
-    return torch.where(members, rewards - mean, torch.zeros_like(rewards))
+    return values.sum(1, keepdim=True) / members.sum(1, keepdim=True).clamp(min=1)
+
+
+def _centred(rewards: Tensor, members: Tensor) -> Tensor:
+    centred = rewards - _mean(rewards, members)
+    return torch.where(members, centred, torch.zeros_like(rewards))
+
+
+def _in_unit_interval(rewards: Tensor, members: Tensor) -> Tensor:
+    """Map rewards to [0, 1]: shift and scale cancel where a standard deviation divides.
+
+    This keeps the variance from under- and overflowing, and far from zero.
+    """
+    low, high = _extremes(rewards, members)
+    return (rewards - low) / torch.where(high > low, high - low, torch.ones_like(low))
+
+
+def _std(rewards: Tensor, members: Tensor, unbiased: bool) -> Tensor:
+    """Return the standard deviation along dimension 1, or 1 where rewards are equal."""
+    count = members.sum(1, keepdim=True)
+    squares = _centred(rewards, members).square().sum(1, keepdim=True)
+    variance = squares / (count - int(unbiased)).clamp(min=1)
+    low, high = _extremes(rewards, members)
+    return torch.where(high > low, variance, torch.ones_like(variance)).sqrt()
 
 
 def _extremes(rewards: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,6 +174,8 @@ ADVANTAGES: Registry[AdvantageFunction] = Registry(
         "rloo": _rloo,
         "reward": lambda rewards, members, unbiased_std: rewards,
         "raft": lambda rewards, members, unbiased_std: (rewards > 0).to(rewards.dtype),
+        "maxrl": _maxrl,
+        "batch_std": _batch_std,
     },
     "register_advantage(name, function)",
 )
@@ -211,7 +191,8 @@ def register_advantage(name: str, function: AdvantageFunction) -> None:
     Args:
         name: not a built-in kind.
         function: (rewards, members, unbiased_std) -> advantages. Rewards are (N, G), or
-            (N, G, T) with the KL inside the reward per step: compare them along dimension 1.
+            (N, G, T) with the KL inside the reward per step: compare them along dimension 1. In a
+            run the N groups are those of all ranks.
             `members` is bool of that shape, False where a completion has no token. The result has
             that shape; it is replaced by zero outside `members` and in groups of equal rewards.
 
@@ -226,7 +207,8 @@ def register_advantage(name: str, function: AdvantageFunction) -> None:
     ADVANTAGES.register(name, function)
 
 
-def _check_finite(rewards: Tensor) -> None:
+def check_finite(rewards: Tensor) -> None:
+    """Raise a ValueError that names the first reward that is not finite."""
     strange = ~rewards.isfinite()
     if strange.any():
         first = int(strange.int().argmax())

@@ -7,6 +7,7 @@ r"""Reward functions with TRL's signature, and their weighted sum.
 
 from prl_lightning.rewards.calls import FailedCall
 from prl_lightning.rewards.gym import ReasoningGymReward
+from prl_lightning.rewards.length import SoftLengthPunishment
 from prl_lightning.rewards.match import ExactMatch, RegexMatch
 from prl_lightning.rewards.math import MathReward
 from prl_lightning.rewards.protocol import NO_ANSWER, RewardFunction, completion_text
@@ -24,5 +25,6 @@ __all__ = [
     "RewardLimits",
     "RewardScores",
     "RewardSum",
+    "SoftLengthPunishment",
     "completion_text",
 ]

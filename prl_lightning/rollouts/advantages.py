@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from prl_lightning.data.rollouts import collate, split_by_tokens
-from prl_lightning.distributed import sum_over_ranks
-from prl_lightning.functional import get_divergence
+from prl_lightning.distributed import all_gather, rank
+from prl_lightning.functional import decoupled_rewards, get_divergence
 from prl_lightning.module import PRLModule
+from prl_lightning.objective import Objective
 from prl_lightning.types import Rollout
 
 
@@ -24,8 +25,11 @@ def set_advantages(
 ) -> None:
     """Compare each completion with its group: set ``outcome_advantage`` of every rollout.
 
+    It also sets ``in_loss``; a completion that is left out of the loss is compared all the same.
+
     With one update per rollout and no KL inside the reward, rewards are all that is needed: the
-    updated policy is the one that sampled, and nothing is scored here.
+    updated policy is the one that sampled, and nothing is scored here. A collective: an advantage
+    may compare the groups of all ranks.
 
     Args:
         module: policy, reference and objective.
@@ -37,20 +41,55 @@ def set_advantages(
     objective = module.objective
     if objective.needs_log_ratios or updates > 1:
         _score(module, split_by_tokens(rollouts, updates * micro_batches))
-    rewards = torch.tensor([rollout.reward for rollout in rollouts])
-    if objective.needs_log_ratios:
-        log_ratios, mask = _log_ratios(rollouts)
-        mean_kl = None
-        if objective.baseline:
-            costs = get_divergence(objective.divergence).future(log_ratios)[mask]
-            total, count = sum_over_ranks(torch.stack([costs.sum(), mask.sum()]))
-            mean_kl = total / count
-        advantages = objective.outcome_advantages(rewards, group_size, log_ratios, mask, mean_kl)
-    else:
-        advantages = objective.outcome_advantages(rewards, group_size)
-    for rollout, advantage in zip(rollouts, advantages, strict=True):
-        length = rollout.completion.length
-        rollout.outcome_advantage = advantage[:length] if advantage.ndim else advantage
+    for rollout, advantage in zip(rollouts, _compare(objective, rollouts, group_size), strict=True):
+        completion = rollout.completion
+        rollout.outcome_advantage = advantage[: completion.length] if advantage.ndim else advantage
+        rollout.in_loss = completion.finished or not objective.mask_truncated
+
+
+def _compare(objective: Objective, rollouts: Sequence[Rollout], group_size: int) -> Tensor:
+    """Compute the advantages over the groups of all ranks, and return this rank's rows."""
+    log_ratios = _log_ratios(rollouts) if objective.needs_log_ratios else []
+    is_sampled = [torch.tensor(rollout.completion.is_sampled) for rollout in rollouts]
+    own = (_rewards(objective, rollouts, group_size), log_ratios, is_sampled if log_ratios else [])
+    shares = all_gather(own)
+    start = sum(len(rewards) for rewards, _, _ in shares[: rank()])
+    rewards = torch.cat([rewards for rewards, _, _ in shares])
+    advantages = _advantages(
+        objective,
+        rewards,
+        group_size,
+        [row for _, rows, _ in shares for row in rows],
+        [row for _, _, rows in shares for row in rows],
+    )
+    return advantages[start : start + len(rollouts)]
+
+
+def _advantages(
+    objective: Objective,
+    rewards: Tensor,
+    group_size: int,
+    log_ratios: list[Tensor],
+    is_sampled: list[Tensor],
+) -> Tensor:
+    if not objective.needs_log_ratios:
+        return objective.outcome_advantages(rewards, group_size)
+    padded = pad_sequence(log_ratios, batch_first=True)
+    mask = pad_sequence(is_sampled, batch_first=True)
+    mean_kl = None
+    if objective.baseline:
+        costs = get_divergence(objective.divergence).future(padded)[mask]
+        mean_kl = costs.sum() / mask.sum()
+    return objective.outcome_advantages(rewards, group_size, padded, mask, mean_kl)
+
+
+def _rewards(objective: Objective, rollouts: Sequence[Rollout], group_size: int) -> Tensor:
+    """Return what a group compares, before any KL, (B,)."""
+    if not objective.decouple_rewards:
+        return torch.tensor([rollout.reward for rollout in rollouts])
+    parts = torch.tensor([rollout.reward_parts for rollout in rollouts])  # (B, F, 2)
+    weights, values = parts[0, :, 0], parts[:, :, 1]
+    return decoupled_rewards(values, weights, group_size, unbiased_std=objective.unbiased_std)
 
 
 def _score(module: PRLModule, micro_batches: Sequence[list[Rollout]]) -> None:
@@ -69,12 +108,10 @@ def _score(module: PRLModule, micro_batches: Sequence[list[Rollout]]) -> None:
             rollout.ref_logprobs = None if ref_logprobs is None else ref_logprobs[row, :length]
 
 
-def _log_ratios(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
-    """Return the log-ratios at sampling time and the mask of sampled tokens, (B, T)."""
-    rows = [
+def _log_ratios(rollouts: Sequence[Rollout]) -> list[Tensor]:
+    """Return the log-ratios at sampling time, (T,) of each rollout."""
+    return [
         rollout.old_logprobs - rollout.ref_logprobs
         for rollout in rollouts
         if rollout.old_logprobs is not None and rollout.ref_logprobs is not None
     ]
-    mask = [torch.tensor(rollout.completion.is_sampled) for rollout in rollouts]
-    return pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)

@@ -74,7 +74,7 @@ class Rewarder:
         return self._values([scores for _, scores in parts])
 
     def _score(self, rollouts: list[Rollout], done: Callable[[], Any]) -> RewardScores:
-        """Set ``reward`` of rollouts that have the same columns."""
+        """Set ``reward`` and its parts of rollouts that have the same columns."""
         columns = {
             name: [rollout.prompt.columns[name] for rollout in rollouts]
             for name in rollouts[0].prompt.columns
@@ -82,8 +82,10 @@ class Rewarder:
         columns["completion_ids"] = [r.completion.token_ids for r in rollouts]
         sources, texts = [r.prompt.source for r in rollouts], [r.text for r in rollouts]
         scores = self.rewards.score(sources, texts, columns, done)
-        for rollout, reward in zip(rollouts, scores.total.tolist(), strict=True):
+        parts = torch.stack(list(scores.parts.values()), dim=1).tolist()
+        for rollout, reward, own in zip(rollouts, scores.total.tolist(), parts, strict=True):
             rollout.reward = reward
+            rollout.reward_parts = list(zip(self.rewards.weights, own, strict=True))
         return scores
 
     def _values(self, scores: list[RewardScores]) -> dict[str, float]:

@@ -30,6 +30,7 @@ from prl_lightning.checks.contradictions import (
 from prl_lightning.checks.lightning_options import lightning_errors
 from prl_lightning.cli import main
 from prl_lightning.data import PromptDataModule
+from prl_lightning.functional import EngineCorrection
 from prl_lightning.models.loading import load_tokenizer
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
@@ -55,7 +56,7 @@ def test_contradictions_are_named_all_at_once(bare_model: str, tmp_path: Path) -
         "--rollout.max_new_tokens=100000",
         "--data.train=nowhere.jsonl",
         "--model.objective.steps=0",
-        "--model.objective.importance_cap=2",
+        "--model.objective.engine_correction={high: 2}",
         "--rollout.overlap=true",
         "--rollout.sampler=SubprocessSampler",
         "--rollout.sampler.sampler=HFSampler",
@@ -69,7 +70,7 @@ def test_contradictions_are_named_all_at_once(bare_model: str, tmp_path: Path) -
         "max_new_tokens=100000 = 100016 tokens, but the model takes",
         "no file 'nowhere.jsonl'",
         "model.objective.steps=0",
-        "importance_cap=2.0 has no effect with rollout.overlap=true",
+        "engine_correction has no effect with rollout.overlap=true",
     ):
         assert any(re.search(words, message) for message in found), words
     assert not (tmp_path / "run").exists()
@@ -342,12 +343,14 @@ def test_an_end_of_turn_that_ends_no_completion_is_said(
 def test_a_run_from_python_is_refused_the_same(tied_model: str, tmp_path: Path) -> None:
     """All at once, and before the policy is loaded."""
     train = write_prompts(tmp_path / "train.jsonl")
-    module = PRLModule("never/loaded", Objective(outcome="rloo", importance_cap=2.0))
+    module = PRLModule(
+        "never/loaded", Objective(outcome="rloo", engine_correction=EngineCorrection())
+    )
     data = PromptDataModule(tied_model, train=str(train), prompts_per_epoch=4, group_size=1)
     sampler = SubprocessSampler(HFSampler())
     rollout = RolloutCallback([even_digits], sampler, max_new_tokens=8, overlap=True)
     trainer = PRLTrainer(accelerator="cpu", logger=False, callbacks=[rollout], max_epochs=1)
-    with pytest.raises(ConfigurationError, match=r"(?s)data\.group_size=1.*importance_cap=2\.0"):
+    with pytest.raises(ConfigurationError, match=r"(?s)data\.group_size=1.*engine_correction"):
         trainer.fit(module, datamodule=data)
 
 

@@ -1,5 +1,6 @@
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from prl_lightning.functional import (
     kl_in_reward_trajectory,
     outcome_advantages,
 )
+from prl_lightning.functional.advantages import ADVANTAGES
 
 from .batches import Batch, assert_close, batches, quick
 
-KINDS = ["grpo", "dr_grpo", "rloo", "reward", "raft"]
+KINDS = ADVANTAGES.names()
+OF_GROUP = [kind for kind in KINDS if kind != "batch_std"]
 
 
 def slow_group(rewards: list[float], kind: str, group_size: int, unbiased: bool) -> list[float]:
@@ -34,6 +37,8 @@ def slow_group(rewards: list[float], kind: str, group_size: int, unbiased: bool)
     centred = [r - statistics.fmean(rewards) for r in rewards]
     if kind == "dr_grpo":
         return centred
+    if kind == "maxrl":
+        return [c / statistics.fmean(rewards) for c in centred]
     std = statistics.stdev(rewards) if unbiased else statistics.pstdev(rewards)
     return [c / std for c in centred]
 
@@ -46,13 +51,15 @@ def slow_shaped(batch: Batch, beta: float, first: int) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OF_GROUP)
 @quick
 @given(batch=batches(), unbiased=st.booleans(), beta=st.sampled_from([0.0, 0.01, 2.0]))
 def test_advantages_are_loops(kind: str, batch: Batch, unbiased: bool, beta: float) -> None:
     """Of completions, and of the completions that reach each position with the KL inside."""
     group = batch.group_size
     assume(not (kind == "rloo" and group == 1))
+    if kind == "maxrl":
+        batch, beta = replace(batch, rewards=batch.rewards.abs()), 0.0
     whole = outcome_advantages(batch.rewards, group, kind, unbiased_std=unbiased)
     shaped = kl_in_reward_step(batch.rewards, batch.log_ratios, batch.mask, beta)
     steps = outcome_advantages(shaped, group, kind, batch.mask, unbiased_std=unbiased)
@@ -71,9 +78,57 @@ def test_advantages_are_loops(kind: str, batch: Batch, unbiased: bool, beta: flo
     assert_close(steps, want)
 
 
+def slow_batch_std(groups: list[list[float]], unbiased: bool) -> list[list[float]]:
+    """(r - mean of the group) / (standard deviation of all rewards), of groups with a signal."""
+    rewards = [reward for group in groups for reward in group]
+    std = statistics.stdev if unbiased else statistics.pstdev
+    return [
+        [(r - statistics.fmean(group)) / std(rewards) if max(group) > min(group) else 0.0
+         for r in group]
+        for group in groups
+    ]  # fmt: skip
+
+
+@quick
+@given(batch=batches(max_groups=5), unbiased=st.booleans())
+def test_batch_std_is_a_loop(batch: Batch, unbiased: bool) -> None:
+    """Of completions, and at each position of those that reach it; also with groups of one."""
+    size = batch.group_size
+    groups = [batch.rewards[i : i + size].tolist() for i in range(0, len(batch.rewards), size)]
+    whole = outcome_advantages(batch.rewards, size, "batch_std", unbiased_std=unbiased)
+    expected = [a for group in slow_batch_std(groups, unbiased) for a in group] if groups else []
+    if size == 1:
+        expected = [0.0] * len(whole)
+    assert whole.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+    shaped = kl_in_reward_step(batch.rewards, batch.log_ratios, batch.mask, 0.3)
+    got = outcome_advantages(shaped, size, "batch_std", batch.mask, unbiased_std=unbiased)
+    want = torch.zeros_like(got)
+    for t in range(want.shape[1]):
+        rows = [i for i in range(len(want)) if batch.mask[i, t]]
+        at_t = [[i for i in rows if i // size == group] for group in range(len(groups))]
+        at_t = [group for group in at_t if group]
+        if len(rows) > 1:
+            values = [[shaped[i, t].item() for i in group] for group in at_t]
+            found = [a for group in slow_batch_std(values, unbiased) for a in group]
+            want[rows, t] = torch.tensor(found, dtype=torch.float64)
+    assert_close(got, want)
+
+
+def test_batch_std_does_not_depend_on_the_order_of_the_groups() -> None:
+    """To the bit, in float32: ranks are concatenated, and more ranks mean another order."""
+    groups = torch.rand(64, 4, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    want = outcome_advantages(groups.flatten(), 4, "batch_std").view(64, 4)
+    got = outcome_advantages(groups[order].flatten(), 4, "batch_std").view(64, 4)
+    assert torch.equal(got, want[order])
+
+
 @pytest.mark.parametrize(
     ("kind", "want"),
     [
+        ("maxrl", [3.0, -1.0, -1.0, -1.0]),
+        ("batch_std", [x / math.sqrt(15 / 64) for x in (0.75, -0.25, -0.25, -0.25)]),  # 5 of 8
         ("grpo", [math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3)]),
         ("dr_grpo", [0.75, -0.25, -0.25, -0.25]),
         ("rloo", [1.0, -1 / 3, -1 / 3, -1 / 3]),
@@ -91,16 +146,19 @@ def test_one_right_of_four(kind: str, want: list[float]) -> None:
 def test_equal_rewards_give_zeros(kind: str, dtype: torch.dtype) -> None:
     """Also for 0.1, whose float mean is not 0.1."""
     values = torch.tensor([0.0, 1.0, 0.1, -2.3, 1e30, 1e-30], dtype=dtype)
+    if kind == "maxrl":
+        values = values.abs()
     assert outcome_advantages(values.repeat_interleave(7), 7, kind).tolist() == [0.0] * 42
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e30])
 @pytest.mark.parametrize("shift", [0.0, 1.0])
-def test_grpo_does_not_depend_on_scale_and_shift(scale: float, shift: float) -> None:
+@pytest.mark.parametrize("kind", ["grpo", "batch_std"])
+def test_a_deviation_cancels_scale_and_shift(kind: str, scale: float, shift: float) -> None:
     """1e30 squared is inf in float32, and 1e-6 is what others add to the std."""
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0]) * scale + shift * scale
-    want = outcome_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)
-    torch.testing.assert_close(outcome_advantages(rewards, 4), want)
+    want = outcome_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, kind)
+    torch.testing.assert_close(outcome_advantages(rewards, 4, kind), want)
 
 
 @quick
@@ -147,6 +205,7 @@ def test_advantages_are_detached(kind: str) -> None:
         ([1.0, math.nan], 2, "grpo", None, r"rewards\[1\]=nan"),
         ([-math.inf, 0.0], 2, "grpo", None, r"rewards\[0\]=-inf"),
         ([1.0, 0.0], 1, "rloo", None, "group_size=1: rloo"),
+        ([1.0, -0.5], 2, "maxrl", None, r"rewards has -0\.5: kind='maxrl'"),
     ],
 )
 def test_errors(

@@ -1,12 +1,14 @@
 import math
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prl_lightning.functional import Aggregation, importance_weights, kl_loss, policy_loss
+from prl_lightning.functional import Aggregation, kl_loss, policy_loss
+from prl_lightning.functional.losses import LOSSES
 
 from .batches import (
     AGGREGATIONS,
@@ -18,24 +20,74 @@ from .batches import (
     value_and_slope,
 )
 
+Token = tuple[float, float, bool]
+"""Loss, its derivative in log pi, and whether clipping changes something."""
 
+
+def clip_by_loop(ratio: float, a: float, low: float, high: float) -> Token:
+    """PPO: -min(ρA, clip(ρ)A)."""
+    bounded = min(max(ratio, 1 - low), 1 + high)
+    if bounded * a < ratio * a:
+        return -bounded * a, 0.0, True
+    return -ratio * a, -ratio * a, False
+
+
+def dual_clip_by_loop(ratio: float, a: float, low: float, high: float) -> Token:
+    """Maximise max(min(ρA, clip(ρ)A), 3A) where A < 0."""
+    loss, slope, is_clipped = clip_by_loop(ratio, a, low, high)
+    return (-3 * a, 0.0, True) if a < 0 and -loss < 3 * a else (loss, slope, is_clipped)
+
+
+def slow_row(
+    surrogate: str, policy: list[float], old: list[float], a: list[float], low: float, high: float
+) -> list[Token]:
+    """Each loss of a completion's tokens, in plain floats."""
+    ratios = [math.exp(new - before) for new, before in zip(policy, old, strict=True)]
+    if surrogate == "gspo":
+        # One ratio for the sequence, of the length-normalised likelihoods.
+        ratio = (math.exp(sum(policy)) / math.exp(sum(old))) ** (1 / max(1, len(a)))
+        ratios = [ratio] * len(a)
+    if surrogate == "cispo":
+        weights = [min(max(ratio, 1 - low), 1 + high) for ratio in ratios]
+        rows = zip(weights, a, policy, ratios, strict=True)
+        return [(-w * own * new, -w * own, w != ratio) for w, own, new, ratio in rows]
+    loss = dual_clip_by_loop if surrogate == "dual_clip" else clip_by_loop
+    return [loss(ratio, own, low, high) for ratio, own in zip(ratios, a, strict=True)]
+
+
+@pytest.mark.parametrize("kind", AGGREGATIONS)
+@pytest.mark.parametrize("surrogate", LOSSES.names())
 @quick
 @given(batch=batches(), low=st.floats(0.05, 0.5), high=st.floats(0.05, 0.5))
-def test_policy_loss_is_a_loop(batch: Batch, low: float, high: float) -> None:
+def test_losses_are_loops(surrogate: str, kind: str, batch: Batch, low: float, high: float) -> None:
+    """Value, gradient and stats, with context tokens in the middle and token weights."""
     policy, old, advantages = (batch.noise(salt) for salt in (1, 2, 3))
     weights = batch.noise(4).exp()
-    ratios, clipped = [], []
+    values, slopes = torch.zeros_like(policy), torch.zeros_like(policy)
+    clipped = []
+    for i, row in enumerate(batch.rows()):
+        own = (tensor[i, row].tolist() for tensor in (policy, old, advantages))
+        for t, token in zip(row, slow_row(surrogate, *own, low, high), strict=True):
+            values[i, t], slopes[i, t] = (x * weights[i, t].item() for x in token[:2])
+            clipped.append(token[2])
 
-    def loss(i: int, t: int, _: list[int]) -> float:
-        ratio, a = math.exp(policy[i, t] - old[i, t]), advantages[i, t].item()
-        bounded = min(max(ratio, 1 - low), 1 + high)
-        ratios.append(ratio)
-        clipped.append(bounded * a < ratio * a)
-        return -min(ratio * a, bounded * a) * weights[i, t].item()
-
-    want = slow_aggregate(batch.by_loop(loss), batch, "token_mean", 1)
-    got, stats = policy_loss(policy, old, advantages, batch.mask, low, high, token_weights=weights)
-    assert got.item() == pytest.approx(want, rel=1e-10, abs=1e-12)
+    policy.requires_grad_()
+    aggregation = Aggregation(kind, max_length=16)
+    got, stats = policy_loss(
+        policy, old, advantages, batch.mask, low, high,
+        surrogate=surrogate, aggregation=aggregation, token_weights=weights,
+    )  # fmt: skip
+    want = slow_aggregate(values, batch, kind, 16)
+    assert got.item() == pytest.approx(want, rel=1e-9, abs=1e-12)
+    (grad,) = torch.autograd.grad(got, policy)
+    shares = torch.zeros_like(grad)  # of each token in the aggregate
+    for i, row in enumerate(batch.rows()):
+        for t in row:
+            one = torch.zeros_like(grad)
+            one[i, t] = 1.0
+            shares[i, t] = slow_aggregate(one, batch, kind, 16)
+    assert_close(grad, slopes * shares)
+    ratios = (policy - old).exp()[batch.mask].tolist()
     count = len(ratios)
     assert {name: value.item() for name, value in stats.items()} == pytest.approx(
         {
@@ -46,10 +98,53 @@ def test_policy_loss_is_a_loop(batch: Batch, low: float, high: float) -> None:
     )
 
 
+@quick
+@given(batch=batches(), low=st.floats(0.01, 0.5), high=st.floats(0.01, 0.5))
+def test_gspo_has_the_gradient_of_the_sequence_objective(
+    batch: Batch, low: float, high: float
+) -> None:
+    """GSPO's Eq. 5, which autograd differentiates through the whole sequence's ratio."""
+    policy, old = batch.noise(1).requires_grad_(), batch.noise(2)
+    objective, count = torch.zeros((), dtype=torch.double), 0
+    for i, row in enumerate(batch.rows()):
+        if row:
+            ratio = ((policy[i, row] - old[i, row]).sum() / len(row)).exp()
+            a = batch.rewards[i]
+            objective = objective + torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+            count += 1
+    assume(count)
+    (want,) = torch.autograd.grad(-objective / count, policy)
+    got, _ = policy_loss(
+        policy, old, batch.rewards, batch.mask, low, high,
+        surrogate="gspo", aggregation=Aggregation("sequence_mean"),
+    )  # fmt: skip
+    assert got.item() == pytest.approx(-objective.item() / count)
+    assert_close(torch.autograd.grad(got, policy)[0], want)
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "loss", "slope"),
+    [
+        ("clip", 6.0, 6.0),
+        ("dual_clip", 3.0, 0.0),  # bounded by 3·|A|
+        ("cispo", -1.3 * -1.0 * math.log(6), 1.3),  # beyond the clip, and still with a gradient
+    ],
+)
+def test_a_bad_token_that_became_likely(surrogate: str, loss: float, slope: float) -> None:
+    policy = torch.tensor([[math.log(6)]], dtype=torch.float64, requires_grad=True)
+    args = torch.zeros(1, 1), torch.tensor([-1.0]), torch.ones(1, 1), 0.1, 0.3
+    got, stats = policy_loss(policy, *args, surrogate=surrogate)
+    assert value_and_slope(got, policy) == pytest.approx((loss, slope))
+    assert stats["clip_fraction"] == (surrogate != "clip")
+
+
+@pytest.mark.parametrize("surrogate", LOSSES.names())
 @pytest.mark.parametrize("kind", AGGREGATIONS)
 @quick
 @given(batch=batches(), pad=st.integers(0, 3))
-def test_padding_and_row_order_change_nothing(kind: str, batch: Batch, pad: int) -> None:
+def test_padding_and_row_order_change_nothing(
+    kind: str, surrogate: str, batch: Batch, pad: int
+) -> None:
     order = torch.randperm(len(batch.mask), generator=torch.Generator().manual_seed(batch.seed))
 
     def other(values: Tensor, fill: float) -> Tensor:
@@ -57,9 +152,10 @@ def test_padding_and_row_order_change_nothing(kind: str, batch: Batch, pad: int)
 
     tensors = [batch.noise(salt) for salt in range(3)]
     aggregation = Aggregation(kind, max_length=16)
-    want, stats = policy_loss(*tensors, batch.mask, aggregation=aggregation)
+    options: Any = {"aggregation": aggregation, "surrogate": surrogate}
+    want, stats = policy_loss(*tensors, batch.mask, **options)
     padded, mask = [other(values, math.nan) for values in tensors], other(batch.mask.int(), 0)
-    got, other_stats = policy_loss(*padded, mask, aggregation=aggregation)
+    got, other_stats = policy_loss(*padded, mask, **options)
     assert_close(got, want)
     for name, value in stats.items():
         assert_close(other_stats[name], value)
@@ -112,11 +208,16 @@ def test_only_the_policy_gets_a_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("log_ratio", [-1e4, -100.0, 100.0, 1e4])
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
-def test_extreme_ratios_stay_finite(dtype: torch.dtype, log_ratio: float, advantage: float) -> None:
+@pytest.mark.parametrize("surrogate", LOSSES.names())
+def test_extreme_ratios_stay_finite(
+    surrogate: str, dtype: torch.dtype, log_ratio: float, advantage: float
+) -> None:
     """exp(100) is inf in float32, and inf·0 NaN."""
     policy = torch.tensor([[log_ratio, -0.1]], dtype=dtype, requires_grad=True)
     old, mask = torch.tensor([[0.0, -0.1]], dtype=dtype), torch.ones(1, 2)
-    loss, stats = policy_loss(policy, old, torch.tensor([[advantage, 1.0]]), mask)
+    loss, stats = policy_loss(
+        policy, old, torch.tensor([[advantage, 1.0]]), mask, surrogate=surrogate
+    )
     total = loss + kl_loss(policy, old, mask, "k3")
     (grad,) = torch.autograd.grad(total, policy)
     assert all(value.isfinite().all() for value in (total, grad, *stats.values()))
@@ -131,20 +232,6 @@ def test_no_tokens_give_a_zero_loss_with_a_zero_gradient(kind: str) -> None:
     assert (loss.item(), grad.abs().sum().item()) == (0, 0)
 
 
-@quick
-@given(old=st.floats(-9, 0), rollout=st.floats(-9, 0), cap=st.floats(0.5, 5))
-def test_importance_weights_are_their_equation(old: float, rollout: float, cap: float) -> None:
-    trainer = torch.tensor([[old]], dtype=torch.float64, requires_grad=True)
-    got = importance_weights(trainer, torch.tensor([[rollout]], dtype=torch.float64), cap)
-    assert got.item() == pytest.approx(min(math.exp(old - rollout), cap), rel=1e-12)
-    assert not got.requires_grad
-
-
-def test_importance_weights_of_an_extreme_gap_are_the_cap() -> None:
-    gap = torch.tensor([[0.0, -1e4]])
-    assert importance_weights(gap, gap.flip(-1), 2.0).tolist() == [[2.0, 0.0]]
-
-
 def test_errors() -> None:
     a, mask = torch.zeros(2, 3), torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"old_logprobs has shape \(2, 2\)"):
@@ -153,7 +240,3 @@ def test_errors() -> None:
         policy_loss(a, a, torch.zeros(3), mask)
     with pytest.raises(ValueError, match=r"token_weights has shape \(2, 1\)"):
         policy_loss(a, a, a, mask, token_weights=torch.ones(2, 1))
-    with pytest.raises(ValueError, match="cap=0"):
-        importance_weights(a, a, 0)
-    with pytest.raises(ValueError, match=r"rollout_logprobs has shape \(2, 1\)"):
-        importance_weights(a, torch.zeros(2, 1), 2.0)
