@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,8 +20,8 @@ from prl_lightning.evaluation.results import SetMetrics, SetResults
 from prl_lightning.functional import kl_estimate, process_rewards
 from prl_lightning.functional.masks import keep_tokens
 from prl_lightning.models.causal_lm import named_weights
-from prl_lightning.models.loading import load_policy, load_reference, load_tokenizer
-from prl_lightning.models.lora import adapters_off
+from prl_lightning.models.loading import load_policy, load_tokenizer
+from prl_lightning.models.references import MOVING, References
 from prl_lightning.models.sharding import (
     exclude_frozen,
     full,
@@ -32,6 +31,7 @@ from prl_lightning.models.sharding import (
 )
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.objective import Objective
+from prl_lightning.references import Reference
 from prl_lightning.types import RolloutBatch
 
 
@@ -67,21 +67,26 @@ class PRLModule(LightningModule):
         super().__init__()
         self.policy_name = policy
         self.reference_name = reference or policy
+        # The short form, for messages if there are references by name as well.
+        self.other_reference = (reference and f"model.reference={reference!r}") or (
+            "model.track_reference=true" if track_reference else ""
+        )
+        self.references = References(
+            _references(objective, reference, track_reference), policy, lora is not None
+        )
         self.objective = objective
         self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_blocks = compile
-        self.keeps_reference = objective.needs_reference or track_reference
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.policy: torch.nn.Module | None = None
-        self.reference: torch.nn.Module | None = None
         self.process_term = MeanStd()
         self.eval_metrics: dict[str, SetMetrics] = {}  # no submodules: a set may have any name
         self.eval_results: dict[str, SetResults] = {}
         self.loaded_at: dict[str, int] = {}  # step and epoch of the loaded checkpoint
         self._gradient_norm: Tensor | None = None
-        exclude_frozen(self)
+        exclude_frozen(self, but=f"references.models.{MOVING}")
 
     # Loading
 
@@ -99,15 +104,7 @@ class PRLModule(LightningModule):
         )
         sharding = sharding_of(self)
         self.policy = load_on_ranks(policy, sharding, keep_root=True)
-        if self.loads_reference:
-            reference = partial(load_reference, self.reference_name, self.compile_blocks)
-            self.reference = load_on_ranks(reference, sharding, keep_root=False)
-
-    @property
-    def loads_reference(self) -> bool:
-        """Whether the reference is a second model, not the policy with its adapter off."""
-        shares_weights = self.lora is not None and self.reference_name == self.policy_name
-        return self.keeps_reference and not shares_weights
+        self.references.load(sharding, self.compile_blocks)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which model the weights belong to, for ``prl export``."""
@@ -137,8 +134,8 @@ class PRLModule(LightningModule):
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
         """Compute the loss of one micro-batch."""
         ref_logprobs = batch.ref_logprobs
-        if ref_logprobs is None and self.keeps_reference:
-            ref_logprobs = self.score(batch, "reference")
+        if ref_logprobs is None and self.references:
+            ref_logprobs = self.score_references(batch)
         policy_logprobs, entropy = self.loaded_policy(batch)
         step_ends = self.splitter(batch.completion_ids, batch.completion_mask)
         loss, stats = self.objective.loss(policy_logprobs, ref_logprobs, batch, step_ends)
@@ -158,31 +155,44 @@ class PRLModule(LightningModule):
         means = {name: _token_mean(v, batch) if v.ndim else v for name, v in stats.items()}
         self._log_train(means, weight=batch.num_tokens)
 
-    def _log_drift(self, batch: RolloutBatch, policy: Tensor, reference: Tensor) -> None:
-        """Log estimates of the KL to the reference, per token."""
-        k1, k3 = (_token_mean(kl_estimate(policy, reference, k), batch) for k in ("k1", "k3"))
-        self._log_train({"kl_ref": k1}, weight=batch.num_tokens, prog_bar=True)
-        self._log_train({"kl_ref_k3": k3}, weight=batch.num_tokens)
+    def _log_drift(self, batch: RolloutBatch, policy: Tensor, references: Tensor) -> None:
+        """Log estimates of the KL per token: to the first reference, and to the others by name."""
+        k1, k3 = (
+            [_token_mean(kl_estimate(policy, one, k), batch) for one in references.unbind(-1)]
+            for k in ("k1", "k3")
+        )
+        self._log_train({"kl_ref": k1[0]}, weight=batch.num_tokens, prog_bar=True)
+        self._log_train({"kl_ref_k3": k3[0]}, weight=batch.num_tokens)
+        if len(k1) > 1:
+            named = {
+                f"kl_ref/{name}": kl for name, kl in zip(self.references.settings, k1, strict=True)
+            }
+            self._log_train(named, weight=batch.num_tokens)
 
     @torch.no_grad()
-    def score(self, batch: RolloutBatch, model: Literal["policy", "reference"]) -> Tensor:
-        """Compute log-probabilities (B, T) of a batch without gradient.
+    def score(self, batch: RolloutBatch) -> Tensor:
+        """Compute the policy's log-probabilities (B, T) of a batch without gradient.
 
         Args:
             batch: on this module's device.
-            model: the policy or the reference.
         """
-        scorer = self.loaded_policy
-        weights: AbstractContextManager[None] = nullcontext()
-        if model == "reference" and self.reference is not None:
-            scorer = self.reference
-        elif model == "reference" and self.lora is None:
-            raise RuntimeError("no reference is loaded: set model.track_reference")
-        elif model == "reference":
-            weights = adapters_off(scorer)
-        with self.trainer.precision_plugin.forward_context(), weights:
-            logprobs: Tensor = scorer(batch)[0]
+        with self.trainer.precision_plugin.forward_context():
+            logprobs: Tensor = self.loaded_policy(batch)[0]
         return logprobs
+
+    @torch.no_grad()
+    def score_references(self, batch: RolloutBatch) -> Tensor:
+        """Compute the references' log-probabilities (B, T, K) of a batch.
+
+        Args:
+            batch: on this module's device.
+        """
+        with self.trainer.precision_plugin.forward_context():
+            return self.references.score(batch, self.loaded_policy)
+
+    def on_train_epoch_end(self) -> None:
+        """Let moving references follow, before the checkpoint of this epoch is written."""
+        self.references.follow(self.loaded_policy, self.trainer.current_epoch + 1)
 
     def weights(
         self, dtype: torch.dtype | None = None, as_in_file: bool = False
@@ -329,12 +339,12 @@ class PRLModule(LightningModule):
 
         Returns:
             ``policy_logprobs``, ``advantages`` and ``step_ends`` (bool, nowhere True in the token
-            form), and with a reference ``ref_logprobs`` and ``process_rewards`` (v2 Eq. 5.4), each
-            (B, T).
+            form), and with references ``ref_logprobs`` of the first one and ``process_rewards`` (v2
+            Eq. 5.4), each (B, T).
         """
         if policy_logprobs is None:
-            policy_logprobs = self.score(batch, "policy")
-        ref_logprobs = self.score(batch, "reference") if self.keeps_reference else None
+            policy_logprobs = self.score(batch)
+        ref_logprobs = self.score_references(batch) if self.references else None
         step_ends = self.splitter(batch.completion_ids, batch.completion_mask)
         _, stats = self.objective.loss(policy_logprobs, ref_logprobs, batch, step_ends)
         inspected = {
@@ -345,14 +355,23 @@ class PRLModule(LightningModule):
             else step_ends,
         }
         if ref_logprobs is not None:
-            inspected["ref_logprobs"] = ref_logprobs
+            inspected["ref_logprobs"] = ref_logprobs[..., 0]
+            betas = [term.beta for term in self.references.settings.values()]
+            log_ratios = policy_logprobs[..., None] - ref_logprobs
             inspected["process_rewards"] = process_rewards(
-                batch.rewards,
-                policy_logprobs - ref_logprobs,
-                batch.completion_mask,
-                self.objective.beta,
+                batch.rewards, log_ratios @ log_ratios.new_tensor(betas), batch.completion_mask, 1.0
             )
         return inspected
+
+
+def _references(objective: Objective, model: str | None, track: bool) -> dict[str, Reference]:
+    """Return the references by name; the short form has one."""
+    if objective.references:
+        return objective.references
+    if not (objective.needs_reference or track):
+        return {}
+    beta, divergence = objective.beta, objective.divergence
+    return {"reference": Reference(model=model, beta=beta, divergence=divergence)}
 
 
 def _token_mean(values: Tensor, batch: RolloutBatch) -> Tensor:

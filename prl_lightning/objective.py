@@ -1,12 +1,13 @@
-"""Objective: the outcome advantage, the place of the KL, and the loss."""
+"""Objective: the outcome advantage, the references, the place of the KL, and the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
 from prl_lightning.functional import (
@@ -15,16 +16,18 @@ from prl_lightning.functional import (
     kl_in_reward_step,
     kl_in_reward_trajectory,
     kl_loss,
+    others_mean,
     outcome_advantages,
     policy_loss,
-    prl_advantages,
     process_baseline,
+    process_term,
 )
 from prl_lightning.functional.advantages import ADVANTAGES
 from prl_lightning.functional.divergences import DIVERGENCES
 from prl_lightning.functional.losses import LOSSES
 from prl_lightning.functional.process import per_token
 from prl_lightning.models.step_splitter import Steps
+from prl_lightning.references import Reference
 from prl_lightning.types import RolloutBatch
 
 KL_IN_REWARD = ("reward_trajectory", "reward_step")
@@ -39,6 +42,7 @@ class Objective:
     Attributes:
         outcome: outcome advantage: "grpo" (mean and standard deviation of the group), "dr_grpo"
             (mean), "rloo" (leave one out), "reward" (the reward itself), "raft" (positives only),
+            "none" (rewards are not learned from, as in on-policy distillation),
             "maxrl" (divided by the mean), "batch_std" (by the standard deviation of the iteration),
             or a name of `register_advantage`.
         decouple_rewards: normalise each reward function in its group before their weighted sum;
@@ -47,6 +51,8 @@ class Objective:
             to the outcome advantage, v2 Eq. 5.1), "loss" (an estimate is added to the loss),
             "reward_trajectory" or "reward_step" (into the reward, before the group statistics),
             "none".
+        references: by name, instead of ``beta``, ``divergence`` and ``model.reference``, which are
+            the short way to write one of them. With kl="process".
         beta: weight of the KL, 1/eta of v1.
         divergence: generator of the process term: "reverse_kl", "reverse_k3", "forward_kl",
             "forward_k3", or a name of `register_divergence`.
@@ -72,6 +78,7 @@ class Objective:
     outcome: str = "grpo"
     decouple_rewards: bool = False
     kl: Literal["process", "loss", "reward_trajectory", "reward_step", "none"] = "process"
+    references: dict[str, Reference] = field(default_factory=dict)
     beta: float = 0.01
     divergence: str = "reverse_kl"
     baseline: bool = False
@@ -101,13 +108,15 @@ class Objective:
         """Check the names that users can register, after their modules were imported.
 
         Raises:
-            ValueError: ``divergence``, ``outcome`` or ``surrogate`` is not registered.
+            ValueError: a divergence, shape, outcome or surrogate is not registered.
         """
         errors = [
             DIVERGENCES.error(self.divergence, "model.objective.divergence"),
             ADVANTAGES.error(self.outcome, "model.objective.outcome"),
             LOSSES.error(self.surrogate, "model.objective.surrogate"),
         ]
+        for name, reference in self.references.items():
+            errors += reference.name_errors(f"model.objective.references.{name}")
         if any(errors):
             raise ValueError("\n".join(filter(None, errors)))
 
@@ -119,12 +128,21 @@ class Objective:
         ):
             if not fits:
                 yield f"{name}={getattr(self, name)}: {wanted}."
+        for name, reference in self.references.items():
+            yield from reference.errors(f"references.{name}")
 
     def _contradictions(self) -> Iterator[str]:
         if self.kl != "process" and self.steps != "token":
             yield (
                 f"steps={self.steps!r} has no effect with kl={self.kl!r}. Set kl='process', or "
                 "leave steps out."
+            )
+        short = [name for name in ("beta", "divergence") if getattr(self, name) != _DEFAULTS[name]]
+        if self.references and (short or self.baseline or self.kl != "process"):
+            yield (
+                f"references={list(self.references)} with kl={self.kl!r}, baseline={self.baseline} "
+                f"and own {short or 'values'}: references need kl='process' and no baseline, and "
+                "each has its own beta and divergence. Leave the others out."
             )
         changes_sign = self.kl in KL_IN_REWARD or self.decouple_rewards
         if changes_sign and self.outcome in NEEDS_SIGN:
@@ -145,9 +163,16 @@ class Objective:
             )
 
     @property
+    def terms(self) -> dict[str, Reference]:
+        """The process terms by the name of their reference."""
+        if self.references or self.kl != "process" or not self.beta:
+            return self.references
+        return {"reference": Reference(beta=self.beta, divergence=self.divergence)}
+
+    @property
     def needs_reference(self) -> bool:
-        """Whether the loss depends on the reference."""
-        return self.kl != "none" and self.beta > 0
+        """Whether the loss depends on a reference."""
+        return bool(self.references) or (self.kl != "none" and self.beta > 0)
 
     @property
     def kl_in_reward(self) -> bool:
@@ -157,7 +182,8 @@ class Objective:
     @property
     def needs_log_ratios(self) -> bool:
         """Whether the outcome advantages depend on the log-ratios at sampling time."""
-        return self.kl_in_reward or (self.baseline and self.beta > 0)
+        is_centred = any(term.centre != "none" for term in self.terms.values())
+        return self.kl_in_reward or is_centred or (self.baseline and self.beta > 0)
 
     def outcome_advantages(
         self,
@@ -172,12 +198,13 @@ class Objective:
         Args:
             rewards: (B,), groups contiguous.
             group_size: G.
-            log_ratios: (B, T), at sampling time; required if ``needs_log_ratios``.
+            log_ratios: (B, T, K) to the K references at sampling time; required if
+                ``needs_log_ratios``.
             completion_mask: (B, T); required if ``needs_log_ratios``.
             mean_kl: mean f(u) over the tokens of all rollouts; required if ``baseline``.
 
         Returns:
-            (B,), or (B, T) for kl="reward_step" and with ``baseline``.
+            (B,), or (B, T) for kl="reward_step", with ``baseline`` and with a centred reference.
 
         Raises:
             ValueError: a required tensor is missing; see also ``functional.outcome_advantages``.
@@ -192,14 +219,48 @@ class Objective:
             return compare(rewards)
         if log_ratios is None or completion_mask is None:
             raise ValueError(f"kl={self.kl!r}: pass log_ratios and completion_mask.")
-        if self.kl == "reward_trajectory":
-            return compare(kl_in_reward_trajectory(rewards, log_ratios, completion_mask, self.beta))
-        if self.kl == "reward_step":
-            shaped = kl_in_reward_step(rewards, log_ratios, completion_mask, self.beta)
+        if self.kl in KL_IN_REWARD:
+            first = log_ratios[..., 0]
+            if self.kl == "reward_trajectory":
+                return compare(kl_in_reward_trajectory(rewards, first, completion_mask, self.beta))
+            shaped = kl_in_reward_step(rewards, first, completion_mask, self.beta)
             return compare(shaped, completion_mask=completion_mask)
+        if not self.baseline:
+            return compare(rewards)[:, None] + self._centres(
+                log_ratios, completion_mask, group_size
+            )
         if mean_kl is None:
             raise ValueError("baseline=True: pass mean_kl.")
         return compare(rewards)[:, None] + self.beta * process_baseline(completion_mask, mean_kl)
+
+    def _centres(self, log_ratios: Tensor, mask: Tensor, group_size: int) -> Tensor:
+        """Return what centred terms are compared with, in the unit of the advantage, (B, T)."""
+        total = log_ratios.new_zeros(mask.shape)
+        for place, term in enumerate(self.terms.values()):
+            if term.centre != "none":
+                size = group_size if term.centre == "group" else len(mask)
+                reg = _weighted_term(term, log_ratios[..., place], mask)
+                total = total + others_mean(reg, mask, size)
+        return total
+
+    def process_terms(
+        self, log_ratios: Tensor, completion_mask: Tensor, step_ends: Tensor | None = None
+    ) -> Tensor:
+        """Return Σ_k β_k reg^(k)_t, which is subtracted from the outcome advantage.
+
+        Args:
+            log_ratios: (B, T, K), one column for each of ``terms``.
+            completion_mask: (B, T).
+            step_ends: bool (B, T), or None for the token form.
+
+        Returns:
+            (B, T), detached, in the unit of the advantage.
+        """
+        parts = [
+            _weighted_term(term, log_ratios[..., place], completion_mask, step_ends)
+            for place, term in enumerate(self.terms.values())
+        ]
+        return torch.stack(parts).sum(0)
 
     def loss(
         self,
@@ -212,7 +273,7 @@ class Objective:
 
         Args:
             policy_logprobs: (B, T) with gradient.
-            ref_logprobs: (B, T), or None without a reference.
+            ref_logprobs: (B, T, K) of the K references, or None without any.
             batch: the rollouts.
             step_ends: bool (B, T), or None for the token form.
 
@@ -224,13 +285,11 @@ class Objective:
         old_logprobs = on_policy if batch.old_logprobs is None else batch.old_logprobs
         outcome = per_token(batch.outcome_advantages, mask, "outcome_advantages")
         advantages, tokens = outcome, {}
-        if ref_logprobs is not None and self.kl == "process":
+        if ref_logprobs is not None and self.terms:
             at_policy = old_logprobs if self.log_ratio == "rollout" else on_policy
-            advantages = prl_advantages(
-                outcome, at_policy - ref_logprobs, mask, self.beta, self.divergence, step_ends
-            )
-            # beta * reg_t, in the unit of the outcome advantage.
-            tokens["process_term"] = outcome - advantages
+            log_ratios = at_policy[..., None] - ref_logprobs
+            tokens["process_term"] = self.process_terms(log_ratios, mask, step_ends)
+            advantages = outcome - tokens["process_term"]
         tokens["advantage"] = advantages
         weights = None
         if self.engine_correction is not None:
@@ -254,6 +313,18 @@ class Objective:
         )
         if ref_logprobs is not None and self.kl == "loss":
             loss = loss + self.beta * kl_loss(
-                policy_logprobs, ref_logprobs, mask, self.kl_estimator, aggregation
+                policy_logprobs, ref_logprobs[..., 0], mask, self.kl_estimator, aggregation
             )
         return loss, stats | tokens
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Objective)}
+
+
+def _weighted_term(
+    term: Reference, log_ratios: Tensor, mask: Tensor, step_ends: Tensor | None = None
+) -> Tensor:
+    reg = process_term(
+        log_ratios, mask, term.divergence, step_ends, discount=term.discount, shape=term.shape
+    )
+    return term.beta * reg

@@ -95,7 +95,7 @@ class Rollout:
         outcome_advantage: scalar (), or (T,) if the KL is part of the reward.
         in_loss: False if it was cut at the limit and ``objective.mask_truncated`` leaves it out.
         old_logprobs: (T,); None if the policy that is updated is the one that sampled.
-        ref_logprobs: (T,); None if nothing needed them before the update.
+        ref_logprobs: (T, K) of K references; None if nothing needed them before the update.
         answer: id of its answer within the group: equal for equal answers, negative without an
             answer. None in training, and if no reward function compares answers.
     """
@@ -197,7 +197,7 @@ class RolloutBatch(_Fields):
         finished: (B,) bool, False if a completion was cut at the limit.
         outcome_advantages: (B,) or (B, T).
         old_logprobs: (B, T) or None, see Rollout.
-        ref_logprobs: (B, T) or None, see Rollout.
+        ref_logprobs: (B, T, K) or None, see Rollout.
         update_tokens: sampled tokens of the whole optimizer update, over all micro-batches and
             ranks; this denominator makes the loss independent of how the update was cut.
         update_sequences: completions of the whole update. Neither counts those that are left out

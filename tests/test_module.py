@@ -38,9 +38,8 @@ def test_reference_is_loaded_only_where_it_is_used(
     objective: Objective, track: bool, has_reference: bool, tied_model: str
 ) -> None:
     module = loaded(tied_model, objective, track_reference=track)
-    assert (module.reference is not None) == has_reference
-    if module.reference is not None:
-        assert not any(p.requires_grad for p in module.reference.parameters())
+    assert len(module.references.models) == has_reference
+    assert not any(p.requires_grad for p in module.references.parameters())
 
 
 def test_a_reference_that_is_not_loaded_is_not_replaced_by_the_policy(
@@ -49,7 +48,7 @@ def test_a_reference_that_is_not_loaded_is_not_replaced_by_the_policy(
     module = loaded(tied_model, Objective(kl="none"))
     batch = collate([make_rollout([3], [4])], 1, 1)
     with pytest.raises(RuntimeError, match=r"model\.track_reference"):
-        module.score(batch, "reference")
+        module.score_references(batch)
 
 
 def test_checkpoint_leaves_the_reference_out_and_loads_strictly(tied_model: str) -> None:
@@ -60,8 +59,8 @@ def test_checkpoint_leaves_the_reference_out_and_loads_strictly(tied_model: str)
     changed = {name: tensor + 1 for name, tensor in state.items()}
     module.load_state_dict(changed, strict=True)
     assert module.policy is not None
-    assert module.reference is not None
-    for name, tensor in module.reference.state_dict().items():
+    (reference,) = module.references.models.values()
+    for name, tensor in reference.state_dict().items():
         assert torch.equal(tensor, state[f"policy.{name}"])
         assert torch.equal(module.policy.state_dict()[name], changed[f"policy.{name}"])
 

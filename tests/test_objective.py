@@ -172,7 +172,7 @@ def advantages_of_package(
     objective: Objective, sampled: Sampled, mean_kl: Tensor | None = None
 ) -> Tensor:
     rewards, log_ratios = torch.tensor(REWARDS).double(), padded(sampled.old) - padded(sampled.ref)
-    return objective.outcome_advantages(rewards, GROUP, log_ratios, MASK, mean_kl)
+    return objective.outcome_advantages(rewards, GROUP, log_ratios[..., None], MASK, mean_kl)
 
 
 def rollouts_of(objective: Objective, sampled: Sampled, off_policy: bool) -> list[Rollout]:
@@ -185,7 +185,7 @@ def rollouts_of(objective: Objective, sampled: Sampled, off_policy: bool) -> lis
             text=str(i),
             outcome_advantage=advantages[i] if advantages.ndim == 1 else advantages[i, :length],
             old_logprobs=torch.tensor(sampled.old[i], dtype=torch.double) if off_policy else None,
-            ref_logprobs=torch.tensor(sampled.ref[i], dtype=torch.double),
+            ref_logprobs=torch.tensor(sampled.ref[i], dtype=torch.double)[:, None],
         )
         for i, length in enumerate(LENGTHS)
     ]

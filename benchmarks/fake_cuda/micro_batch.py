@@ -91,7 +91,7 @@ class WithoutTrainer(PRLModule):
 
     def pad(self) -> None:
         """Read padded rows, as an architecture does whose attention cannot be replaced."""
-        models: Any = (self.policy, self.reference)
+        models: Any = (self.policy, *self.references.models.values())
         for model in models:
             model.causal_lm.set_attn_implementation("sdpa")
             model.is_packed = False

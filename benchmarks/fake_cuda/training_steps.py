@@ -80,7 +80,8 @@ def on_fake_gpu(case: Case) -> dict[str, str]:
         module.policy = fake_model(
             case.architecture, sizes, gradient_checkpointing=case.gradient_checkpointing
         )
-        module.reference = fake_model(case.architecture, sizes).requires_grad_(False)
+        reference = fake_model(case.architecture, sizes).requires_grad_(False)
+        module.references.models["model_0"] = reference
         if not case.packed:
             module.pad()
         module.splitter = StepSplitter(objective.steps, make_tokenizer())
@@ -123,7 +124,7 @@ def waits() -> dict[str, dict[str, list[str]]]:
         module.policy, reference = (
             LogprobModel(AutoModelForCausalLM.from_config(config)) for _ in range(2)
         )
-        module.reference = reference.requires_grad_(False)
+        module.references.models["model_0"] = reference.requires_grad_(False)
         module.splitter = StepSplitter(objective.steps, make_tokenizer())
         if not packed:
             module.pad()

@@ -88,10 +88,15 @@ def contradictions(
             "trainer.plugins has AsyncCheckpointIO, which returns before the checkpoint is "
             "complete. Leave it out."
         )
-    if module.reference_name != module.policy_name and not module.keeps_reference:
+    if module.reference_name != module.policy_name and not module.references:
         errors.append(
             f"model.reference={module.reference_name!r} is not used: model.objective has no KL "
             "(kl='none' or beta=0). Leave reference out, or set model.track_reference."
+        )
+    if module.objective.references and module.other_reference:
+        errors.append(
+            f"{module.other_reference} has no effect with model.objective.references: name the "
+            "model there, with beta 0 if it shall only be logged."
         )
     if module.lora is not None and importlib.util.find_spec("peft") is None:
         errors.append("model.lora needs peft: run `pip install 'prl-lightning[lora]'`.")

@@ -243,7 +243,7 @@ def _passes(module: PRLModule, updates: int) -> int:
     """Return the work on a token in units of a forward pass."""
     update = 3 if module.lora is None else 2  # frozen weights have no gradient
     scores_policy = updates > 1 or module.objective.needs_log_ratios
-    return update + module.gradient_checkpointing + module.keeps_reference + scores_policy
+    return update + module.gradient_checkpointing + len(module.references.sources()) + scores_policy
 
 
 def _measured() -> tuple[float, float]:

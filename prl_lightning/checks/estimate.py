@@ -104,8 +104,10 @@ def _memory(trainer: Trainer, module: PRLModule, trains: bool) -> Iterator[tuple
     if module.lora is None and trains:
         yield "gradient", weights
         yield "optimizer", weights * _state_share(module)
-    if module.loads_reference:
-        yield "reference", _parameters(module.reference_name) * size / ranks
+    sources = module.references.sources()
+    for key, source in sources.items():
+        name = "reference" if len(sources) == 1 else f"reference {key}"
+        yield name, _parameters(source) * size / ranks
 
 
 def _state_share(module: PRLModule) -> float:

@@ -22,6 +22,7 @@ from prl_lightning.functional.process import (
     process_rewards,
     process_term,
 )
+from prl_lightning.functional.process_shapes import others_mean, register_shape
 from prl_lightning.functional.shaped_rewards import (
     decoupled_rewards,
     kl_in_reward_step,
@@ -47,6 +48,7 @@ __all__ = [
     "kl_in_reward_trajectory",
     "kl_loss",
     "majority_correct",
+    "others_mean",
     "outcome_advantages",
     "pass_at_k",
     "policy_loss",
@@ -57,5 +59,6 @@ __all__ = [
     "register_advantage",
     "register_divergence",
     "register_loss",
+    "register_shape",
     "token_logprobs",
 ]

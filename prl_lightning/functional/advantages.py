@@ -29,6 +29,7 @@ def outcome_advantages(
     | rloo | r_i - mean_{j≠i} r_j | RLOO, arXiv 2402.14740 |
     | reward | r_i | REINFORCE |
     | raft | 1 if r_i > 0 else 0 | RAFT, arXiv 2304.06767 |
+    | none | 0 | on-policy distillation: the references teach alone |
     | maxrl | (r_i - mean r) / mean r, for rewards of 0 and more | MaxRL, arXiv 2602.02710 |
     | batch_std | (r_i - mean r) / std of all rewards passed | Lite PPO, arXiv 2508.08221 |
 
@@ -173,6 +174,7 @@ ADVANTAGES: Registry[AdvantageFunction] = Registry(
         "dr_grpo": lambda rewards, members, unbiased_std: _centred(rewards, members),
         "rloo": _rloo,
         "reward": lambda rewards, members, unbiased_std: rewards,
+        "none": lambda rewards, members, unbiased_std: torch.zeros_like(rewards),
         "raft": lambda rewards, members, unbiased_std: (rewards > 0).to(rewards.dtype),
         "maxrl": _maxrl,
         "batch_std": _batch_std,

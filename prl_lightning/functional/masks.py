@@ -98,3 +98,43 @@ def later_sums(values: Tensor) -> Tensor:
     """
     # Shifted instead of S_t - x_t, which rounds away the rest when x_t is large.
     return torch.nn.functional.pad(suffix_sums(values)[..., 1:], (0, min(1, values.shape[-1])))
+
+
+def discounted_later_sums(values: Tensor, completion_mask: Tensor, discount: float) -> Tensor:
+    """Return Σ_{j>t} γ^n x_j, with n the number of completion tokens after t up to j.
+
+    Tokens outside the mask have no step: they neither add nor discount.
+
+    The recurrence y_t = γ·(x_{t+1} + y_{t+1}) is computed by doubling: log2(T) additions of a
+    shifted tensor, each of terms that are already summed, instead of T steps or a division by γ^t.
+
+    Args:
+        values: (B, T), zero outside the mask.
+        completion_mask: (B, T), true on completion tokens.
+        discount: γ, from 0 to 1.
+
+    Returns:
+        (B, T), meaningless outside the mask.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0, 9.0, 4.0]])
+        >>> mask = torch.tensor([[True, True, False, True]])
+        >>> discounted_later_sums(torch.where(mask, x, 0.0), mask, discount=0.5)
+        tensor([[2., 2., 2., 0.]])
+    """
+    if discount == 1:
+        return later_sums(values)
+    # Of the next token: what it adds, discounted, and the discount of all that follows it.
+    decay = torch.ones_like(values).masked_fill(completion_mask.bool(), discount)
+    decay, sums = _shifted(decay, 1), _shifted(decay * values, 1)
+    step = 1
+    while step < values.shape[-1]:
+        sums = sums + decay * _shifted(sums, step)
+        decay = decay * _shifted(decay, step)
+        step *= 2
+    return sums
+
+
+def _shifted(values: Tensor, places: int) -> Tensor:
+    """Move values to the left and fill with zeros."""
+    return torch.nn.functional.pad(values[..., places:], (0, min(places, values.shape[-1])))

@@ -6,7 +6,8 @@ All results are detached: they are coefficients of ∇ log π and are not differ
 from torch import Tensor
 
 from prl_lightning.functional.divergences import Divergence, get_divergence
-from prl_lightning.functional.masks import keep_tokens, later_sums
+from prl_lightning.functional.masks import discounted_later_sums, keep_tokens, later_sums
+from prl_lightning.functional.process_shapes import SHAPES
 from prl_lightning.functional.steps import take_at_step_end
 
 
@@ -15,12 +16,18 @@ def process_term(
     completion_mask: Tensor,
     divergence: str | Divergence = "reverse_kl",
     step_ends: Tensor | None = None,
+    discount: float = 1.0,
+    shape: str = "plain",
 ) -> Tensor:
-    """Return reg_t = Σ_{j≥t} f(u_j) - f'(u_t)·u_t, the future regularisation.
+    """Return reg_t = Σ_{j≥t} γ^{j-t} f(u_j) - f'(u_t)·u_t, the future regularisation.
 
     From PRL v2 (arXiv 2601.10201), Theorem 4.1. Constants that do not depend on the action are
     dropped, so for reverse KL it is Σ_{j≥t} δ_j. With `step_ends` every token of a step gets the
     value at the step's last token (PRL v1).
+
+    γ = 1 is the gradient of the paper's objective. γ = 0 is the token's own term alone, as in
+    on-policy distillation with a KL per token; anything between trades bias for variance. Tokens
+    outside the mask do not count in j - t.
 
     Sums are in float32, or float64 if the input is. Log-ratios are summed unbounded; before one is
     exponentiated it is bounded to ±`MAX_LOG_RATIO`.
@@ -30,12 +37,14 @@ def process_term(
         completion_mask: (B, T), true on completion tokens.
         divergence: a name of `get_divergence`, or a `Divergence`.
         step_ends: bool (B, T), true on the last token of each step; None for one step per token.
+        discount: γ, from 0 to 1.
+        shape: what becomes of the term, a name of `register_shape`.
 
     Returns:
         (B, T), zero outside the mask.
 
     Raises:
-        ValueError: shapes disagree or the divergence is unknown.
+        ValueError: shapes disagree, or the divergence or shape is unknown.
 
     Example:
         >>> import torch
@@ -45,10 +54,11 @@ def process_term(
     generator = get_divergence(divergence)
     delta = keep_tokens(log_ratios.detach(), completion_mask, "log_ratios")
     future = keep_tokens(generator.future(delta), completion_mask, "divergence")
-    reg = keep_tokens(generator.own(delta) + later_sums(future), completion_mask, "divergence")
-    if step_ends is None:
-        return reg
-    return take_at_step_end(reg, completion_mask, step_ends)
+    later = discounted_later_sums(future, completion_mask, discount)
+    reg = keep_tokens(generator.own(delta) + later, completion_mask, "divergence")
+    if step_ends is not None:
+        reg = take_at_step_end(reg, completion_mask, step_ends)
+    return SHAPES[shape](reg, completion_mask.bool())
 
 
 def process_baseline(completion_mask: Tensor, mean_kl: Tensor) -> Tensor:

@@ -219,30 +219,33 @@ def total_norm(model: nn.Module) -> Tensor:
     return norm
 
 
-def exclude_frozen(module: nn.Module) -> None:
+def exclude_frozen(module: nn.Module, but: str) -> None:
     """Keep frozen parameters out of a module's state dict, because they never change.
 
     Args:
         module: parameters that are frozen when a state dict is saved or loaded are left out, such
             as those of the reference and the weights under an adapter.
+        but: beginning of the names that are kept: a moving reference is frozen, but it moves.
     """
-    module.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
+    drop, expect = (partial(hook, but=but) for hook in (_drop_frozen, _expect_no_frozen))
+    module.register_state_dict_post_hook(drop)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_post_hook(expect)  # type: ignore[no-untyped-call]
 
 
-def _drop_frozen(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
-    for name in _frozen(module) & state.keys():
+def _drop_frozen(module: nn.Module, state: dict[str, Any], *_: Any, but: str) -> None:
+    for name in _frozen(module, but) & state.keys():
         del state[name]
 
 
-def _expect_no_frozen(module: nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = sorted(set(incompatible.missing_keys) - _frozen(module))
+def _expect_no_frozen(module: nn.Module, incompatible: Any, but: str) -> None:
+    incompatible.missing_keys[:] = sorted(set(incompatible.missing_keys) - _frozen(module, but))
 
 
-def _frozen(module: nn.Module) -> set[str]:
-    """Return the names of the parameters that are not trained."""
-    return {
+def _frozen(module: nn.Module, but: str) -> set[str]:
+    """Return the names of the parameters that are not trained and do not move."""
+    names = {
         plain_name(name)
         for name, parameter in module.named_parameters(remove_duplicate=False)
         if not parameter.requires_grad
     }
+    return {name for name in names if not name.startswith(but)}

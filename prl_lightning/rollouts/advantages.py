@@ -78,7 +78,7 @@ def _advantages(
     mask = pad_sequence(is_sampled, batch_first=True)
     mean_kl = None
     if objective.baseline:
-        costs = get_divergence(objective.divergence).future(padded)[mask]
+        costs = get_divergence(objective.divergence).future(padded[..., 0])[mask]
         mean_kl = costs.sum() / mask.sum()
     return objective.outcome_advantages(rewards, group_size, padded, mask, mean_kl)
 
@@ -100,8 +100,8 @@ def _score(module: PRLModule, micro_batches: Sequence[list[Rollout]]) -> None:
     for rollouts in micro_batches:
         batch = collate(rollouts, 1, 1).to(module.device)
         known = batch.old_logprobs
-        old_logprobs = (module.score(batch, "policy") if known is None else known).cpu()
-        ref_logprobs = module.score(batch, "reference").cpu() if module.keeps_reference else None
+        old_logprobs = (module.score(batch) if known is None else known).cpu()
+        ref_logprobs = module.score_references(batch).cpu() if module.references else None
         for row, rollout in enumerate(rollouts):
             length = rollout.completion.length
             rollout.old_logprobs = old_logprobs[row, :length]
@@ -109,9 +109,9 @@ def _score(module: PRLModule, micro_batches: Sequence[list[Rollout]]) -> None:
 
 
 def _log_ratios(rollouts: Sequence[Rollout]) -> list[Tensor]:
-    """Return the log-ratios at sampling time, (T,) of each rollout."""
+    """Return the log-ratios at sampling time, (T, K) of each rollout."""
     return [
-        rollout.old_logprobs - rollout.ref_logprobs
+        rollout.old_logprobs[:, None] - rollout.ref_logprobs
         for rollout in rollouts
         if rollout.old_logprobs is not None and rollout.ref_logprobs is not None
     ]

@@ -121,7 +121,7 @@ class EngineLink:
         if self._gap is not None:
             return self._gap
         batch = collate(rollouts[:CHECKED_COMPLETIONS], 1, 1).to(self.module.device)
-        logprobs = self.module.score(batch, "policy")
+        logprobs = self.module.score(batch)
         gap = (logprobs - batch.rollout_logprobs).abs()[batch.completion_mask]
         mean, largest = gap.mean().item(), gap.max().item()
         is_float32 = self.trainer.precision == "32-true" and self.sampler.dtype == "float32"

@@ -25,6 +25,8 @@ def slow_group(rewards: list[float], kind: str, group_size: int, unbiased: bool)
     """Each kind's equation over one group, in plain floats."""
     if group_size > 1 and max(rewards) == min(rewards):
         return [0.0] * len(rewards)
+    if kind == "none":
+        return [0.0] * len(rewards)
     if kind == "reward":
         return rewards
     if kind == "raft":

@@ -21,15 +21,35 @@ from prl_lightning.functional.process import per_token
 from .batches import DIVERGENCES, Batch, assert_close, batches, quick
 
 
-def slow_reg(batch: Batch, divergence: str, i: int, t: int, row: list[int]) -> float:
-    """The table of reg_t, in plain floats."""
+def slow_reg(
+    batch: Batch, divergence: str, i: int, t: int, row: list[int], discount: float = 1.0
+) -> float:
+    """The table of reg_t, in plain floats; a row has the places of the tokens in the mask."""
     own, later = batch.log_ratios[i, t].item(), batch.delta(i, [j for j in row if j > t])
-    return {
-        "reverse_kl": own + sum(later),
-        "reverse_k3": own + sum(d + math.exp(-d) - 1 for d in later),
-        "forward_kl": -own - sum(later),
-        "forward_k3": 1 - math.exp(-own) + sum(math.exp(-d) * -d - math.exp(-d) + 1 for d in later),
+    first, cost = {
+        "reverse_kl": (own, lambda d: d),
+        "reverse_k3": (own, lambda d: d + math.exp(-d) - 1),
+        "forward_kl": (-own, lambda d: -d),
+        "forward_k3": (1 - math.exp(-own), lambda d: math.exp(-d) * -d - math.exp(-d) + 1),
     }[divergence]
+    return first + sum(discount**n * cost(d) for n, d in enumerate(later, start=1))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@quick
+@given(batch=batches(), discount=st.sampled_from([0.0, 0.3, 0.9, 0.999, 1.0]))
+def test_a_discounted_term_is_a_loop(divergence: str, batch: Batch, discount: float) -> None:
+    got = process_term(batch.log_ratios, batch.mask, divergence, discount=discount)
+    assert_close(got, batch.by_loop(lambda *at: slow_reg(batch, divergence, *at, discount)))
+
+
+def test_a_discount_does_not_lose_what_is_far_away() -> None:
+    """At 0.999 a token 8,000 places later still counts 3e-4: no division by γ^t could keep it."""
+    delta, mask = torch.zeros(1, 8192), torch.ones(1, 8192)
+    delta[0, -1] = 1.0
+    got = process_term(delta, mask, discount=0.999)[0]
+    torch.testing.assert_close(got[191].item(), 0.999**8000, rtol=5e-4, atol=0)
+    assert process_term(delta, mask, discount=0.0)[0].tolist() == delta[0].tolist()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -15,6 +15,7 @@ from torch import Tensor
 from prl_lightning.functional import outcome_advantages
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
+from prl_lightning.references import Reference
 from prl_lightning.rewards import RewardSum
 from prl_lightning.rollouts import advantages
 from prl_lightning.rollouts.advantages import set_advantages
@@ -28,10 +29,13 @@ class Module:
     """Scores a token by its id: the policy log 0.1·id, the reference 0."""
 
     def __init__(self, objective: Objective) -> None:
-        self.objective, self.device, self.keeps_reference = objective, "cpu", True
+        self.objective, self.device, self.references = objective, "cpu", ["reference"]
 
-    def score(self, batch: Any, model: str) -> Tensor:
-        return batch.completion_ids * (0.125 if model == "policy" else 0.0)
+    def score(self, batch: Any) -> Tensor:
+        return batch.completion_ids * 0.125
+
+    def score_references(self, batch: Any) -> Tensor:
+        return torch.zeros(*batch.completion_ids.shape, 1)
 
 
 def rollouts_of(rewards: Tensor) -> list[Rollout]:
@@ -79,8 +83,10 @@ def on_ranks(
         Objective(outcome="batch_std", kl="reward_trajectory", beta=0.1),
         Objective(outcome="batch_std", kl="reward_step", beta=0.1),
         Objective(outcome="grpo", divergence="reverse_k3", baseline=True, beta=0.1),
+        Objective(references={"start": Reference(beta=0.1, centre="group")}),
+        Objective(references={"start": Reference(beta=0.1, centre="batch")}),
     ],
-    ids=lambda o: f"{o.outcome} {o.kl} {o.decouple_rewards}",
+    ids=lambda o: f"{o.outcome} {o.kl} {o.decouple_rewards} {len(o.references)}",
 )
 def test_the_number_of_ranks_changes_nothing(
     objective: Objective, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,164 @@
+"""References: the frozen distributions that the policy is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from prl_lightning.models.loading import load_config, load_reference, load_tokenizer
+from prl_lightning.models.lora import adapters_off
+from prl_lightning.models.sharding import Sharding, load_on_ranks
+from prl_lightning.references import Reference
+from prl_lightning.types import RolloutBatch
+
+MOVING = "moving"
+
+
+class References(nn.Module):
+    """Load references once each, and compute their log-probabilities.
+
+    Args:
+        settings: by name; their order is that of the columns that are computed.
+        policy: Hugging Face id or folder of the policy.
+        lora: whether the policy has an adapter. Without it the policy is its own starting model.
+
+    Raises:
+        ValueError: a moving reference of a policy with an adapter.
+    """
+
+    def __init__(self, settings: Mapping[str, Reference], policy: str, lora: bool) -> None:
+        super().__init__()
+        self.settings = settings
+        self.policy_name = policy
+        self.lora = lora
+        self.models = nn.ModuleDict()  # by the keys of ``sources``
+        self._vocabulary = 0
+        moving = [name for name, one in settings.items() if one.kind == "moving"]
+        if lora and moving:
+            raise ValueError(
+                f"model.objective.references.{moving[0]}.kind='moving' with model.lora: an adapter "
+                "cannot be copied into a frozen model. Train all weights, or use kind='model'."
+            )
+
+    def __len__(self) -> int:
+        """Return the number of references."""
+        return len(self.settings)
+
+    def sources(self) -> dict[str, str]:
+        """Return the models to load, by a key; references with the same weights share one."""
+        found: dict[str, str] = {}
+        for one in self.settings.values():
+            key = self._key(one)
+            if key is not None:
+                found[key] = one.model or self.policy_name
+        return found
+
+    def load(self, sharding: Sharding | None, compile: bool) -> None:
+        """Load the models; a collective.
+
+        Args:
+            sharding: of the strategy.
+            compile: see LogprobModel.
+
+        Raises:
+            ValueError: a model has another vocabulary than the policy; before weights are read.
+        """
+        self._vocabulary = load_config(self.policy_name).get_text_config().vocab_size
+        for source in self.sources().values():
+            check_vocabulary(source, self.policy_name)
+        for key, source in self.sources().items():
+            load = partial(load_reference, source, compile)
+            self.models[key] = load_on_ranks(load, sharding, keep_root=False)
+
+    def score(self, batch: RolloutBatch, policy: nn.Module) -> Tensor:
+        """Compute log-probabilities of the sampled tokens, without gradient.
+
+        Args:
+            batch: on the models' device.
+            policy: with an adapter that is turned off for the starting policy.
+
+        Returns:
+            (B, T, K), K references.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if not self.settings:
+            raise RuntimeError("no reference is loaded: set model.track_reference")
+        known: dict[str | None, Tensor] = {}
+        columns = []
+        for one in self.settings.values():
+            key = self._key(one)
+            if one.kind == "uniform":
+                shape = batch.completion_ids.shape
+                even = torch.full(shape, -math.log(self._vocabulary), device=batch.rewards.device)
+                columns.append(even)
+                continue
+            if key not in known:
+                known[key] = self._score(key, batch, policy)
+            columns.append(known[key])
+        return torch.stack(columns, dim=-1)
+
+    @torch.no_grad()
+    def follow(self, policy: nn.Module, iterations: int) -> None:
+        """Make moving references that are due the current policy.
+
+        Args:
+            policy: sharded as the references are.
+            iterations: finished so far.
+        """
+        for one in self.settings.values():
+            if one.kind == MOVING and iterations % one.every == 0:
+                copies = self.models[str(self._key(one))].parameters()
+                for copy, current in zip(copies, policy.parameters(), strict=True):
+                    copy.copy_(current)
+
+    def _score(self, key: str | None, batch: RolloutBatch, policy: nn.Module) -> Tensor:
+        weights: AbstractContextManager[None] = nullcontext()
+        scorer = policy
+        if key is None:
+            weights = adapters_off(policy)
+        else:
+            scorer = self.models[key]
+        with weights:
+            logprobs: Tensor = scorer(batch)[0]
+        return logprobs
+
+    def _key(self, one: Reference) -> str | None:
+        """Return the key of a reference's model; None without a model of its own."""
+        if one.kind == "uniform":
+            return None
+        if one.kind == MOVING:
+            return f"{MOVING}_{one.every}"
+        source = one.model or self.policy_name
+        if self.lora and source == self.policy_name:
+            return None
+        names = [other.model or self.policy_name for other in self.settings.values()]
+        return f"model_{names.index(source)}"
+
+
+def check_vocabulary(source: str, policy: str) -> None:
+    """Raise if the tokens of two models differ: their log-probabilities could not be compared.
+
+    Args:
+        source: Hugging Face id or folder of a reference.
+        policy: that of the policy.
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    if source == policy:
+        return
+    theirs, own = (load_tokenizer(name).get_vocab() for name in (source, policy))
+    if theirs != own:
+        different = sum(own.get(token) != index for token, index in theirs.items())
+        raise ValueError(
+            f"reference {source!r} has {len(theirs)} tokens and model.policy={policy!r} has "
+            f"{len(own)}; {different} of them are not the same token at the same place. Take a "
+            "model of the same family."
+        )
