@@ -186,7 +186,12 @@ class PRLModule(LightningModule):
 
         Args:
             batch: on this module's device.
+
+        Raises:
+            RuntimeError: there is none.
         """
+        if not self.references:
+            raise RuntimeError("no reference is loaded: set model.track_reference")
         with self.trainer.precision_plugin.forward_context():
             return self.references.score(batch, self.loaded_policy)
 

@@ -84,12 +84,7 @@ class References(nn.Module):
 
         Returns:
             (B, T, K), K references.
-
-        Raises:
-            RuntimeError: there is none.
         """
-        if not self.settings:
-            raise RuntimeError("no reference is loaded: set model.track_reference")
         known: dict[str | None, Tensor] = {}
         columns = []
         for one in self.settings.values():
