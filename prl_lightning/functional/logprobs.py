@@ -179,8 +179,8 @@ def _logits(hidden: Tensor, weight: Tensor, transform: _Transform, dtype: torch.
 def _dtype_of_weight_product(weight: Tensor, sum_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the product that forms the weight's gradient.
 
-    In bfloat16 it adds a twentieth to the error of the gradient, which is mostly that of the logits
-    (benchmarks/bench_weight_gradient.py). Without bfloat16 instructions float32 is also faster.
+    Rounding it to bfloat16 hardly adds to the error of the gradient, which is that of the logits
+    (benchmarks/bench_weight_gradient.py). Without bfloat16 instructions float32 is faster as well.
     """
     return sum_dtype if weight.is_cpu and not has_bf16_instructions() else weight.dtype
 
