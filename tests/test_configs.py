@@ -32,6 +32,18 @@ TABLE = {
     "grpo-kl-reward-trajectory": Objective(outcome="grpo", kl="reward_trajectory", beta=0.01),
     "grpo-kl-reward-step": Objective(outcome="grpo", kl="reward_step", beta=0.01),
     "raft": Objective(outcome="raft", kl="none"),
+    "maxrl": Objective(outcome="maxrl", kl="none"),
+    "batch-std": Objective(outcome="batch_std", kl="none"),
+    "gdpo": Objective(outcome="batch_std", decouple_rewards=True, kl="none"),
+    "gspo": Objective(
+        kl="none",
+        surrogate="gspo",
+        clip_low=3e-4,
+        clip_high=4e-4,
+        aggregation="sequence_mean",
+    ),
+    "cispo": Objective(kl="none", surrogate="cispo", clip_low=1.0, clip_high=4.0),
+    "dual-clip": Objective(kl="none", surrogate="dual_clip"),
     "prl": Objective(outcome="grpo", kl="process", beta=0.01, steps=256),
     "prl-newline": Objective(outcome="grpo", kl="process", beta=0.01, steps="newline"),
     "frpo": Objective(outcome="grpo", kl="process", beta=0.01, divergence="reverse_kl"),
@@ -49,6 +61,8 @@ def test_a_method_goes_over_any_configuration(method: Path, below: Path) -> None
     own = objective_of(method)
     objective, alone = Objective(**(objective_of(below) | own)), Objective(**own)
     fields = ["outcome", "kl", "steps"] + ["divergence"] * (alone.kl == "process")
+    fields += ["surrogate"] * ("surrogate" in own)
+    fields += ["decouple_rewards"] * ("decouple_rewards" in own)
     assert [getattr(objective, name) for name in fields] == [getattr(alone, f) for f in fields]
 
 
@@ -61,7 +75,7 @@ def test_method_trains(method: Path, tied_model: str, tmp_path: Path) -> None:
     assert all(math.isfinite(value) for values in metrics.values() for value in values)
     assert max(metrics["train/grad_norm"]) > 0
     # Only what the objective needs is loaded: without a KL there is no drift to report.
-    has_reference = method.stem not in {"grpo", "raft"}
+    has_reference = TABLE[method.stem].kl != "none"
     assert ("train/kl_ref" in metrics) == has_reference
     assert ("train/process_term_mean" in metrics) == (method.stem.startswith(("prl", "frpo")))
     assert "val/tiny/mean@4" in metrics

@@ -32,6 +32,11 @@ OBJECTIVES = {
         "--trainer.max_epochs=1",
         "--trainer.check_val_every_n_epoch=1",
     ],
+    # Statistics of the whole iteration, and totals of the completions that are not truncated.
+    "whole_batch": [
+        "--model.objective={outcome: batch_std, mask_truncated: true, surrogate: gspo}",
+        "--model.objective.aggregation=sequence_mean",
+    ],
     "lora": ["--model.lora={r: 4, lora_alpha: 8, target_modules: all-linear}"],
     "checkpointing": ["--model.gradient_checkpointing=true"],
 }
@@ -44,7 +49,7 @@ RUNS = OBJECTIVES | HALF_PRECISION
 # By strategy: ddp has the model as one rank has it, so it is tried with less.
 COMPARED = [
     *(("fsdp2", objective) for objective in OBJECTIVES),
-    *(("ddp", objective) for objective in ("token_mean", "several_updates", "lora")),
+    *(("ddp", objective) for objective in ("token_mean", "several_updates", "whole_batch", "lora")),
 ]
 HALVED = [("ddp", "bf16_mixed"), *(("fsdp2", precision) for precision in HALF_PRECISION)]
 # Measured by each rank for itself: times, and the first completions that it has sampled.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from prl_lightning.checks.contradictions import is_available
 from prl_lightning.data import PromptDataModule
+from prl_lightning.functional.precision import has_bf16_instructions
 from prl_lightning.models.loading import load_tokenizer, stop_token_ids
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.settings import RolloutSettings
@@ -57,11 +57,3 @@ def warn_of_slow_precision(trainer: Trainer) -> None:
             "(avx512_bf16 or amx_bf16): updates may take several times longer than in float32. Set "
             "trainer.precision=32-true."
         )
-
-
-def has_bf16_instructions() -> bool:
-    """Whether the CPU computes in bfloat16; True if this version of torch cannot tell."""
-    read = getattr(torch.cpu, "get_capabilities", None)
-    features = {} if read is None else read()
-    known = [has for name, has in features.items() if "bf16" in name]
-    return any(known) if known else True

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prl_lightning.functional.precision import has_bf16_instructions
+
 _CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
 """Logits in an automatic chunk: 256 MiB in float32 on a CPU, which is 441 tokens at a vocabulary of
 152 thousand, and 1 GiB on a GPU.
@@ -38,7 +40,8 @@ def token_logprobs(
     Forward and backward hold the logits of one chunk at a time, in at most two buffers.
 
     The matrix product runs in the dtype of `hidden`, or of autocast if it is on. Softmax, sums and
-    the weight's gradient over the chunks are in float32, or float64 if `hidden` is.
+    the weight's gradient over the chunks are in float32, or float64 if `hidden` is. On a CPU
+    without bfloat16 instructions the product that forms that gradient is in float32, too.
 
     Args:
         hidden: last hidden states, (N, H).
@@ -158,11 +161,11 @@ class _TokenLogprobs(torch.autograd.Function):
             grads.mul_(-slope).scatter_add_(1, targets[rows, None], slope)
             grads = ctx.transform.bend_(grads, logits)
             del logits
-            grads = grads.to(weight.dtype)
+            grads = grads.to(_dtype_of_weight_product(weight, sum_dtype))
             if grad_hidden is not None:
-                grad_hidden[rows] = grads @ weight
+                grad_hidden[rows] = grads.to(weight.dtype) @ weight
             if grad_weight is not None:
-                _add_product(grad_weight, grads.T, hidden[rows].to(weight.dtype))
+                _add_product(grad_weight, grads.T, hidden[rows].to(grads.dtype))
             del grads  # free the memory before the next chunk
         if grad_weight is not None:
             grad_weight = grad_weight.to(head_weight.dtype)
@@ -171,6 +174,15 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _logits(hidden: Tensor, weight: Tensor, transform: _Transform, dtype: torch.dtype) -> Tensor:
     return transform.apply_((hidden.to(weight.dtype) @ weight.T).to(dtype))
+
+
+def _dtype_of_weight_product(weight: Tensor, sum_dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the product that forms the weight's gradient.
+
+    Rounding it to bfloat16 hardly adds to the error of the gradient, which is that of the logits
+    (benchmarks/bench_weight_gradient.py). Without bfloat16 instructions float32 is faster as well.
+    """
+    return sum_dtype if weight.is_cpu and not has_bf16_instructions() else weight.dtype
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -141,6 +141,23 @@ def test_autocast_is_used_but_for_float64(dtype: torch.dtype, product: torch.dty
     assert torch.equal(found, token_logprobs(hidden.to(product), weight.to(product), targets)[0])
 
 
+@pytest.mark.parametrize(("is_fast", "low", "high"), [(True, 1e-4, 1e-2), (False, 0.0, 1e-6)])
+def test_weight_gradient_is_not_rounded_where_bfloat16_is_slow(
+    is_fast: bool, low: float, high: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the float64 product of the same factors, from the same rounded logits."""
+    monkeypatch.setattr(logprobs_file, "has_bf16_instructions", lambda: is_fast)
+    hidden, weight, targets = inputs(40, 30, 16, dtype=BF16)
+    weight = weight.detach().float().requires_grad_()
+    found, _ = token_logprobs(hidden, weight, targets, chunk_size=7)
+    (got,) = grad(found.sum(), weight)
+    with torch.no_grad():
+        logits = (hidden @ weight.to(BF16).T).double()
+        slopes = torch.nn.functional.one_hot(targets, len(weight)) - logits.softmax(-1)
+        want = slopes.T @ hidden.double()
+    assert low <= (got.double() - want).norm() / want.norm() < high
+
+
 def test_weight_gradient_of_many_chunks_is_summed_in_float32() -> None:
     """512 equal gradients of 1/2, added one by one in bfloat16, stop growing at 128."""
     hidden = torch.ones(512, 1, dtype=torch.bfloat16)
