@@ -24,13 +24,18 @@ def gather(value: Any) -> list[Any] | None:
     return values
 
 
+def all_gather(value: Any) -> list[Any]:
+    """Collect one value from each rank on every rank, in their order; every rank must call this."""
+    shares: list[Any] = [value] * _ranks()
+    if len(shares) > 1:
+        distributed.all_gather_object(shares, value)
+    return shares
+
+
 def sum_over_ranks(totals: Tensor) -> Tensor:
     """Add up a CPU tensor over all ranks; every rank must call this and gets the sum."""
-    if _ranks() == 1:
-        return totals
-    shares: list[Any] = [None] * _ranks()
-    distributed.all_gather_object(shares, totals)
-    return torch.stack(shares).sum(0)
+    shares = all_gather(totals)
+    return torch.stack(shares).sum(0) if len(shares) > 1 else totals
 
 
 def _ranks() -> int:

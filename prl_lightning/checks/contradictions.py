@@ -221,6 +221,11 @@ def _of_training(
             f"{objective.outcome!r} compares the completions of a prompt. Sample 2 or more, "
             "or set outcome to 'reward'."
         )
+    if data.group_size == 1 and rollout.refill > 1:
+        yield (
+            f"data.group_size={data.group_size}, but rollout.refill={rollout.refill} waits for "
+            "groups whose rewards differ. Sample 2 or more, or leave refill out."
+        )
     if rollout.overlap and objective.importance_cap is not None:
         yield (
             f"model.objective.importance_cap={objective.importance_cap} has no effect with "
