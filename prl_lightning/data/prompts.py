@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import ConcatDataset
 
+from prl_lightning.data.difficulty import Difficulty
 from prl_lightning.data.format import PromptFormat
 from prl_lightning.data.generated import GeneratedPrompts, problem_of
 from prl_lightning.data.loader import RolloutLoader
@@ -45,6 +46,8 @@ class PromptDataModule(LightningDataModule):
         max_prompt_tokens: longer prompts are dropped and counted.
         seed: of the order of the prompts and of the sampling.
         prepare: called once per node before any prompt is read, to create or download the data.
+        difficulty: draw prompts less often that are always solved, from the next pass over the
+            data on.
 
     Attributes:
         reward_columns: columns that reward functions can read, by the field and path of each source
@@ -63,6 +66,7 @@ class PromptDataModule(LightningDataModule):
         max_prompt_tokens: int = 1024,
         seed: int = 0,
         prepare: Callable[[], Any] | None = None,
+        difficulty: Difficulty | None = None,
     ) -> None:
         super().__init__()
         trains = [train] if isinstance(train, str | PromptSource) else train or []
@@ -77,7 +81,9 @@ class PromptDataModule(LightningDataModule):
         self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
         self.prepare = prepare
+        self.difficulty = difficulty
         self.prompts_seen = 0
+        self._stream = PromptStream([], seed)
         self.train_buffer = RolloutBuffer(0)
         self.eval_buffers: dict[str, RolloutBuffer] = {}
         self.eval_prompts: dict[str, list[Prompt]] = {}  # of this rank
@@ -133,7 +139,7 @@ class PromptDataModule(LightningDataModule):
                 f"data.prompts_per_epoch={self.prompts_per_epoch}, but data.train has "
                 f"{len(prompts)} prompts. Lower it, or add prompts."
             )
-        self._stream = PromptStream(prompts, self.seed)
+        self._stream = PromptStream(prompts, self.seed, self.difficulty)
         sizes = self.sizes(self.trainer)
         rank_zero_info(f"Epoch: {sizes}")
         self.train_buffer = RolloutBuffer(self.updates_per_epoch, sizes.micro_batches)
@@ -182,8 +188,7 @@ class PromptDataModule(LightningDataModule):
 
     def positions(self, attempts: int = 1) -> list[int]:
         """Return the positions in the stream of the next ``attempts`` epochs' prompts."""
-        count = attempts * self.prompts_per_epoch
-        return list(range(self.prompts_seen, self.prompts_seen + count))
+        return self._stream.positions(self.prompts_seen, attempts * self.prompts_per_epoch)
 
     def prompts_at(self, positions: Sequence[int]) -> list[Prompt]:
         """Return the prompts at positions of the stream."""
@@ -202,9 +207,9 @@ class PromptDataModule(LightningDataModule):
         Returns:
             Values to log.
         """
-        following = self.positions()[-1] + 1
-        self.prompts_seen = following if position is None else position
-        values: dict[str, float] = {}
+        self.prompts_seen = self.positions()[-1] + 1 if position is None else position
+        solved_at = self.evaluation.solved_at
+        values = self._stream.observe(rollouts, self.group_size, solved_at)
         for source in self._generating:
             values |= source.observe(rollouts)
         return values
@@ -225,9 +230,9 @@ class PromptDataModule(LightningDataModule):
     predict_dataloader = val_dataloader
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the stream of prompts, and the states of the training sources."""
+        """Return the position in the stream of prompts, and the states of stream and sources."""
         states = [source.state_dict() for source in self._generating]
-        return {"prompts_seen": self.prompts_seen, "sources": states}
+        return {"prompts_seen": self.prompts_seen, "sources": states} | self._stream.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the saved position."""
@@ -235,6 +240,7 @@ class PromptDataModule(LightningDataModule):
         # The numbers may differ: the run may continue with other sources.
         for source, state in zip(self._generating, state_dict.get("sources", []), strict=False):
             source.load_state_dict(state)
+        self._stream.load_state_dict(state_dict)
 
 
 def _parse(source: str | PromptSource) -> Source | PromptSource:

@@ -8,23 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from trained_prompts import lines_of
 
 from interruptions import Command, callback, differing
 from prl_lightning.callbacks import RolloutCallback
 from prl_lightning.data import PromptDataModule
-from prl_lightning.data.stream import TRAIN, seed_of
+from prl_lightning.data.stream import DRAW, TRAIN, seed_of
 from prl_lightning.models.loading import load_tokenizer
 from prl_lightning.sampling import HFSampler
 from prl_lightning.types import Rollout
-from ranks import recorded_run, run_all
+from ranks import read, recorded_run, run_all
 from recorded import _completion
 from sample_rewards import even_digits
+from tiny_runs import fit
 from trainer_runs import TRAIN_ALONE, train
 
 pytestmark = pytest.mark.process
 
-REFILL = ["--rollout.refill=3", "--data.group_size=2", "--data.updates_per_epoch=2"]
+REFILL = [
+    "--rollout.refill=3",
+    "--data.group_size=2",
+    "--data.updates_per_epoch=2",
+    "--data.difficulty={passes: 1, keep: 0.1}",
+    "--trainer.max_epochs=4",
+]
 
 
 def trained_prompts(file: Path) -> list[str]:
@@ -36,16 +44,24 @@ def trained_prompts(file: Path) -> list[str]:
 
 def by_a_slow_loop(model: str, epochs: int) -> list[dict[str, Any]]:
     """Prompt after prompt, with the completions of RecordedSampler."""
-    tokenizer = load_tokenizer(model)
-    position, lines = 0, []
+    decode = load_tokenizer(model).batch_decode
+    position, solved, lines = 0, [False] * 12, []
     for _ in range(epochs):
-        start, kept, spare = position, [], []
-        while len(kept) < 4 and position < start + 3 * 4:
-            seed = seed_of(0, TRAIN, position)
-            ids = [_completion(seed + sample, 8).token_ids for sample in range(2)]
-            first, second = even_digits(tokenizer.batch_decode(ids, skip_special_tokens=True))
-            (spare if first == second else kept).append((position, seed))
+        kept: list[tuple[int, int]] = []
+        spare: list[tuple[int, int]] = []
+        now = solved.copy()
+        while len(kept) < 4 and len(kept) + len(spare) < 3 * 4:
+            order = torch.randperm(12, generator=torch.Generator().manual_seed(position // 12))
+            row, here = int(order[position % 12]), position
             position += 1
+            if solved[row] and seed_of(0, DRAW, here) >= 0.1 * 2**62:
+                continue
+            seed = seed_of(0, TRAIN, here)
+            ids = [_completion(seed + sample, 8).token_ids for sample in range(2)]
+            first, second = even_digits(decode(ids, skip_special_tokens=True))
+            (spare if first == second else kept).append((here, seed))
+            now[row] = first == second == 1.0
+        solved = now
         seeds = [seed for _, seed in sorted(kept + spare[: 4 - len(kept)])]
         lines.append({"updates": [sorted(seeds[:2]), sorted(seeds[2:])], "position": position})
     return lines
@@ -62,15 +78,17 @@ def test_one_and_two_ranks_use_the_prompts_of_a_slow_loop(tied_model: str, tmp_p
             *TRAIN_ALONE,
             "--trainer.accelerator=cpu",
             f"--trainer.devices={ranks}",
-            "--trainer.strategy=ddp",
         ]
-        record = run_all(tmp_path, ranks, {name: arguments})[name]
+        if ranks == 1:
+            fit(*arguments)
+        else:
+            run_all(tmp_path, ranks, {name: arguments})
+        record = read(tmp_path / name)
         used[ranks] = lines_of(tmp_path / f"{name}.jsonl")
-        logged = record["metrics"]["rollout/refill_attempts"]
-        taken = used[ranks][-1]["position"] - used[ranks][-2]["position"]
-        assert logged == pytest.approx(taken / 4)
-    expected = by_a_slow_loop(tied_model, 3)
-    assert expected[-1]["position"] > 12  # some groups had no signal
+        assert record["metrics"]["rollout/refill_unfilled"] == 0.0
+        assert record["metrics"]["rollout/solved_prompts"] > 0.0
+    expected = by_a_slow_loop(tied_model, 4)
+    assert expected[-1]["position"] > 16  # prompts were refilled or passed over
     assert used[1] == expected
     assert used[2] == expected
 
@@ -94,7 +112,11 @@ def test_a_killed_run_refills_with_the_same_prompts(tied_model: str, tmp_path: P
         used[name] = lines_of(tmp_path / f"{name}.jsonl")
     assert used["killed"] == used["alone"]
     assert used["alone"][0]["position"] > 4  # else the epoch's number would do
-    assert differing(commands["killed"].last(), commands["alone"].last()) == []
+    killed, alone = (commands[name].last() for name in ("killed", "alone"))
+    assert differing(killed, alone) == []
+    counts = alone["PromptDataModule"]["solved"]
+    assert torch.equal(killed["PromptDataModule"]["solved"], counts)
+    assert 0 < counts.sum() < len(counts)
 
 
 def never_differs(completions: list[str], **columns: Any) -> list[float]:
