@@ -13,6 +13,7 @@ from trained_prompts import lines_of
 
 from interruptions import Command, callback, differing
 from prl_lightning.callbacks import RolloutCallback
+from prl_lightning.checks.contradictions import ConfigurationError
 from prl_lightning.data import PromptDataModule
 from prl_lightning.data.stream import DRAW, TRAIN, seed_of
 from prl_lightning.models.loading import load_tokenizer
@@ -21,7 +22,7 @@ from prl_lightning.types import Rollout
 from ranks import read, recorded_run, run_all
 from recorded import _completion
 from sample_rewards import even_digits
-from tiny_runs import fit
+from tiny_runs import fit, tiny_overrides
 from trainer_runs import TRAIN_ALONE, train
 
 pytestmark = pytest.mark.process
@@ -162,3 +163,9 @@ def test_refill_and_overlap_exclude_each_other() -> None:
 def test_a_refill_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rollout\.refill=0: must be at least 1"):
         RolloutCallback([even_digits], HFSampler(), refill=0)
+
+
+def test_groups_of_one_cannot_be_refilled(tied_model: str, tmp_path: Path) -> None:
+    options = ["--data.group_size=1", "--rollout.refill=2", "--model.objective.outcome=reward"]
+    with pytest.raises(ConfigurationError, match=r"data\.group_size=1, but rollout\.refill=2"):
+        fit(*tiny_overrides(tied_model, tmp_path), *options)
