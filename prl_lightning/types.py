@@ -150,7 +150,8 @@ class PromptSource(ABC):
         """Take in the rewards of an iteration; a collective.
 
         Args:
-            rollouts: this rank's, of all sources.
+            rollouts: this rank's, of all sources; with ``rollout.refill`` also of the groups
+                without signal that are not trained on.
 
         Returns:
             Values to log, as ``rollout/NAME``.

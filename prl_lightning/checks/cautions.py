@@ -1,4 +1,4 @@
-"""Settings that work, but probably not as meant: warnings before a run starts."""
+"""Settings that work, but probably not as meant: warnings before a run starts, and a hint in it."""
 
 from __future__ import annotations
 

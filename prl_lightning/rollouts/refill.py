@@ -13,10 +13,10 @@ from prl_lightning.types import Prompt, Rollout
 class IterationGroups:
     """The groups of one iteration, sampled in rounds until enough of them have a signal.
 
-    The dynamic sampling of DAPO (arXiv 2503.14476, Eq. 11): the first ``prompts_per_epoch`` groups
-    whose rewards differ are trained on, in the order of the data. If there are not as many among
-    the first ``attempts * prompts_per_epoch``, the earliest groups without signal take the places
-    that are left. The next iteration begins after the last prompt that was needed.
+    The dynamic sampling of DAPO (arXiv 2503.14476, section 3.2): the first ``prompts_per_epoch``
+    groups whose rewards differ are trained on, in the order of the data. If there are not as many
+    among the first ``attempts * prompts_per_epoch``, the earliest groups without signal take the
+    places that are left. The next iteration begins after the last prompt that was needed.
 
     Neither the number of ranks nor the size of a round decides which prompts are used: groups that
     a round has sampled beyond the last one needed are dropped, and their prompts come again.
@@ -33,7 +33,6 @@ class IterationGroups:
         self.has_signal: list[bool] = []  # of the groups of all ranks, in the order of the data
         self._is_refilling = attempts > 1
         self._positions = data.positions(attempts)
-        self._ranks_of: dict[int, int] = {}  # who has sampled a group
         self._own: dict[int, Sequence[Rollout]] = {}  # groups of this rank
         self._round: list[list[int]] = []  # groups of each rank in the round under way
 
@@ -73,7 +72,6 @@ class IterationGroups:
         groups = dict(zip(own, equal_parts(rollouts, len(own)), strict=True))
         self._own |= groups
         by_rank = all_gather({index: differs(group) for index, group in groups.items()})
-        self._ranks_of |= {index: rank for rank, found in enumerate(by_rank) for index in found}
         has_signal = {index: signal for found in by_rank for index, signal in found.items()}
         self.has_signal += [has_signal[index] for index in sorted(has_signal)]
 
@@ -85,11 +83,11 @@ class IterationGroups:
         indices = choose(self.has_signal, self.wanted)
         shares = share_of(indices, self.data.updates_per_epoch, self.data.ranks)
         own = shares[self.data.rank]
-        away = {index: group for index, group in self._own.items() if index in indices}
-        for index in own:
-            away.pop(index, None)
-        moved = [group for groups in all_gather(away) for group in groups.items()]
-        groups = self._own | dict(moved)
+        elsewhere = set(indices) - set(own)
+        leaving = {index: group for index, group in self._own.items() if index in elsewhere}
+        groups = dict(self._own)
+        for arriving in all_gather(leaving):
+            groups |= arriving
         return _flat(groups[index] for index in own)
 
     def metrics(self) -> dict[str, float]:
