@@ -38,5 +38,10 @@ def sum_over_ranks(totals: Tensor) -> Tensor:
     return torch.stack(shares).sum(0) if len(shares) > 1 else totals
 
 
+def rank() -> int:
+    """Index of this process among the ranks of the run."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
 def _ranks() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1

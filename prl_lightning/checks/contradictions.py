@@ -213,6 +213,11 @@ def _of_training(
 ) -> Iterator[str]:
     if not data.train_sources:
         yield "data.train is missing: name the prompts to train on."
+    if data.group_size == 1 and rollout.refill > 1:
+        yield (
+            f"data.group_size={data.group_size}, but rollout.refill={rollout.refill} waits for "
+            "groups whose rewards differ. Sample 2 or more, or leave refill out."
+        )
     yield from errors_of(lambda: data.sizes(trainer))
     objective = module.objective
     if data.group_size == 1 and objective.outcome in ("grpo", "dr_grpo", "rloo"):
@@ -220,11 +225,6 @@ def _of_training(
             f"data.group_size={data.group_size}, but model.objective.outcome="
             f"{objective.outcome!r} compares the completions of a prompt. Sample 2 or more, "
             "or set outcome to 'reward'."
-        )
-    if data.group_size == 1 and rollout.refill > 1:
-        yield (
-            f"data.group_size={data.group_size}, but rollout.refill={rollout.refill} waits for "
-            "groups whose rewards differ. Sample 2 or more, or leave refill out."
         )
     if rollout.overlap and objective.importance_cap is not None:
         yield (
