@@ -37,6 +37,7 @@ class Prompt:
         seed: its completions use the random numbers of seed, seed + 1 and so on. It depends only on
             the prompt's position in the data, not on the number of ranks. Whether equal seeds give
             equal tokens: see ``Sampler.generate``.
+        position: of a training prompt in the endless stream of the data.
         is_padding: a repeated prompt that fills up an evaluation set whose size the number of ranks
             does not divide; it is not counted.
     """
@@ -45,6 +46,7 @@ class Prompt:
     source: str | list[Message]
     columns: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    position: int = 0
     is_padding: bool = False
 
 
@@ -152,7 +154,8 @@ class PromptSource(ABC):
         """Take in the rewards of an iteration; a collective.
 
         Args:
-            rollouts: this rank's, of all sources.
+            rollouts: this rank's, of all sources; with ``rollout.refill`` also of the groups
+                without signal that are not trained on.
 
         Returns:
             Values to log, as ``rollout/NAME``.

@@ -89,3 +89,17 @@ def test_method_trains(method: Path, tied_model: str, tmp_path: Path) -> None:
     start = AutoModelForCausalLM.from_pretrained(tied_model).state_dict()
     moved = [not torch.equal(state[f"policy.causal_lm.{name}"], start[name]) for name in start]
     assert all(moved)
+
+
+def test_refilling_goes_over_a_method(tied_model: str, tmp_path: Path) -> None:
+    config = CONFIGS / "rollout" / "refill.yaml"
+    overrides = tiny_overrides(tied_model, tmp_path)
+    fit("--config", str(CONFIGS / "methods" / "grpo.yaml"), "--config", str(config), *overrides)
+    metrics = metrics_of(tmp_path)
+    names = ("rollout/refill_attempts", "rollout/refill_discarded")
+    for attempts, discarded in zip(*(metrics[name] for name in names), strict=True):
+        assert 1 <= attempts <= 4
+        # Four are kept of all that were sampled, and each prompt that was needed was.
+        assert 4 / (1 - discarded) > 4 * attempts - 1e-3
+    assert "rollout/solved_prompts" in metrics
+    assert "train/kl_ref" not in metrics

@@ -49,6 +49,8 @@ def test_every_logged_name_is_documented(tied_model: str, tmp_path: Path) -> Non
         *tiny_overrides(tied_model, tmp_path),
         "--rollout.rewards=[sample_rewards.even_digits, prl_lightning.rewards.MathReward]",
         "--model.objective.engine_correction={high: 2}",
+        "--rollout.refill=2",
+        "--data.difficulty={passes: 1}",
         "--trainer.logger.class_path=TensorBoardLogger",
         f"--trainer.logger.init_args.save_dir={tmp_path / 'board'}",
     )

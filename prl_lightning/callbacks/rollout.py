@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from prl_lightning.checks.cautions import (
+    signal_hint,
     warn_of_greedy,
     warn_of_one_step,
     warn_of_slow_precision,
@@ -29,6 +30,7 @@ from prl_lightning.rewards import RewardFunction, RewardLimits, RewardSum
 from prl_lightning.rollouts.advantages import set_advantages
 from prl_lightning.rollouts.collector import Collector
 from prl_lightning.rollouts.engine_link import EngineLink
+from prl_lightning.rollouts.refill import IterationGroups
 from prl_lightning.rollouts.resume import ResumeState, is_between_epochs
 from prl_lightning.rollouts.rewarding import Rewarder
 from prl_lightning.rollouts.settings import RolloutSettings
@@ -68,9 +70,12 @@ class RolloutCallback(Callback):
         limits: of time and memory of the reward functions, which run in subprocesses.
         stop: texts and token ids that end a completion, as its end-of-sequence token does, also in
             evaluations. The reward functions see the completion without the text.
+        refill: sample further prompts until ``prompts_per_epoch`` groups have rewards that differ,
+            at most so many times ``prompts_per_epoch`` prompts an iteration. With 1, none.
 
     Raises:
-        ValueError: a value out of range, or overlap with a sampler that blocks the trainer.
+        ValueError: a value out of range, or overlap with refill or with a sampler that blocks the
+            trainer.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class RolloutCallback(Callback):
         overlap: bool = False,
         limits: RewardLimits = RewardLimits(),  # noqa: B008  (frozen)
         stop: list[str | int] | None = None,
+        refill: int = 1,
     ) -> None:
         self.settings = RolloutSettings(
             rewards=RewardSum(rewards, reward_weights, limits),
@@ -94,6 +100,7 @@ class RolloutCallback(Callback):
             overlap=overlap,
             limits=limits,
             stop=tuple(stop or ()),
+            refill=refill,
         )
         self.engine: EngineLink | None = None
         self._has_hinted = False
@@ -162,10 +169,10 @@ class RolloutCallback(Callback):
         """Fill the training buffer with this iteration's rollouts."""
         data, accumulate = prompt_data(trainer), trainer.accumulate_grad_batches
         config = self._sampling(data.group_size, self.settings.temperature)
-        prompts = data.next_prompts()
-        rollouts = self.collector.collect(prompts, config, data.updates_per_epoch, accumulate)
+        groups = IterationGroups(data, self.settings.refill)
+        rollouts = self.collector.collect(groups, config, data.updates_per_epoch, accumulate)
         data.train_buffer.fill(rollouts)
-        values = self.collector.metrics | data.advance(rollouts)
+        values = self.collector.metrics | data.advance(groups.passed, groups.position)
         self._log(pl_module, values)
         self._hint(values, data.evaluation.solved_at)
         if self.settings.overlap and not is_last_epoch(trainer):
@@ -200,16 +207,9 @@ class RolloutCallback(Callback):
 
     def _hint(self, values: dict[str, float], solved_at: float) -> None:
         """Say once what to do if most groups teach nothing."""
-        share, reward = values["groups_without_signal"], values["reward"]
-        if share <= 0.5 or self._has_hinted:
-            return
-        self._has_hinted = True
-        others = "harder" if reward >= solved_at else "easier"
-        rank_zero_warn(
-            f"rollout/groups_without_signal={share:.2f}: these groups have equal rewards, so "
-            f"they teach nothing about the outcome. The mean reward is {reward:.2f}: take "
-            f"{others} prompts, or raise data.group_size. docs/metrics.md has more."
-        )
+        if not self._has_hinted and (hint := signal_hint(values, solved_at, self.settings.refill)):
+            self._has_hinted = True
+            rank_zero_warn(hint)
 
     # Evaluation
 

@@ -1,4 +1,4 @@
-"""Settings that work, but probably not as meant: warnings before a run starts."""
+"""Settings that work, but probably not as meant: warnings before a run starts, and a hint in it."""
 
 from __future__ import annotations
 
@@ -45,6 +45,31 @@ def warn_of_turn_end(module: PRLModule, data: PromptDataModule, rollout: Rollout
             f"the generation config of model.policy={module.policy_name!r} has as a stop token: a "
             f"completion goes on after it. Set rollout.stop to [{closing[0]!r}] to end it there."
         )
+
+
+def signal_hint(values: dict[str, float], solved_at: float, refill: int) -> str | None:
+    """Return what to do about groups without signal, or None if most groups have one.
+
+    Args:
+        values: of an iteration, by the names of ``rollout/NAME``.
+        solved_at: reward from which a completion is correct.
+        refill: see ``RolloutCallback``.
+    """
+    share, reward = values["groups_without_signal"], values["reward"]
+    unfilled = values.get("refill_unfilled", 0.0)
+    if share <= 0.5 or (refill > 1 and not unfilled):
+        return None
+    others = "harder" if reward >= solved_at else "easier"
+    again = (
+        "set rollout.refill to sample others in their place"
+        if refill == 1
+        else f"raise rollout.refill={refill}, which left {unfilled:.0%} of the places to them"
+    )
+    return (
+        f"rollout/groups_without_signal={share:.2f}: these groups have equal rewards, so they "
+        f"teach nothing about the outcome. The mean reward is {reward:.2f}: take {others} prompts, "
+        f"raise data.group_size, or {again}. docs/metrics.md has more."
+    )
 
 
 def warn_of_slow_precision(trainer: Trainer) -> None:

@@ -218,6 +218,11 @@ def _of_training(
 ) -> Iterator[str]:
     if not data.train_sources:
         yield "data.train is missing: name the prompts to train on."
+    if data.group_size == 1 and rollout.refill > 1:
+        yield (
+            f"data.group_size={data.group_size}, but rollout.refill={rollout.refill} waits for "
+            "groups whose rewards differ. Sample 2 or more, or leave refill out."
+        )
     yield from errors_of(lambda: data.sizes(trainer))
     objective = module.objective
     compares = ("grpo", "dr_grpo", "rloo", "maxrl", "batch_std")

@@ -59,10 +59,11 @@ def describe(
     lines = []
     if data.train_sources:
         longest = data.max_prompt_tokens + rollout.max_new_tokens
-        completions = data.prompts_per_epoch * data.group_size
+        completions = rollout.refill * data.prompts_per_epoch * data.group_size
         epochs = trainer.max_epochs or 0
         lines += [
             f"epoch      {data.sizes(trainer)}",
+            *_refilled(data, rollout),
             f"tokens     at most {completions} x ({data.max_prompt_tokens} + "
             f"{rollout.max_new_tokens}) = {completions * longest:,} an epoch",
             f"run        {epochs} epochs x {data.updates_per_epoch} = "
@@ -87,6 +88,15 @@ def describe(
             f"memory     and time are unknown until data.prepare has created {module.policy_name}"
         )
     return "\n".join(lines)
+
+
+def _refilled(data: PromptDataModule, rollout: RolloutSettings) -> Iterator[str]:
+    if rollout.refill > 1:
+        prompts = rollout.refill * data.prompts_per_epoch
+        yield (
+            f"refill     at most {rollout.refill} x {data.prompts_per_epoch} = {prompts} prompts x "
+            f"{data.group_size} completions sampled an epoch"
+        )
 
 
 def _parameters(name: str) -> int:

@@ -1,5 +1,6 @@
 """Prompts in, rollouts out."""
 
+from prl_lightning.data.difficulty import Difficulty
 from prl_lightning.data.format import DataError, PromptFormat
 from prl_lightning.data.gym import Curriculum, ReasoningGym
 from prl_lightning.data.gym_tasks import GymTask
@@ -12,6 +13,7 @@ from prl_lightning.types import PromptSource
 __all__ = [
     "Curriculum",
     "DataError",
+    "Difficulty",
     "GymTask",
     "PromptDataModule",
     "PromptFormat",

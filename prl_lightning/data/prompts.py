@@ -6,26 +6,23 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import ConcatDataset
 
+from prl_lightning.data.difficulty import Difficulty
 from prl_lightning.data.format import PromptFormat
 from prl_lightning.data.generated import GeneratedPrompts, problem_of
 from prl_lightning.data.loader import RolloutLoader
 from prl_lightning.data.prompt_set import PromptSet
-from prl_lightning.data.rollouts import RolloutBuffer
+from prl_lightning.data.rollouts import RolloutBuffer, share_of
 from prl_lightning.data.sizes import EpochSizes
 from prl_lightning.data.sources import Source
+from prl_lightning.data.stream import EVAL, PromptStream, seed_of
 from prl_lightning.evaluation import Evaluation
 from prl_lightning.models.loading import load_tokenizer
 from prl_lightning.runs.progress import hide_library_bars
 from prl_lightning.types import Prompt, PromptSource, Rollout
-
-# Part of every seed, so that training and evaluation never use the same seed.
-TRAIN, EVAL = 0, 1
 
 
 class PromptDataModule(LightningDataModule):
@@ -49,6 +46,8 @@ class PromptDataModule(LightningDataModule):
         max_prompt_tokens: longer prompts are dropped and counted.
         seed: of the order of the prompts and of the sampling.
         prepare: called once per node before any prompt is read, to create or download the data.
+        difficulty: draw prompts less often that are always solved, from the next pass over the
+            data on.
 
     Attributes:
         reward_columns: columns that reward functions can read, by the field and path of each source
@@ -67,6 +66,7 @@ class PromptDataModule(LightningDataModule):
         max_prompt_tokens: int = 1024,
         seed: int = 0,
         prepare: Callable[[], Any] | None = None,
+        difficulty: Difficulty | None = None,
     ) -> None:
         super().__init__()
         trains = [train] if isinstance(train, str | PromptSource) else train or []
@@ -81,12 +81,13 @@ class PromptDataModule(LightningDataModule):
         self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
         self.prepare = prepare
+        self.difficulty = difficulty
         self.prompts_seen = 0
+        self._stream = PromptStream([], seed)
         self.train_buffer = RolloutBuffer(0)
         self.eval_buffers: dict[str, RolloutBuffer] = {}
         self.eval_prompts: dict[str, list[Prompt]] = {}  # of this rank
         self.reward_columns: dict[str, set[str]] = {}
-        self._pass: int | None = None  # number of the pass over the data that _order belongs to
 
     def prepare_data(self) -> None:
         """Create or download the data, once per node."""
@@ -121,8 +122,8 @@ class PromptDataModule(LightningDataModule):
         All ranks must take the same number of steps, so the last prompt is repeated as padding.
         """
         last = len(prompts) - 1
-        rows = range(self._rank, last + self._ranks, self._ranks)[: last // self._ranks + 1]
-        seeds = [_seed(self.seed, EVAL, row, *name.encode()) for row in rows]
+        rows = range(self.rank, last + self.ranks, self.ranks)[: last // self.ranks + 1]
+        seeds = [seed_of(self.seed, EVAL, row, *name.encode()) for row in rows]
         return [
             replace(prompts[min(row, last)], seed=seed, is_padding=row > last)
             for row, seed in zip(rows, seeds, strict=True)
@@ -132,12 +133,13 @@ class PromptDataModule(LightningDataModule):
         if not self.train_sources:
             raise ValueError("data.train is missing: name the prompts to train on.")
         sets = [self._prompt_set(source, "data.train", held_out) for source in self.train_sources]
-        self._train_prompts: ConcatDataset[Prompt] = ConcatDataset(sets)
-        if len(self._train_prompts) < self.prompts_per_epoch:
+        prompts: ConcatDataset[Prompt] = ConcatDataset(sets)
+        if len(prompts) < self.prompts_per_epoch:
             raise ValueError(
                 f"data.prompts_per_epoch={self.prompts_per_epoch}, but data.train has "
-                f"{len(self._train_prompts)} prompts. Lower it, or add prompts."
+                f"{len(prompts)} prompts. Lower it, or add prompts."
             )
+        self._stream = PromptStream(prompts, self.seed, self.difficulty)
         sizes = self.sizes(self.trainer)
         rank_zero_info(f"Epoch: {sizes}")
         self.train_buffer = RolloutBuffer(self.updates_per_epoch, sizes.micro_batches)
@@ -170,33 +172,44 @@ class PromptDataModule(LightningDataModule):
         return prompts
 
     @property
-    def _rank(self) -> int:
+    def rank(self) -> int:
+        """Index of this process among those that share an update."""
         return 0 if self.trainer is None else self.trainer.global_rank
 
     @property
-    def _ranks(self) -> int:
+    def ranks(self) -> int:
+        """Number of processes that share an update."""
         return 1 if self.trainer is None else self.trainer.world_size
 
     def next_prompts(self) -> list[Prompt]:
         """Return this rank's prompts of the next epoch, update by update."""
-        start, end = self.prompts_seen, self.prompts_seen + self.prompts_per_epoch
-        share = self.prompts_per_epoch // self.updates_per_epoch // self._ranks
-        blocks = range(start + self._rank * share, end, share * self._ranks)
-        return [
-            self._prompt(position) for block in blocks for position in range(block, block + share)
-        ]
+        shares = share_of(self.positions(), self.updates_per_epoch, self.ranks)
+        return self.prompts_at(shares[self.rank])
 
-    def advance(self, rollouts: Sequence[Rollout] = ()) -> dict[str, float]:
+    def positions(self, attempts: int = 1) -> list[int]:
+        """Return the positions in the stream of the next ``attempts`` epochs' prompts."""
+        return self._stream.positions(self.prompts_seen, attempts * self.prompts_per_epoch)
+
+    def prompts_at(self, positions: Sequence[int]) -> list[Prompt]:
+        """Return the prompts at positions of the stream."""
+        return [self._stream[position] for position in positions]
+
+    def advance(
+        self, rollouts: Sequence[Rollout] = (), position: int | None = None
+    ) -> dict[str, float]:
         """Move to the next epoch's prompts; a collective.
 
         Args:
             rollouts: this rank's of this epoch, which the sources may follow, as a curriculum does.
+            position: in the stream, of the next epoch's first prompt; by default this epoch has
+                taken ``prompts_per_epoch`` prompts.
 
         Returns:
             Values to log.
         """
-        self.prompts_seen += self.prompts_per_epoch
-        values: dict[str, float] = {}
+        self.prompts_seen = self.positions()[-1] + 1 if position is None else position
+        solved_at = self.evaluation.solved_at
+        values = self._stream.observe(rollouts, self.group_size, solved_at)
         for source in self._generating:
             values |= source.observe(rollouts)
         return values
@@ -205,19 +218,9 @@ class PromptDataModule(LightningDataModule):
     def _generating(self) -> list[PromptSource]:
         return [source for source in self.train_sources if isinstance(source, PromptSource)]
 
-    def _prompt(self, position: int) -> Prompt:
-        """Return the prompt at a position of the endless stream; each pass has its own order."""
-        size = len(self._train_prompts)
-        number, place = divmod(position, size)
-        if self._pass != number:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            self._pass, self._order = number, torch.randperm(size, generator=generator)
-        prompt = self._train_prompts[int(self._order[place])]
-        return replace(prompt, seed=_seed(self.seed, TRAIN, position))
-
     def train_dataloader(self) -> RolloutLoader:
         """Return a loader of micro-batches; the callback fills the buffer before it is read."""
-        return RolloutLoader(self.train_buffer, self._rank, self._ranks)
+        return RolloutLoader(self.train_buffer, self.rank, self.ranks)
 
     def val_dataloader(self) -> Sequence[RolloutLoader]:
         """Return one loader per evaluation set; each batch is the group of one prompt."""
@@ -227,9 +230,9 @@ class PromptDataModule(LightningDataModule):
     predict_dataloader = val_dataloader
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the stream of prompts, and the states of the training sources."""
+        """Return the position in the stream of prompts, and the states of stream and sources."""
         states = [source.state_dict() for source in self._generating]
-        return {"prompts_seen": self.prompts_seen, "sources": states}
+        return {"prompts_seen": self.prompts_seen, "sources": states} | self._stream.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the saved position."""
@@ -237,12 +240,8 @@ class PromptDataModule(LightningDataModule):
         # The numbers may differ: the run may continue with other sources.
         for source, state in zip(self._generating, state_dict.get("sources", []), strict=False):
             source.load_state_dict(state)
+        self._stream.load_state_dict(state_dict)
 
 
 def _parse(source: str | PromptSource) -> Source | PromptSource:
     return Source.parse(source) if isinstance(source, str) else source
-
-
-def _seed(*entropy: int) -> int:
-    """Return a seed for a position in the data, below 2^62 to leave room for samples."""
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +15,19 @@ from prl_lightning.distributed import sum_over_ranks
 from prl_lightning.models.packing import Packing
 from prl_lightning.types import Rollout, RolloutBatch
 
+T = TypeVar("T")
 
-def equal_parts(rollouts: Sequence[Rollout], parts: int) -> list[Sequence[Rollout]]:
-    """Cut rollouts into parts of the same number of rollouts, in order."""
-    size = len(rollouts) // parts
-    return [rollouts[i * size : (i + 1) * size] for i in range(parts)]
+
+def equal_parts(items: Sequence[T], parts: int) -> list[Sequence[T]]:
+    """Cut a sequence into parts of the same length, in order."""
+    size = len(items) // parts
+    return [items[i * size : (i + 1) * size] for i in range(parts)]
+
+
+def share_of(items: Sequence[T], updates: int, ranks: int) -> list[list[T]]:
+    """Return each rank's share of every update, in order."""
+    by_update = [equal_parts(update, ranks) for update in equal_parts(items, updates)]
+    return [[item for shares in by_update for item in shares[rank]] for rank in range(ranks)]
 
 
 def split_by_tokens(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]]:

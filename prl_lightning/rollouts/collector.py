@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.advantages import set_advantages
 from prl_lightning.rollouts.engine_link import EngineLink, Samples
-from prl_lightning.rollouts.rewarding import Rewarder
+from prl_lightning.rollouts.refill import IterationGroups
+from prl_lightning.rollouts.rewarding import Rewarder, Scored
 from prl_lightning.rollouts.statistics import describe
 from prl_lightning.sampling import SamplingConfig
 from prl_lightning.types import Prompt, Rollout
@@ -42,7 +43,7 @@ class Collector:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def collect(
-        self, prompts: list[Prompt], config: SamplingConfig, updates: int, micro_batches: int
+        self, groups: IterationGroups, config: SamplingConfig, updates: int, micro_batches: int
     ) -> list[Rollout]:
         """One iteration: sample a group for each prompt, check the engine, reward, compare.
 
@@ -50,7 +51,7 @@ class Collector:
         ``RolloutBuffer``, which collates it into the batches of ``PRLModule.training_step``.
 
         Args:
-            prompts: this rank's prompts.
+            groups: has the prompts; it asks for more in place of groups without signal.
             config: settings of the sampling; ``n`` is the group size.
             updates: number of optimizer updates that the rollouts are used for.
             micro_batches: number of micro-batches per update; scoring uses as many.
@@ -59,17 +60,22 @@ class Collector:
             Rollouts that are ready to train on, groups contiguous, in the order of the prompts.
         """
         self.metrics = {}
-        start = time.monotonic()
-        samples = self.engine.sample(prompts, config)
-        self._time_sampling(samples, time.monotonic() - start)
-        rollouts = self._rollouts(prompts, samples)
-        self.metrics |= self.engine.check_against(rollouts, samples)
-        with self._timed("reward"):
-            self.metrics |= self.rewarder.reward(rollouts)
+        scored: list[Scored] = []
+        while prompts := groups.next_prompts():
+            start = time.monotonic()
+            samples = self.engine.sample(prompts, config)
+            self._time_sampling(samples, time.monotonic() - start)
+            rollouts = self._rollouts(prompts, samples)
+            self.metrics |= self.engine.check_against(rollouts, samples)
+            with self._timed("reward"):
+                scored += self.rewarder.score(rollouts)
+            groups.add(rollouts)
+        self.metrics |= self.rewarder.summarize(scored) | groups.metrics()
+        chosen = groups.chosen()
         with self._timed("scoring"):
-            set_advantages(self.module, rollouts, config.n, updates, micro_batches)
-        self.metrics |= describe(rollouts, config.n, samples.seconds)
-        return rollouts
+            set_advantages(self.module, chosen, config.n, updates, micro_batches)
+        self.metrics |= describe(groups.sampled, config.n, self.metrics["sampling_seconds"])
+        return chosen
 
     def evaluate(
         self, sets: dict[str, list[Prompt]], config: SamplingConfig
@@ -115,15 +121,19 @@ class Collector:
 
     def _time_sampling(self, samples: Samples, seconds: float) -> None:
         """Log the engine's own time apart from its start and from the wait for it."""
-        self.metrics["sampling_seconds"] = samples.seconds
+        self._add_seconds("sampling", samples.seconds)
         if self.engine.prefetches:
-            self.metrics["waiting_seconds"] = seconds
+            self._add_seconds("waiting", seconds)
             self.metrics["staleness"] = float(self.trainer.global_step - samples.step)
         else:
-            self.metrics["weights_seconds"] = seconds - samples.seconds
+            self._add_seconds("weights", seconds - samples.seconds)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         start = time.monotonic()
         yield
-        self.metrics[f"{what}_seconds"] = time.monotonic() - start
+        self._add_seconds(what, time.monotonic() - start)
+
+    def _add_seconds(self, what: str, seconds: float) -> None:
+        name = f"{what}_seconds"
+        self.metrics[name] = self.metrics.get(name, 0.0) + seconds

@@ -25,13 +25,14 @@ WRITTEN_CHARACTERS = 4000
 
 # Name of the function, why it failed, and a rollout that it was called with.
 Failed = tuple[str, Failure, Rollout]
+Scored = tuple[list[Rollout], RewardScores]
 
 
 class Rewarder:
     """Call the reward functions, count failures, and stop the run if there are too many.
 
     ``reward_failures.jsonl`` in the run's folder gets the first 16 failures of every rank and
-    call of ``reward``.
+    call of ``summarize``.
 
     Args:
         rewards: the reward functions.
@@ -51,27 +52,38 @@ class Rewarder:
             group_size: completions per prompt; if given, ``answer`` of every rollout is set too.
 
         Returns:
+            Values to log, see ``summarize``.
+
+        Raises:
+            RuntimeError: more than ``limits.max_failures`` of all ranks' completions failed.
+        """
+        scored = self.score(rollouts)
+        values = self.summarize(scored)
+        if group_size is not None:
+            self._compare_answers(rollouts, group_size, _failed(scored))
+        return values
+
+    def score(self, rollouts: list[Rollout]) -> list[Scored]:
+        """Set ``reward`` of every rollout, and return the scores for ``summarize``."""
+        calls = len(rollouts) * len(self.rewards.names)
+        with progress_bar(self.trainer, "Rewarding", calls) as advance:
+            return [
+                (own, self._score(own, partial(advance, 1, "")))
+                for own in _by_columns(rollouts).values()
+            ]
+
+    def summarize(self, scored: Sequence[Scored]) -> dict[str, float]:
+        """Record the failures of one or several calls of ``score``; a collective.
+
+        Returns:
             Values to log: failures per function, rewards per function if there are several, and the
             number of completions that no function rewarded.
 
         Raises:
             RuntimeError: more than ``limits.max_failures`` of all ranks' completions failed.
         """
-        calls = len(rollouts) * len(self.rewards.names)
-        with progress_bar(self.trainer, "Rewarding", calls) as advance:
-            parts = [
-                (own, self._score(own, partial(advance, 1, "")))
-                for own in _by_columns(rollouts).values()
-            ]
-        failed = [
-            (call.name, call.failure, own[call.index])
-            for own, scores in parts
-            for call in scores.failed_calls
-        ]
-        self._check_failures(failed, len(rollouts))
-        if group_size is not None:
-            self._compare_answers(rollouts, group_size, failed)
-        return self._values([scores for _, scores in parts])
+        self._check_failures(_failed(scored), sum(len(own) for own, _ in scored))
+        return self._values([scores for _, scores in scored])
 
     def _score(self, rollouts: list[Rollout], done: Callable[[], Any]) -> RewardScores:
         """Set ``reward`` and its parts of rollouts that have the same columns."""
@@ -180,6 +192,14 @@ class Rewarder:
             "prompt": prompt_text(rollout.prompt.source)[:WRITTEN_CHARACTERS],
             "completion": rollout.text[:WRITTEN_CHARACTERS],
         }
+
+
+def _failed(scored: Sequence[Scored]) -> list[Failed]:
+    return [
+        (call.name, call.failure, own[call.index])
+        for own, scores in scored
+        for call in scores.failed_calls
+    ]
 
 
 def _by_columns(rollouts: list[Rollout]) -> dict[frozenset[str], list[Rollout]]:

@@ -14,7 +14,8 @@ class RolloutSettings:
     """The ``rollout`` section of a configuration; RolloutCallback describes the attributes.
 
     Raises:
-        ValueError: a value out of range, or overlap with a sampler that blocks the trainer.
+        ValueError: a value out of range, or overlap with refill or with a sampler that blocks the
+            trainer.
     """
 
     rewards: RewardSum
@@ -25,14 +26,22 @@ class RolloutSettings:
     overlap: bool
     limits: RewardLimits
     stop: tuple[str | int, ...] = ()
+    refill: int = 1
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name, least in (("max_new_tokens", 1), ("temperature", MIN_TEMPERATURE)):
+        least_values = {"max_new_tokens": 1, "temperature": MIN_TEMPERATURE, "refill": 1}
+        for name, least in least_values.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"rollout.{name}={getattr(self, name)}: must be at least {least}.")
         if "" in self.stop:
             raise ValueError(f"rollout.stop={list(self.stop)}: a text must not be empty.")
+        if self.overlap and self.refill > 1:
+            raise ValueError(
+                f"rollout.overlap=true and rollout.refill={self.refill}: how many prompts an "
+                "iteration needs is known only when it has been rewarded, so the next one cannot "
+                "be sampled meanwhile. Leave one of them out."
+            )
         if self.overlap and not self.sampler.is_concurrent:
             raise ValueError(
                 f"rollout.overlap=true, but {type(self.sampler).__name__} samples in the trainer's "

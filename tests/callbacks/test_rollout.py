@@ -243,7 +243,12 @@ def test_groups_without_signal_are_a_hint_said_once(
         train(tied_model, tmp_path, rewards=[same], epochs=2)
     said = [str(one.message) for one in caught if "groups_without_signal" in str(one.message)]
     assert len(said) == 1
-    for words in ("rollout/groups_without_signal=1.00", f"{mend} prompts", "data.group_size"):
+    for words in (
+        "rollout/groups_without_signal=1.00",
+        f"{mend} prompts",
+        "data.group_size",
+        "set rollout.refill",
+    ):
         assert words in said[0]
 
 

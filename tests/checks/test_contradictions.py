@@ -372,11 +372,13 @@ def test_check_says_what_a_run_asks_for_without_loading_weights(
         "--trainer.devices=2",
         "--trainer.strategy=ddp",
         "--trainer.max_epochs=7",
+        "--rollout.refill=2",
     ]
     main(["check", "--config", str(ARITHMETIC), *overrides])
     said = capsys.readouterr().out
     assert "4 prompts x 4 completions = 16 per epoch; / 1 updates = 16 per update; / 2" in said
-    assert "at most 16 x (16 + 8) = 384 an epoch" in said
+    assert "at most 2 x 4 = 8 prompts x 4 completions sampled an epoch" in said
+    assert "at most 32 x (16 + 8) = 768 an epoch" in said
     assert "7 epochs x 1 = 7 updates" in said
     assert not (tmp_path / "run").exists()
 
