@@ -24,6 +24,15 @@ def gather(value: Any) -> list[Any] | None:
     return values
 
 
+def max_over_ranks(value: int) -> int:
+    """Return the largest value of all ranks on each of them; every rank must call this."""
+    if _ranks() == 1:
+        return value
+    values: list[Any] = [None] * _ranks()
+    distributed.all_gather_object(values, value)
+    return max(values)
+
+
 def sum_over_ranks(totals: Tensor) -> Tensor:
     """Add up a CPU tensor over all ranks; every rank must call this and gets the sum."""
     if _ranks() == 1:

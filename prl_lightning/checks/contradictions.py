@@ -27,6 +27,7 @@ from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import RewardLimits
 from prl_lightning.rollouts.settings import RolloutSettings
+from prl_lightning.sampling.engine_ranks import indivisible_ranks
 from prl_lightning.sampling.stops import split_stops
 
 
@@ -206,6 +207,8 @@ def _of_engine(trainer: Trainer, rollout: RolloutSettings) -> Iterator[str]:
             f"rollout.sampler.gpus={list(gpus)}, but the trainer has {trainer.num_devices} "
             "processes on a machine. Name one GPU for each."
         )
+    if trainer.world_size % rollout.sampler.ranks_per_engine:
+        yield indivisible_ranks(rollout.sampler.ranks_per_engine, trainer.world_size)
 
 
 def _of_training(

@@ -1,0 +1,55 @@
+"""What vLLM does beside sampling: to the trainer's process, and to its own model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import distributed, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+
+def keep_to_itself() -> None:
+    """Keep vLLM from changing what the trainer has in the same process.
+
+    Where vLLM has no implementation of an architecture, it uses that of transformers. It would
+    compile it by replacing methods of the class, which then fail outside of the engine. When an
+    engine ends, vLLM would destroy every process group, including the trainer's, if it has one.
+
+    Without a GPU, its ranks would share memory under one name for all runs of a machine, and wait
+    for each other in a loop that never ends if one of them fails. The trainer's process groups
+    notice.
+    """
+    from vllm.distributed import parallel_state
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.model_executor.models.transformers import base
+
+    base.Base._decorate_for_torch_compile = lambda self: None
+    if distributed.is_initialized():
+        parallel_state.destroy_distributed_environment = lambda: None
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+
+
+def is_implemented(config: PretrainedConfig) -> bool:
+    """Whether vLLM implements an architecture, or can use transformers' implementation."""
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if kind is None or kind._supports_attention_backend:  # spares the import of vLLM
+        return True
+    from vllm import ModelRegistry
+
+    return kind.__name__ in ModelRegistry.get_supported_archs()
+
+
+def has_head(model: nn.Module) -> bool:
+    """Whether the engine's model has an output head; if tied, it may use the embeddings alone."""
+    return any(name.rpartition(".")[2] == "lm_head" for name, _ in model.named_modules())
+
+
+def unpack_experts(model: nn.Module) -> None:
+    """Make the engine pack the experts of a mixture again at the next load.
+
+    vLLM's CPU build packs them when it creates their kernel, and later loads reuse the kernel.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
+            method.moe_kernel = None
