@@ -15,9 +15,10 @@ def keep_to_itself() -> None:
     compile it by replacing methods of the class, which then fail outside of the engine. When an
     engine ends, vLLM would destroy every process group, including the trainer's, if it has one.
 
-    Without a GPU, its ranks would share memory under one name for all runs of a machine, and wait
-    for each other in a loop that never ends if one of them fails. The trainer's process groups
-    notice.
+    Without a GPU, builds for AVX-512 would share memory between an engine's ranks, under a name
+    that all runs of a machine have. A rank whose neighbour fails would wait in an endless loop, and
+    the ranks add in different orders, so they round differently (vLLM's csrc/cpu/shm.cpp). gloo
+    raises an error and gives all ranks the same sum.
     """
     from vllm.distributed import parallel_state
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator

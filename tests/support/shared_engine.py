@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,11 @@ def sample(model: str, rank: int) -> dict[str, Any]:
     sampler.load_weights(named_weights(load_policy(model)))
     found: dict[str, Any] = {}
     for name, shares in SHARES.items():
-        reported: dict[int, list[Completion]] = {}
-        tokens: list[int] = []
-
-        def report(finished: Any, count: int) -> None:
-            reported.update(finished)
-            tokens.append(count)
-
+        reports: list[tuple[Mapping[int, list[Completion]], int]] = []
         own = [PROMPTS[row] for row in shares[rank]]
-        found[name] = (sampler.generate(own, SAMPLING, report), reported, sum(tokens))
+        groups = sampler.generate(own, SAMPLING, lambda *report, to=reports: to.append(report))
+        finished = {row: group for some, _ in reports for row, group in some.items()}
+        found[name] = (groups, finished, sum(tokens for _, tokens in reports))
     found["error"] = failure(sampler, rank)
     found["after it"] = sampler.generate(PROMPTS[:1], SAMPLING)
     sampler.stop()
