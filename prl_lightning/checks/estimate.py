@@ -83,7 +83,9 @@ def _parameters(name: str) -> int:
 
 def _memory(trainer: Trainer, module: PRLModule, trains: bool) -> Iterator[tuple[str, float]]:
     """Yield the bytes of weights and states by purpose; strategies that shard divide by ranks."""
-    ranks = trainer.world_size if is_sharding(trainer.strategy) else 1
+    strategy = trainer.strategy
+    copies = getattr(strategy, "replicas", 1)  # of an FSDP2Strategy
+    ranks = trainer.world_size // copies if is_sharding(strategy) else 1
     size = 2 if str(trainer.precision) in ("bf16-true", "16-true") else 4
     weights = _parameters(module.policy_name) * size / ranks
     yield "policy", weights

@@ -15,9 +15,11 @@ from prl_lightning.models.loading import load_config, load_tokenizer
 from prl_lightning.sampling.base import Progress, Sampler, SamplingConfig
 from prl_lightning.sampling.engine_ranks import EngineRanks, OwnProgress
 from prl_lightning.sampling.vllm_internals import (
+    completion_of,
     has_head,
     is_implemented,
     keep_to_itself,
+    sampling_params,
     unpack_experts,
 )
 from prl_lightning.sampling.vllm_requirements import (
@@ -157,6 +159,9 @@ class VLLMSampler(Sampler):
     ) -> list[list[Completion]]:
         """See ``Sampler.generate``."""
         self._wake()
+        processor = self._llm.llm_engine.output_processor
+        if config.stop_texts and processor.tokenizer is None:  # only these need one
+            processor.tokenizer = load_tokenizer(self._model)
         shared = self._ranks.gather(prompts)
         report = on_progress and OwnProgress(shared.own, on_progress, self._ranks.size == 1)
         groups = self._sample(shared.prompts, config, report)
@@ -176,17 +181,14 @@ class VLLMSampler(Sampler):
         self, prompts: list[Prompt], config: SamplingConfig, report: OwnProgress | None
     ) -> list[list[Completion]]:
         """Complete the prompts of all ranks of this engine."""
-        processor = self._llm.llm_engine.output_processor
-        if config.stop_texts and processor.tokenizer is None:  # only these need one
-            processor.tokenizer = load_tokenizer(self._model)
         inputs = [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
         first = self._llm.request_counter.counter  # requests have ascending numbers
-        self._llm.enqueue(inputs, _params(prompts, config), use_tqdm=False)
+        self._llm.enqueue(inputs, sampling_params(prompts, config), use_tqdm=False)
         groups: dict[int, list[Completion]] = {}
         copies, reported, complete = config.n // config.num_distinct, 0, 0
         while self._llm.llm_engine.has_unfinished_requests():
             finished = {
-                int(output.request_id) - first: [_completion(sample) for sample in output.outputs]
+                int(output.request_id) - first: [completion_of(sample) for sample in output.outputs]
                 for output in self._llm.llm_engine.step()
                 if output.finished
             }
@@ -231,31 +233,3 @@ class VLLMSampler(Sampler):
             torch.cuda.empty_cache()
             self._llm.wake_up()
             self._is_asleep = False
-
-
-def _params(prompts: Sequence[Prompt], config: SamplingConfig) -> list[Any]:
-    from vllm import SamplingParams
-
-    return [
-        SamplingParams(
-            n=config.num_distinct,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_tokens=config.max_new_tokens,
-            stop_token_ids=list(config.stop_token_ids),
-            # Stop at the stop tokens only, not at the model's own end-of-sequence token.
-            ignore_eos=True,
-            seed=prompt.seed,  # vLLM adds j for sample j
-            logprobs=0,
-            stop=list(config.stop_texts),
-            detokenize=bool(config.stop_texts),
-            skip_special_tokens=False,
-        )
-        for prompt in prompts
-    ]
-
-
-def _completion(sample: Any) -> Completion:
-    token_ids = list(sample.token_ids)
-    logprobs = [step[token].logprob for step, token in zip(sample.logprobs, token_ids, strict=True)]
-    return Completion(token_ids, logprobs, finished=sample.finish_reason == "stop")

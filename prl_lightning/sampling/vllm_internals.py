@@ -1,11 +1,15 @@
-"""What vLLM does beside sampling: to the trainer's process, and to its own model."""
+"""vLLM's own types and habits: requests, its model, and what it does to the trainer's process."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import distributed, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from prl_lightning.sampling.base import SamplingConfig
+from prl_lightning.types import Completion, Prompt
 
 
 def keep_to_itself() -> None:
@@ -54,3 +58,33 @@ def unpack_experts(model: nn.Module) -> None:
         method: Any = getattr(module, "quant_method", None)
         if hasattr(method, "moe_kernel"):
             method.moe_kernel = None
+
+
+def sampling_params(prompts: Sequence[Prompt], config: SamplingConfig) -> list[Any]:
+    """Return vLLM's settings of each prompt."""
+    from vllm import SamplingParams
+
+    return [
+        SamplingParams(
+            n=config.num_distinct,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_tokens=config.max_new_tokens,
+            stop_token_ids=list(config.stop_token_ids),
+            # Stop at the stop tokens only, not at the model's own end-of-sequence token.
+            ignore_eos=True,
+            seed=prompt.seed,  # vLLM adds j for sample j
+            logprobs=0,
+            stop=list(config.stop_texts),
+            detokenize=bool(config.stop_texts),
+            skip_special_tokens=False,
+        )
+        for prompt in prompts
+    ]
+
+
+def completion_of(sample: Any) -> Completion:
+    """Turn vLLM's output into a completion."""
+    token_ids = list(sample.token_ids)
+    logprobs = [step[token].logprob for step, token in zip(sample.logprobs, token_ids, strict=True)]
+    return Completion(token_ids, logprobs, finished=sample.finish_reason == "stop")

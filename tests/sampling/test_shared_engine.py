@@ -63,7 +63,7 @@ def two_ranks(tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path
         validation_of(tied_model, root / "validation", problems, 2, "ddp") for problems in PROBLEMS
     ]
     ranks = start_on_ranks(2, work, tied_model, str(root), [*fits, *validations])
-    code, output = ranks.finish(timeout=900)
+    code, output = ranks.finish(timeout=600)
     assert code == 0, output
     return root
 
@@ -117,6 +117,12 @@ def test_an_evaluation_samples_what_only_one_of_the_ranks_lacks(
 
 def by_rank(folder: Path, name: str) -> list[Any]:
     return [torch.load(folder / f"samples-{rank}.pt", weights_only=False)[name] for rank in (0, 1)]
+
+
+def test_each_rank_holds_half_of_every_matrix(two_ranks: Path) -> None:
+    layer = ["query, key and value", "output of attention", "gate and up", "down"]
+    matrices = ["embeddings", *layer, *layer, "head"]
+    assert by_rank(two_ranks, "parts") == 2 * [[0.5 for _ in matrices]]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from prl_lightning.cli import main
 from prl_lightning.models.causal_lm import named_weights
@@ -38,7 +38,7 @@ def sample(model: str, rank: int) -> dict[str, Any]:
     sampler = VLLMSampler(cache_gib=0.1, tensor_parallel_size=2)
     sampler.start(model, 128)
     sampler.load_weights(named_weights(load_policy(model)))
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"parts": sampler._llm.apply_model(parts)[0]}
     for name, shares in SHARES.items():
         reports: list[tuple[Mapping[int, list[Completion]], int]] = []
         own = [PROMPTS[row] for row in shares[rank]]
@@ -49,6 +49,16 @@ def sample(model: str, rank: int) -> dict[str, Any]:
     found["after it"] = sampler.generate(PROMPTS[:1], SAMPLING)
     sampler.stop()
     return found
+
+
+def parts(engine: nn.Module) -> list[float]:
+    """This rank's part of each matrix; vLLM's CPU build packs the matrices themselves."""
+    layers: list[Any] = [m for m in engine.modules() if hasattr(m, "output_size_per_partition")]
+    return [
+        layer.input_size_per_partition * layer.output_size_per_partition
+        / (layer.input_size * layer.output_size)
+        for layer in layers
+    ]  # fmt: skip
 
 
 def failure(sampler: VLLMSampler, rank: int) -> str:
