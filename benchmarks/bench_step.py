@@ -25,7 +25,7 @@ from prl_lightning.data import PromptDataModule
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.sampling import HFSampler, Progress, Sampler, SamplingConfig, VLLMSampler
-from prl_lightning.sampling.vllm import _completion
+from prl_lightning.sampling.vllm_internals import completion_of
 from prl_lightning.types import Completion, Prompt
 
 WARM_UP = 1
@@ -53,7 +53,7 @@ class VLLMOfLengths(VLLMSampler):
             [{"prompt_token_ids": prompt.token_ids} for prompt, _ in rows], params, use_tqdm=False
         )
         # Their lengths are given: each ends by itself where it is to end.
-        drawn = iter(replace(_completion(output.outputs[0]), finished=True) for output in outputs)
+        drawn = iter(replace(completion_of(output.outputs[0]), finished=True) for output in outputs)
         return [[next(drawn) for _ in group] for group in lengths]
 
 

@@ -32,6 +32,11 @@ def all_gather(value: Any) -> list[Any]:
     return shares
 
 
+def max_over_ranks(value: int) -> int:
+    """Return the largest value of all ranks on each of them; every rank must call this."""
+    return max(all_gather(value))
+
+
 def sum_over_ranks(totals: Tensor) -> Tensor:
     """Add up a CPU tensor over all ranks; every rank must call this and gets the sum."""
     shares = all_gather(totals)

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
 
+from prl_lightning.models.mesh import hybrid_mesh
 from prl_lightning.runs.folders import claim_folders, keep_metrics
 from prl_lightning.runs.unpickling import refuse_code
 
@@ -31,6 +32,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             writes one file.
         process_group_backend: by default NCCL for GPUs and Gloo for CPUs.
         timeout: of a collective.
+        replicas: number of copies of the model; neighbouring ranks shard a copy. With one copy per
+            machine, weights are gathered within a machine, and only the sum of the gradients
+            crosses the network (hybrid sharding, HSDP).
     """
 
     def __init__(
@@ -38,13 +42,19 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        replicas: int = 1,
     ) -> None:
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
+        self.replicas = replicas
 
     def setup_environment(self) -> None:
         """Use every rank for data parallelism."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        if self.replicas > 1:
+            self._device_mesh = hybrid_mesh(self.root_device.type, self.replicas, self.world_size)
+            assert self.lightning_module is not None
+            self.lightning_module._device_mesh = self._device_mesh
 
 
 class CheckpointFile(TorchCheckpointIO):

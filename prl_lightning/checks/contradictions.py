@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from prl_lightning.checks.lightning_options import lightning_errors
+from prl_lightning.checks.lightning_options import lightning_errors, replica_errors
 from prl_lightning.data import PromptDataModule
 from prl_lightning.models.loading import (
     load_config,
@@ -27,6 +27,7 @@ from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import RewardLimits
 from prl_lightning.rollouts.settings import RolloutSettings
+from prl_lightning.sampling.engine_ranks import indivisible_ranks
 from prl_lightning.sampling.stops import split_stops
 
 
@@ -82,6 +83,7 @@ def contradictions(
         *_of_tasks(data, rollout, trains),
         *_of_limits(rollout.limits),
         *_of_engine(trainer, rollout),
+        *replica_errors(trainer),
     ]
     if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO) and trains:
         errors.append(
@@ -211,6 +213,8 @@ def _of_engine(trainer: Trainer, rollout: RolloutSettings) -> Iterator[str]:
             f"rollout.sampler.gpus={list(gpus)}, but the trainer has {trainer.num_devices} "
             "processes on a machine. Name one GPU for each."
         )
+    if trainer.world_size % rollout.sampler.ranks_per_engine:
+        yield indivisible_ranks(rollout.sampler.ranks_per_engine, trainer.world_size)
 
 
 def _of_training(

@@ -107,7 +107,9 @@ def _parameters(name: str) -> int:
 
 def _memory(trainer: Trainer, module: PRLModule, trains: bool) -> Iterator[tuple[str, float]]:
     """Yield the bytes of weights and states by purpose; strategies that shard divide by ranks."""
-    ranks = trainer.world_size if is_sharding(trainer.strategy) else 1
+    strategy = trainer.strategy
+    copies = getattr(strategy, "replicas", 1)  # of an FSDP2Strategy
+    ranks = trainer.world_size // copies if is_sharding(strategy) else 1
     size = 2 if str(trainer.precision) in ("bf16-true", "16-true") else 4
     weights = _parameters(module.policy_name) * size / ranks
     yield "policy", weights
@@ -218,17 +220,19 @@ def _kept_bytes(module: PRLModule, dtype: torch.dtype, is_mixed: bool) -> float:
 
 
 def _engine_weights(module: PRLModule, rollout: RolloutSettings) -> tuple[Sampler, float]:
-    """Return the sampler that has the engine, and the bytes of its weights."""
+    """Return the sampler that has the engine, and the bytes of a rank's part of its weights."""
     sampler = getattr(rollout.sampler, "sampler", rollout.sampler)  # inside a SubprocessSampler
     size = 4 if sampler.dtype == "float32" else 2
-    return sampler, float(_parameters(module.policy_name) * size)
+    return sampler, _parameters(module.policy_name) * size / sampler.ranks_per_engine
 
 
 def _engine(module: PRLModule, rollout: RolloutSettings) -> str:
     sampler, weights = _engine_weights(module, rollout)
     if not isinstance(sampler, VLLMSampler):
         return f"{type(sampler).__name__}: at most a second copy of the weights, and its cache"
+    ranks = sampler.ranks_per_engine
+    share = f" (1/{ranks} of them)" if ranks > 1 else ""
     return (
-        f"{weights / MIB:10,.0f} MiB weights, and a cache of {sampler.cache_gib:g} GiB without a "
-        f"GPU; {sampler.gpu_memory_utilization:.0%} of a GPU in all"
+        f"{weights / MIB:10,.0f} MiB weights{share}, and a cache of {sampler.cache_gib:g} GiB "
+        f"without a GPU; {sampler.gpu_memory_utilization:.0%} of a GPU in all"
     )

@@ -87,3 +87,13 @@ def _of_uploads(trainer: Trainer) -> Iterator[str]:
                 f"{name}, which uploads the checkpoints of one callback, but trainer.callbacks has "
                 f"{', '.join(several)}. Leave all but one out, or set log_model to 'all'."
             )
+
+
+def replica_errors(trainer: Trainer) -> Iterator[str]:
+    """Yield an error if the ranks cannot be divided among the copies of an FSDP2Strategy."""
+    replicas = getattr(trainer.strategy, "replicas", 1)
+    if replicas < 1 or trainer.world_size % replicas:
+        yield (
+            f"trainer.strategy.replicas={replicas}, but the trainer has {trainer.world_size} ranks "
+            "(trainer.devices x num_nodes). Use a divisor of them, such as num_nodes."
+        )

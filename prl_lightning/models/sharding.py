@@ -23,6 +23,8 @@ from torch.distributed.fsdp.wrap import wrap
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import get_total_norm
 
+from prl_lightning.models.mesh import sharded_dimensions
+
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
@@ -158,7 +160,7 @@ def _broadcast(tensor: Tensor, device: torch.device) -> Tensor:
 def _shard(module: nn.Module, sharding: Sharding, reshard: bool = True) -> nn.Module:
     if sharding.mesh is None:
         return wrap(module, mixed_precision=sharding.fsdp1_precision)
-    mesh = sharding.mesh["data_parallel"]
+    mesh = sharded_dimensions(sharding.mesh)
     fully_shard(module, mesh=mesh, mp_policy=sharding.policy, reshard_after_forward=reshard)
     return module
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from prl_lightning.data import collate
-from prl_lightning.distributed import sum_over_ranks
+from prl_lightning.distributed import max_over_ranks
 from prl_lightning.models.sharding import checksums
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.settings import RolloutSettings
@@ -213,12 +212,14 @@ class EngineLink:
         missing = [prompt for prompt in prompts if prompt not in cache]
         if cached := (len(prompts) - len(missing)) * config.n:
             rank_zero_info(f"{cached} completions are cached in {folder} and not sampled again.")
-        # If any rank has to sample, all take part in the hand-over of the weights.
-        if sum_over_ranks(torch.tensor(len(missing))):
+        # If any rank has to sample, all take part in the hand-over of the weights, and in every
+        # call of an engine that they share.
+        most = max_over_ranks(len(missing))
+        if most:
             self.update_weights()
         size = max(1, PART // config.n)
         with sampling_bar(self.trainer, len(missing)) as on_progress:
-            for first in range(0, len(missing), size):
+            for first in range(0, most, size):
                 some = missing[first : first + size]
                 with cache.keeping(some, partial(_check_groups, config), on_progress) as keep:
                     groups = self.generate(some, config, keep).groups

@@ -42,6 +42,12 @@ class RolloutSettings:
                 "iteration needs is known only when it has been rewarded, so the next one cannot "
                 "be sampled meanwhile. Leave one of them out."
             )
+        if self.overlap and self.sampler.ranks_per_engine > 1:
+            raise ValueError(
+                "rollout.overlap=true, but rollout.sampler.tensor_parallel_size="
+                f"{self.sampler.ranks_per_engine}: ranks that share an engine run it in their own "
+                "processes. Leave one of them out."
+            )
         if self.overlap and not self.sampler.is_concurrent:
             raise ValueError(
                 f"rollout.overlap=true, but {type(self.sampler).__name__} samples in the trainer's "

@@ -62,12 +62,15 @@ class Sampler(ABC):
         reads_files: whether it takes weights by the names in a published model's files instead of
             the names of transformers' modules; they differ for mixtures of experts.
         is_concurrent: whether ``generate`` may run in a thread while the trainer trains.
+        ranks_per_engine: number of neighbouring ranks of the trainer that share one engine. All of
+            them call each method, ``generate`` also without prompts.
     """
 
     dtype: str
     reads_files = False
     follows_trainer = False
     is_concurrent = False
+    ranks_per_engine = 1
 
     def follow(self, precision: str) -> None:
         """Set the dtype that suits the trainer and the hardware, unless the user chose one.
@@ -145,7 +148,7 @@ class Sampler(ABC):
         at temperature 0 those of temperature 1.
 
         Args:
-            prompts: to complete.
+            prompts: to complete; there may be none.
             config: of the sampling.
             on_progress: called in this process during sampling, from any thread. Groups that it
                 gets are kept if the sampling is interrupted.

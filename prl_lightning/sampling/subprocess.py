@@ -32,12 +32,21 @@ class SubprocessSampler(Sampler):
         gpus: the engine's GPU for each of the trainer's processes on a machine, by local rank and
             counted among the GPUs that the trainer sees. The engine sees only this one. By default,
             it sees all GPUs.
+
+    Raises:
+        ValueError: the engine belongs to several ranks.
     """
 
     is_concurrent = True
 
     def __init__(self, sampler: Sampler | None = None, gpus: Sequence[int] = ()) -> None:
         self.sampler = VLLMSampler() if sampler is None else sampler
+        if self.sampler.ranks_per_engine > 1:
+            raise ValueError(
+                "rollout.sampler is SubprocessSampler, whose sampler has tensor_parallel_size="
+                f"{self.sampler.ranks_per_engine}. A subprocess has the engine of one rank. Leave "
+                "SubprocessSampler out, or set tensor_parallel_size=1."
+            )
         self.dtype = self.sampler.dtype
         self.reads_files = self.sampler.reads_files
         self.gpus = gpus

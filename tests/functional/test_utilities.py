@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from prl_lightning.functional import Aggregation, outcome_advantages, policy_loss
+from prl_lightning.functional import (
+    Aggregation,
+    others_mean,
+    outcome_advantages,
+    policy_loss,
+    process_term,
+)
 
 from .test_gradient import World, _print_the_test, make_world, relative_error  # noqa: F401
 
@@ -46,6 +52,33 @@ def test_maxrl_lacks_the_last_term_without_wrong_groups(size: int) -> None:
     got = expected_gradient(world, groups, share, advantages)
     want = world.gradient(FINITE["maxrl"](world.success, size + 1))
     assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("shape", "centred", "is_exact"),
+    [
+        ("plain", False, True),
+        ("plain", True, True),
+        ("shuffled", False, False),
+        ("per_length", False, False),
+        ("per_remaining", False, False),
+    ],
+)
+@pytest.mark.parametrize("size", [2, 3])
+def test_shapes_in_expectation(shape: str, centred: bool, is_exact: bool, size: int) -> None:
+    """Over all groups: what the other completions say is no bias; another order or scale is one."""
+    world = make_world(max_length=3)  # long enough for another order
+    groups, share = all_groups(world, size)
+    mask, log_ratios = world.mask[groups], world.log_ratios.detach()[groups]
+    reg = process_term(log_ratios, mask, shape=shape)
+    if centred:
+        centres = [others_mean(*parts, size) for parts in zip(
+            reg.split(size), mask.split(size), strict=True
+        )]  # fmt: skip
+        reg = reg - torch.cat(centres)
+    got = expected_gradient(world, groups, share, reg)
+    bias = relative_error(got, world.gradient(world.regulariser("reverse_kl")))
+    assert bias < 1e-12 if is_exact else bias > 1e-2
 
 
 def all_groups(world: World, size: int) -> tuple[Tensor, Tensor]:

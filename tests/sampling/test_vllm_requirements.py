@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import sys
 import tomllib
@@ -66,10 +68,40 @@ def test_the_extras_install_supported_versions(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", MULTI_PROCESS_ARGS)
-def test_an_engine_of_several_processes_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"rollout.sampler.engine_args.{name}=2"):
+def test_an_engine_of_other_processes_is_refused(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"engine_args\.{name}=2: .*sampler\.tensor_parallel_size"
+    ):
         VLLMSampler(engine_args={name: 2})
-    VLLMSampler(engine_args={name: 1})
+    VLLMSampler(engine_args={name: MULTI_PROCESS_ARGS[name]})
+
+
+WORDS = {"parallel", "dp", "cp", "dcp", "ep", "tp", "pp", "distributed", "executor", "master"}
+WORDS |= {"node", "nnodes", "rank", "worker"}
+# Arguments that have one of these words, but leave the number of processes as it is.
+OTHERS = {
+    "cp_kv_cache_interleave_size", "cpu_distributed_timeout_seconds", "dcp_comm_backend",
+    "dcp_kv_cache_interleave_size", "dcp_q_replicate", "disable_nccl_for_dp_synchronization",
+    "distributed_timeout_seconds", "dp_sync_interval", "enable_ep_weight_filter",
+    "enable_expert_parallel", "max_lora_rank", "max_parallel_loading_workers", "mm_encoder_tp_mode",
+    "worker_cls", "worker_extension_cls",
+}  # fmt: skip
+
+
+def test_every_argument_about_processes_is_known() -> None:
+    """Read from vLLM's source, which knows more of them with each version."""
+    package: Any = importlib.util.find_spec("vllm")
+    tree = ast.parse((Path(package.origin).parent / "engine" / "arg_utils.py").read_text())
+    arguments = next(
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "EngineArgs"
+    )
+    names = {
+        node.target.id
+        for node in arguments.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    found = {name for name in names if WORDS & set(name.split("_")) and not name.startswith("_")}
+    assert found - OTHERS == MULTI_PROCESS_ARGS.keys()
 
 
 def test_the_command_refuses_it_before_anything_is_loaded() -> None:
@@ -152,7 +184,7 @@ def test_arguments_and_environment_of_the_engine(
     monkeypatch.setitem(
         sys.modules, "vllm", SimpleNamespace(LLM=lambda **given: found.update(given))
     )
-    monkeypatch.setattr("prl_lightning.sampling.vllm._keep_transformers_classes", lambda: None)
+    monkeypatch.setattr("prl_lightning.sampling.vllm.keep_to_itself", lambda: None)
     sampler.start("model", 64)
     found |= os.environ
     assert {name: found.get(name) for name in expected} == expected

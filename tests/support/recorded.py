@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from prl_lightning.models.sharding import full
 from prl_lightning.module import PRLModule
@@ -79,6 +80,7 @@ class Record(Callback):
         self.record["after"] = _trained(pl_module)
         self.record["sent"] = _sent(pl_module)
         self.record["steps"] = trainer.global_step
+        self.record["held"] = sum(_own(x).numel() for x in pl_module.state_dict().values())
         self.record["gradients_left"] = [
             name for name, parameter in pl_module.named_parameters() if parameter.grad is not None
         ]
@@ -93,6 +95,11 @@ def _trained(module: LightningModule) -> dict[str, Tensor]:
     Out of the state, for after a scoring pass FSDP2 leaves the root's parameters gathered.
     """
     return {name: full(tensor).clone() for name, tensor in module.state_dict().items()}
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sent(module: LightningModule) -> dict[str, Tensor]:

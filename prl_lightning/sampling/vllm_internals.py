@@ -1,0 +1,90 @@
+"""vLLM's own types and habits: requests, its model, and what it does to the trainer's process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import distributed, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from prl_lightning.sampling.base import SamplingConfig
+from prl_lightning.types import Completion, Prompt
+
+
+def keep_to_itself() -> None:
+    """Keep vLLM from changing what the trainer has in the same process.
+
+    Where vLLM has no implementation of an architecture, it uses that of transformers. It would
+    compile it by replacing methods of the class, which then fail outside of the engine. When an
+    engine ends, vLLM would destroy every process group, including the trainer's, if it has one.
+
+    Without a GPU, builds for AVX-512 would share memory between an engine's ranks, under a name
+    that all runs of a machine have. A rank whose neighbour fails would wait in an endless loop, and
+    the ranks add in different orders, so they round differently (vLLM's csrc/cpu/shm.cpp). gloo
+    raises an error and gives all ranks the same sum.
+    """
+    from vllm.distributed import parallel_state
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.model_executor.models.transformers import base
+
+    base.Base._decorate_for_torch_compile = lambda self: None
+    if distributed.is_initialized():
+        parallel_state.destroy_distributed_environment = lambda: None
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+
+
+def is_implemented(config: PretrainedConfig) -> bool:
+    """Whether vLLM implements an architecture, or can use transformers' implementation."""
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if kind is None or kind._supports_attention_backend:  # spares the import of vLLM
+        return True
+    from vllm import ModelRegistry
+
+    return kind.__name__ in ModelRegistry.get_supported_archs()
+
+
+def has_head(model: nn.Module) -> bool:
+    """Whether the engine's model has an output head; if tied, it may use the embeddings alone."""
+    return any(name.rpartition(".")[2] == "lm_head" for name, _ in model.named_modules())
+
+
+def unpack_experts(model: nn.Module) -> None:
+    """Make the engine pack the experts of a mixture again at the next load.
+
+    vLLM's CPU build packs them when it creates their kernel, and later loads reuse the kernel.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
+            method.moe_kernel = None
+
+
+def sampling_params(prompts: Sequence[Prompt], config: SamplingConfig) -> list[Any]:
+    """Return vLLM's settings of each prompt."""
+    from vllm import SamplingParams
+
+    return [
+        SamplingParams(
+            n=config.num_distinct,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_tokens=config.max_new_tokens,
+            stop_token_ids=list(config.stop_token_ids),
+            # Stop at the stop tokens only, not at the model's own end-of-sequence token.
+            ignore_eos=True,
+            seed=prompt.seed,  # vLLM adds j for sample j
+            logprobs=0,
+            stop=list(config.stop_texts),
+            detokenize=bool(config.stop_texts),
+            skip_special_tokens=False,
+        )
+        for prompt in prompts
+    ]
+
+
+def completion_of(sample: Any) -> Completion:
+    """Turn vLLM's output into a completion."""
+    token_ids = list(sample.token_ids)
+    logprobs = [step[token].logprob for step, token in zip(sample.logprobs, token_ids, strict=True)]
+    return Completion(token_ids, logprobs, finished=sample.finish_reason == "stop")
