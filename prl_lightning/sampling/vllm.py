@@ -1,4 +1,4 @@
-"""VLLMSampler: vLLM in the trainer's process. No other file imports vllm."""
+"""VLLMSampler: vLLM in the trainer's process. Besides nccl_transfer.py, no file imports vllm."""
 
 from __future__ import annotations
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from prl_lightning.sampling import FolderTransfer, SamplingConfig, VLLMSampler, VLLMServerSampler
+from ranks import start_on_ranks
 from sampling.test_protocol import (  # collected here again, with the engine below
     LONG,
     PROMPTS,
@@ -24,12 +27,19 @@ from sampling.test_protocol import (  # collected here again, with the engine be
     test_samples_and_logprobs_follow_an_update_and_its_reversal,  # noqa: F401
     test_temperature_0_is_greedy,  # noqa: F401
 )
-from tiny_runs import fit, metrics_of, tiny_overrides
+from stop_all import stop_all
+from tiny_runs import ARITHMETIC, metrics_of, tiny_overrides
 from vllm_server import vllm_server
 
 pytestmark = pytest.mark.process
 
 MAX_MODEL_LEN = LONG + 56
+
+
+class Ranks(NamedTuple):
+    root: Path
+    endings: list[list[str]]  # of each rank
+    output: str
 
 
 @pytest.fixture(scope="module")
@@ -76,24 +86,49 @@ def test_the_temporary_folder_of_the_weights_is_removed(engine: Engine) -> None:
     assert list(Path(engine.sampler.transfer.folder).iterdir()) == []
 
 
-def test_a_run_trains_and_evaluates_with_it(
-    url: str, tied_model: str, tmp_path: Path, engine: Engine
-) -> None:
-    """The gap is that of the first update's new weights, too; another run's end is noticed."""
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    fit(
-        *tiny_overrides(tied_model, tmp_path, sampler="VLLMServerSampler"),
-        f"--rollout.sampler.url={url}",
-        "--rollout.sampler.transfer=FolderTransfer",
-        f"--rollout.sampler.transfer.folder={folder}",
-        "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 0.5}}",
-        "--trainer.max_epochs=3",
-    )
-    metrics = metrics_of(tmp_path)
+@pytest.fixture(scope="module")
+def ranks(url: str, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """Two runs in the same two processes, which share the server; the second one's weights fail."""
+    root = tmp_path_factory.mktemp("ranks")
+    transfers = {
+        "trains": f"{{class_path: FolderTransfer, init_args: {{folder: {root}}}}}",
+        "breaks": "{class_path: broken_transfer.BrokenTransfer}",
+    }
+    commands = []
+    for name, transfer in transfers.items():
+        (root / name).mkdir()
+        commands.append(
+            [
+                *("fit", f"--config={ARITHMETIC}"),
+                *tiny_overrides(engine.folder, root / name, sampler="VLLMServerSampler"),
+                f"--rollout.sampler.url={url}",
+                f"--rollout.sampler.transfer={transfer}",
+                "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 0.5}}",
+                "--trainer.max_epochs=3",
+                *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=fsdp2"),
+            ]
+        )
+    code, output = start_on_ranks(2, stop_all, commands, str(root)).finish(timeout=900)
+    assert code == 0, output
+    endings = [json.loads((root / f"endings.{rank}").read_text()) for rank in (0, 1)]
+    return Ranks(root, endings, output)
+
+
+def test_two_ranks_train_and_evaluate_with_one_server(ranks: Ranks) -> None:
+    """The engine has the weights of each update, gathered from both ranks, with the tied head."""
+    assert [of_rank[0] for of_rank in ranks.endings] == ["completed"] * 2, ranks.output
+    metrics = metrics_of(ranks.root / "trains")
     assert len(metrics["rollout/engine_gap"]) == 3
     assert max(metrics["rollout/engine_gap_max"]) < 1e-4
     assert min(metrics["train/grad_norm"]) > 0
-    with pytest.raises(RuntimeError, match=r"weight_version='prl-.*'.*start one server for each"):
+
+
+def test_weights_that_fail_on_the_first_rank_end_both(ranks: Ranks) -> None:
+    for of_rank in ranks.endings:
+        assert "did not take the weights of update 0: ServerError: no_room_left" in of_rank[1]
+
+
+def test_weights_of_another_run_are_noticed(engine: Engine, ranks: Ranks) -> None:
+    with pytest.raises(RuntimeError, match=r"weight_version='prl-.*one server for each run"):
         engine.sampler.generate(PROMPTS, SAMPLING)
     engine.load(engine.before)

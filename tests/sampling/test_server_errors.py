@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -15,6 +16,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from safetensors.torch import load_file
 
 from fake_vllm import Answer, FakeVLLM, Handler, fake_vllm
+from prl_lightning.cli import main
 from prl_lightning.models.causal_lm import named_weights
 from prl_lightning.models.loading import load_policy
 from prl_lightning.sampling import (
@@ -26,6 +28,7 @@ from prl_lightning.sampling import (
     weight_transfer,
 )
 from prl_lightning.types import Completion, Prompt
+from tiny_runs import ARITHMETIC, tiny_overrides
 
 CONFIG = SamplingConfig(n=2, temperature=1.0, max_new_tokens=8, stop_token_ids=(1,))
 PROMPTS = [Prompt([5, 6], "", seed=10 * row) for row in range(3)]
@@ -216,11 +219,18 @@ def test_a_model_under_a_served_name(
     assert body["model"] == "served"
 
 
-def test_prl_check_asks_no_server(
-    server: FakeVLLM, make: Callable[..., VLLMServerSampler], tied_model: str
+def test_prl_check_reads_the_example_of_the_page_and_asks_no_server(
+    tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make().refuse_model(tied_model, 10**6)
-    assert server.calls == []
+    page = Path(__file__).parents[2] / "docs" / "engines.md"
+    (example,) = re.findall(r"```yaml\n([^`]*VLLMServerSampler[^`]*)```", page.read_text())
+    (tmp_path / "server.yaml").write_text(example)
+    overrides = [
+        one for one in tiny_overrides(tied_model, tmp_path) if "rollout.sampler=" not in one
+    ]
+    server = f"--config={tmp_path / 'server.yaml'}"
+    main(["check", f"--config={ARITHMETIC}", server, *overrides])
+    assert "on the vLLM server http://127.0.0.1:8000" in capsys.readouterr().out
 
 
 def test_the_key_of_the_server(

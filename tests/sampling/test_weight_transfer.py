@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fake_vllm import FakeVLLM, Handler, fake_vllm
-from prl_lightning.sampling import NCCLTransfer, VLLMServerSampler, weight_transfer
+from prl_lightning.sampling import NCCLTransfer, VLLMServerSampler, nccl_transfer
 from prl_lightning.sampling.weight_transfer import parts
 
 WEIGHTS = [
@@ -90,7 +90,7 @@ def test_vllms_worker_receives_what_is_sent(
     ours, worker = Group(sent, sends=True), Worker(Group(sent, sends=False))
     places = []
     monkeypatch.setattr(nccl_common, "trainer_init", lambda place: places.append(place) or ours)
-    monkeypatch.setattr(weight_transfer, "PART_BYTES", 60)
+    monkeypatch.setattr(nccl_transfer, "PART_BYTES", 60)
     server.answers = {
         "/init_weight_transfer_engine": worker.initialize,
         "/update_weights": worker.update,
