@@ -96,7 +96,7 @@ class ServerClient:
                     return
                 event = json.loads(data)
                 if "error" in event:
-                    raise ServerError(self._refusal(path, 200, data.decode()), 200)
+                    raise ServerError(self._refusal(path, "failed", data.decode()))
                 yield event
         raise ServerError(self._closed(path, "the answer is not complete"))
 
@@ -141,7 +141,8 @@ class ServerClient:
             response = connection.getresponse()
             if response.status != 200:
                 detail = response.read().decode(errors="replace")
-                raise ServerError(self._refusal(path, response.status, detail), response.status)
+                answered = f"answered {response.status}"
+                raise ServerError(self._refusal(path, answered, detail), response.status)
             yield response
         except TimeoutError as error:
             raise ServerError(
@@ -176,12 +177,12 @@ class ServerClient:
                 raise ServerError("the sampling was cancelled.")
             self._streams.add(stream)
 
-    def _refusal(self, path: str, status: int, detail: str) -> str:
+    def _refusal(self, path: str, what: str, detail: str) -> str:
         with suppress(ValueError, KeyError, TypeError):  # vLLM's form of an error
             detail = json.loads(detail)["error"]["message"]
         return (
-            f"VLLMServerSampler.url={self.url}: {path} answered {status}: "
-            f"{detail[:ERROR_CHARACTERS]}. The server's log has more."
+            f"VLLMServerSampler.url={self.url}: {path} {what}: "
+            f"{detail[:ERROR_CHARACTERS].rstrip('.')}. The server's log has more."
         )
 
     def _closed(self, path: str, reason: str) -> str:

@@ -88,21 +88,23 @@ def test_the_temporary_folder_of_the_weights_is_removed(engine: Engine) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(url: str, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """Two runs in the same two processes, which share the server; the second one's weights fail."""
+    """Runs in the same two processes, which share the server; the last one's weights fail."""
     root = tmp_path_factory.mktemp("ranks")
-    transfers = {
-        "trains": f"{{class_path: FolderTransfer, init_args: {{folder: {root}}}}}",
-        "breaks": "{class_path: broken_transfer.BrokenTransfer}",
+    shared = f"{{class_path: FolderTransfer, init_args: {{folder: {root}}}}}"
+    runs = {
+        "trains": [f"--rollout.sampler.transfer={shared}"],
+        "overlaps": [f"--rollout.sampler.transfer={shared}", "--rollout.overlap=true"],
+        "breaks": ["--rollout.sampler.transfer=broken_transfer.BrokenTransfer"],
     }
     commands = []
-    for name, transfer in transfers.items():
+    for name, options in runs.items():
         (root / name).mkdir()
         commands.append(
             [
                 *("fit", f"--config={ARITHMETIC}"),
                 *tiny_overrides(engine.folder, root / name, sampler="VLLMServerSampler"),
                 f"--rollout.sampler.url={url}",
-                f"--rollout.sampler.transfer={transfer}",
+                *options,
                 "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 0.5}}",
                 "--trainer.max_epochs=3",
                 *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=fsdp2"),
@@ -123,9 +125,17 @@ def test_two_ranks_train_and_evaluate_with_one_server(ranks: Ranks) -> None:
     assert min(metrics["train/grad_norm"]) > 0
 
 
+def test_the_server_samples_while_both_ranks_train(ranks: Ranks) -> None:
+    """Each update's weights wait until the completions of the one before are sampled."""
+    assert [of_rank[1] for of_rank in ranks.endings] == ["completed"] * 2, ranks.output
+    metrics = metrics_of(ranks.root / "overlaps")
+    assert metrics["rollout/staleness"] == [0, 1, 1]
+    assert max(metrics["rollout/engine_gap_max"]) < 1e-4
+
+
 def test_weights_that_fail_on_the_first_rank_end_both(ranks: Ranks) -> None:
     for of_rank in ranks.endings:
-        assert "did not take the weights of update 0: ServerError: no_room_left" in of_rank[1]
+        assert "did not take the weights of update 0: ServerError: no_room_left" in of_rank[2]
 
 
 def test_weights_of_another_run_are_noticed(engine: Engine, ranks: Ranks) -> None:
