@@ -112,7 +112,9 @@ class VLLMServerSampler(Sampler):
         for _ in own:  # on the other ranks, and after an error on the first
             pass
         # The others do not sample before the server has the weights.
-        self._version, message = from_first_rank((version, failure and str(failure)))
+        self._version, message = from_first_rank(
+            (version, failure and (str(failure) or repr(failure)))
+        )
         if message:
             raise ServerError(message) from failure
 

@@ -48,12 +48,16 @@ class ServerClient:
 
     def __init__(self, url: str, timeout: float) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            host, port = parts.hostname, parts.port
+        except ValueError:  # the port is not a number
+            host, port = None, None
+        if parts.scheme not in ("http", "https") or not host:
             raise ValueError(f"VLLMServerSampler.url={url!r}: write it as http://127.0.0.1:8000.")
         self.url = url.rstrip("/")
         self.timeout = timeout
         self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._address = (parts.hostname, parts.port)
+        self._address = (host, port)
         self._path = parts.path.rstrip("/")
         self._lock = Lock()
         self._streams: set[socket.socket] = set()

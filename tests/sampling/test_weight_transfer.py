@@ -81,6 +81,7 @@ def server(tied_model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVLL
         yield server
 
 
+@pytest.mark.process  # of the import of vLLM
 def test_vllms_worker_receives_what_is_sent(
     server: FakeVLLM, tied_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

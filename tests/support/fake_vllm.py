@@ -10,7 +10,10 @@ from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
 from transformers import AutoConfig
+
+WEIGHTS = [("model.norm.weight", torch.ones(3)), ("lm_head.weight", torch.ones(2, 3))]
 
 Answer = Callable[["Handler", Any], None]
 
@@ -129,6 +132,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Not to the terminal."""
+
+
+def refuse(status: int, message: str) -> Answer:
+    return lambda handler, body: handler.give(status, {"error": {"message": message}})
+
+
+def die(handler: Handler, body: Any) -> None:
+    """Close the connection in the middle of an answer."""
+    handler.begin()
+    handler.piece(0, [5], None)
+    handler.close_connection = True
+
+
+def wait_for_the_client(handler: Handler, body: Any) -> None:
+    handler.rfile.read(1)  # until it closes the connection
 
 
 @contextmanager
