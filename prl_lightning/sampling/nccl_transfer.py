@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -40,10 +41,10 @@ class NCCLTransfer(WeightTransfer):
                 f"NCCLTransfer: the vLLM server has weight_transfer_config.backend={backend}. "
                 'Start it with --weight-transfer-config \'{"backend": "nccl"}\'.'
             )
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() or importlib.util.find_spec("vllm") is None:
             yield (
-                "NCCLTransfer needs a GPU in the trainer's process. Set rollout.sampler.transfer "
-                "to prl_lightning.sampling.FolderTransfer."
+                "NCCLTransfer needs a GPU and vLLM in the trainer's process. Set "
+                "rollout.sampler.transfer to prl_lightning.sampling.FolderTransfer."
             )
 
     def send(self, client: ServerClient, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -41,7 +41,7 @@ class VLLMServerSampler(Sampler):
         concurrency: prompts that a rank sends at a time.
 
     Raises:
-        ValueError: ``url`` is not one.
+        ValueError: ``url`` is not one, or a number is out of range.
     """
 
     reads_files = True
@@ -61,6 +61,10 @@ class VLLMServerSampler(Sampler):
         self.timeout = timeout
         self.start_timeout = start_timeout
         self.concurrency = concurrency
+        for name in ("timeout", "concurrency"):
+            if not getattr(self, name) > 0:
+                value = getattr(self, name)
+                raise ValueError(f"VLLMServerSampler.{name}={value}: must be above 0.")
         self._client = ServerClient(url, timeout)
         self._facts: ServerFacts | None = None
         self._model = ""

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
+from packaging.specifiers import SpecifierSet
 
 from prl_lightning.models.loading import load_config
 from prl_lightning.sampling.server_client import ServerClient, ServerError
+from prl_lightning.sampling.vllm_requirements import SUPPORTED
 
 POLL_SECONDS = 1.0
 
@@ -76,8 +78,14 @@ def read_facts(client: ServerClient) -> ServerFacts:
     """Ask a healthy server for its settings.
 
     Raises:
-        ServerError: it does not answer, or has no endpoints for weights.
+        ServerError: it does not answer, has another version, or no endpoints for weights.
     """
+    version = client.get("/version")["version"]
+    if not SpecifierSet(SUPPORTED).contains(version, prereleases=True):
+        raise ServerError(
+            f"VLLMServerSampler.url={client.url}: the server has vllm {version}, but vllm"
+            f"{SUPPORTED} is supported. Start it with such a version."
+        )
     models = client.get("/v1/models")["data"]
     try:
         config = client.get("/server_info?config_format=json")["vllm_config"]

@@ -1,4 +1,4 @@
-"""VLLMServerSampler with a real server on a CPU; for its errors see test_server_errors.py."""
+"""VLLMServerSampler with a real server on a CPU; for a fake see test_server_*.py."""
 
 from __future__ import annotations
 

@@ -29,6 +29,12 @@ def test_another_form_of_url(url: str) -> None:
         VLLMServerSampler(url)
 
 
+@pytest.mark.parametrize("field", ["timeout", "concurrency"])
+def test_numbers_that_would_sample_nothing(field: str) -> None:
+    with pytest.raises(ValueError, match=rf"VLLMServerSampler\.{field}=0: must be above 0"):
+        VLLMServerSampler(**{field: 0})
+
+
 def test_no_server_at_the_url(tied_model: str) -> None:
     url = f"http://127.0.0.1:{find_free_network_port()}"
     message = rf"start_timeout=0 .*VLLMServerSampler\.url={url}: no server answers.*Start it"
@@ -43,7 +49,6 @@ def test_a_server_that_does_not_become_healthy(
     (message,) = make_sampler(start_timeout=0.1).missing_requirements()
     assert "start_timeout=0.1" in message
     assert "/health answered 503: engine is dead" in message
-    assert len(fake_server.calls) > 1
 
 
 def test_a_server_that_is_starting_is_waited_for(
@@ -76,6 +81,12 @@ def test_endpoints_that_are_missing(
     fake_server.answers[path] = answer
     with pytest.raises(ValueError, match=message):
         make_sampler().start("model", 8)
+
+
+def test_another_version_of_vllm(fake_server: FakeVLLM, make_sampler: MakeSampler) -> None:
+    fake_server.version = "0.31.9"
+    (message,) = make_sampler().missing_requirements()
+    assert "has vllm 0.31.9, but vllm>=0.32,<0.34" in message
 
 
 def test_a_server_of_something_else(fake_server: FakeVLLM, make_sampler: MakeSampler) -> None:

@@ -45,6 +45,7 @@ class FakeVLLM(ThreadingHTTPServer):
             "weight_transfer_config": {"backend": "nccl"},
         }
         self.model_text = f"(embed): Embedding(org_vocab_size={size})\n(lm_head): Head()"
+        self.version = "0.32.0"
         self.weight_version = "default"
         self.is_paused = False
         self.calls: list[tuple[str, Any]] = []
@@ -64,6 +65,7 @@ class FakeVLLM(ThreadingHTTPServer):
         if path == "/update_weight_version":
             self.weight_version = body["new_version"]
         values: dict[str, Any] = {
+            "/version": {"version": self.version},
             "/v1/models": {"data": self.models},
             "/server_info": {"vllm_config": self.config},
             "/collective_rpc": {"results": [self.model_text]},
