@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 import pytest
 
+from architectures import tiny
+from prl_lightning.arithmetic import make_tokenizer
 from prl_lightning.sampling import FolderTransfer, SamplingConfig, VLLMSampler, VLLMServerSampler
 from ranks import start_on_ranks
+from sampling.test_architectures import LONGEST, QUICK, gaps
 from sampling.test_protocol import (  # collected here again, with the engine below
     LONG,
     PROMPTS,
@@ -142,3 +145,19 @@ def test_weights_of_another_run_are_noticed(engine: Engine, ranks: Ranks) -> Non
     with pytest.raises(RuntimeError, match=r"weight_version='prl-.*one server for each run"):
         engine.sampler.generate(PROMPTS, SAMPLING)
     engine.load(engine.before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*QUICK, "qwen3_moe"])
+def test_architectures(name: str, tmp_path: Path) -> None:
+    """Gemma 2 has no output head of its own; vLLM runs transformers' implementation of OLMo 2."""
+    folder = tmp_path / "model"
+    tiny(name).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)  # a server does not start without one
+    with vllm_server(str(folder), LONGEST, tmp_path / "log") as url:
+        sampler = VLLMServerSampler(url, FolderTransfer(str(tmp_path)))
+        if name == "qwen3_moe":
+            (message,) = sampler.missing_requirements()
+            assert "mixture of experts without a GPU" in message
+        else:
+            assert max(gaps(name, sampler, folder)) < 1e-4
