@@ -8,8 +8,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
@@ -47,5 +48,17 @@ def vllm_server(model: str, max_model_len: int, log: Path) -> Iterator[str]:
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
-            os.killpg(server.pid, signal.SIGKILL)  # with its engine's processes
+            server.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(timeout=60)
+            end_group(server.pid)
             server.wait()
+
+
+def end_group(leader: int) -> None:
+    """Kill processes that have not ended by themselves; the last one frees shared memory."""
+    with suppress(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(leader, 0)
+            time.sleep(0.1)
+        os.killpg(leader, signal.SIGKILL)
