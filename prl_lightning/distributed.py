@@ -1,4 +1,4 @@
-"""Gather and add up over the ranks of a run."""
+"""Gather, add up and share over the ranks of a run."""
 
 from __future__ import annotations
 
@@ -46,6 +46,24 @@ def sum_over_ranks(totals: Tensor) -> Tensor:
 def rank() -> int:
     """Index of this process among the ranks of the run."""
     return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def is_first_rank() -> bool:
+    """Whether this process has rank 0 of the run."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def from_first_rank(value: Any) -> Any:
+    """Return rank 0's value on all ranks; every rank must call this.
+
+    Args:
+        value: any object that can be pickled; ignored on the other ranks.
+    """
+    if _ranks() == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def _ranks() -> int:

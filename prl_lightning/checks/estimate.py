@@ -24,7 +24,7 @@ from prl_lightning.models.loading import causal_lm_from_config, load_config
 from prl_lightning.models.sharding import is_sharding
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.settings import RolloutSettings
-from prl_lightning.sampling import Sampler, VLLMSampler
+from prl_lightning.sampling import Sampler, VLLMSampler, VLLMServerSampler
 from prl_lightning.types import Completion, Prompt, Rollout
 
 MIB = 2**20
@@ -228,6 +228,8 @@ def _engine_weights(module: PRLModule, rollout: RolloutSettings) -> tuple[Sample
 
 def _engine(module: PRLModule, rollout: RolloutSettings) -> str:
     sampler, weights = _engine_weights(module, rollout)
+    if isinstance(sampler, VLLMServerSampler):
+        return f"on the vLLM server {sampler.url}"
     if not isinstance(sampler, VLLMSampler):
         return f"{type(sampler).__name__}: at most a second copy of the weights, and its cache"
     ranks = sampler.ranks_per_engine
