@@ -225,6 +225,8 @@ class RolloutCallback(Callback):
         for name, of_set in rollouts.items():
             if trainer.state.fn == TrainerFn.PREDICTING:  # predict also writes advantages
                 set_advantages(prl_module(pl_module), of_set, settings.samples, 1, len(sets[name]))
+                for rollout in of_set:
+                    rollout.in_loss = True  # a truncated completion is shown like the others
             data.eval_buffers[name].fill(of_set)
 
     on_test_epoch_start = on_validation_epoch_start

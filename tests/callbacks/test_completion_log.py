@@ -103,8 +103,11 @@ def test_an_outcome_advantage_per_token_is_stored(tied_model: str, tmp_path: Pat
 
 
 def test_predict_writes_every_group_with_its_advantages(tied_model: str, tmp_path: Path) -> None:
-    main(["predict", "--config", str(ARITHMETIC), *tiny_overrides(tied_model, tmp_path)])
+    masked = "--model.objective.mask_truncated=true"  # which only training does
+    main(["predict", "--config", str(ARITHMETIC), *tiny_overrides(tied_model, tmp_path), masked])
     rows = stored(tmp_path, 0)
+    assert not all(row["finished"] for row in rows)
+    assert all(value < 0 for row in with_tokens(tmp_path, 0) for value in row["policy_logprobs"])
     assert [row["group"] for row in rows] == [group for group in range(5) for _ in range(4)]
     rewards = torch.tensor([row["reward"] for row in rows]).view(5, 4)
     advantages = torch.tensor([row["outcome_advantage"] for row in rows]).view(5, 4)
