@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from enumerable import World, make_world
 from prl_lightning.functional import (
     Aggregation,
     others_mean,
@@ -18,7 +19,7 @@ from prl_lightning.functional import (
     process_term,
 )
 
-from .test_gradient import World, _print_the_test, make_world, relative_error  # noqa: F401
+from .test_gradient import _print_the_test, relative_error  # noqa: F401
 
 FINITE: dict[str, Callable[[Tensor, int], Tensor]] = {
     "rloo": lambda p, size: p,
