@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from prl_lightning.objective import Objective
+from prl_lightning.references import Reference
 from tiny_runs import fit, metrics_of, tiny_overrides
 
 pytestmark = pytest.mark.process
@@ -89,6 +90,36 @@ def test_method_trains(method: Path, tied_model: str, tmp_path: Path) -> None:
     start = AutoModelForCausalLM.from_pretrained(tied_model).state_dict()
     moved = [not torch.equal(state[f"policy.causal_lm.{name}"], start[name]) for name in start]
     assert all(moved)
+
+
+@pytest.mark.parametrize(
+    ("name", "references", "learns_rewards"),
+    [
+        ("distill", {"teacher": Reference(beta=1.0)}, False),
+        ("distill-and-reward", {"start": Reference(), "teacher": Reference(beta=0.1)}, True),
+        ("max-entropy", {"uniform": Reference(kind="uniform", beta=0.001)}, True),
+        ("moving-reference", {"before": Reference(kind="moving", every=10)}, True),
+    ],
+)
+def test_references_train(
+    name: str,
+    references: dict[str, Reference],
+    learns_rewards: bool,
+    tied_model: str,
+    tmp_path: Path,
+) -> None:
+    file = CONFIGS / "references" / f"{name}.yaml"
+    own = objective_of(file)
+    named = {key: Reference(**settings) for key, settings in own.pop("references").items()}
+    assert named == references
+    assert own == {"outcome": "grpo" if learns_rewards else "none"}
+    fit("--config", str(file), *tiny_overrides(tied_model, tmp_path))
+    metrics = metrics_of(tmp_path)
+    assert all(math.isfinite(value) for values in metrics.values() for value in values)
+    # Without rewards the policy is its own teacher at first, and learns nothing.
+    assert (metrics["train/grad_norm"][0] > 1e-4) == learns_rewards
+    assert ("train/kl_ref/teacher" in metrics) == (len(references) > 1)
+    assert "train/process_term_mean" in metrics
 
 
 def test_refilling_goes_over_a_method(tied_model: str, tmp_path: Path) -> None:

