@@ -66,7 +66,7 @@ def test_the_memory_estimate_divides_a_copy_by_its_ranks(
     tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("prl_lightning.checks.estimate.MIB", 1)
+    monkeypatch.setattr("prl_lightning.checks.memory.MIB", 1)
     found = []
     for replicas in (1, 2):
         checked(tied_model, tmp_path, replicas)

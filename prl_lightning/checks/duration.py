@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -223,8 +223,16 @@ def describe_duration(
     costs = costs_of(module.policy_name)
     sampler = getattr(rollout.sampler, "sampler", rollout.sampler)  # inside a SubprocessSampler
     is_half = str(trainer.precision).startswith(("bf16", "16"))
+    shared = sampler.ranks_per_engine  # one engine has the work and the speed of so many ranks
+    of_engine = replace(work, prompts=work.prompts * shared)
+    engine = replace(
+        device,
+        half_flops=device.half_flops * shared,
+        flops=device.flops * shared,
+        bandwidth=device.bandwidth * shared,
+    )
     parts = {
-        "sampling": sampling_seconds(work, costs, device, sampler.dtype != "float32"),
+        "sampling": sampling_seconds(of_engine, costs, engine, sampler.dtype != "float32"),
         "update": update_seconds(work, costs, device, is_half, _passes(module, sizes.updates)),
     }
     lines = [

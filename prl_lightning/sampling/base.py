@@ -72,7 +72,7 @@ class Sampler(ABC):
     is_concurrent = False
     ranks_per_engine = 1
 
-    def follow(self, precision: str) -> None:
+    def follow(self, precision: str, on_gpu: bool | None = None) -> None:
         """Set the dtype that suits the trainer and the hardware, unless the user chose one.
 
         Called before ``start``. On a GPU, it is the trainer's half precision if it has one. On a
@@ -80,10 +80,12 @@ class Sampler(ABC):
 
         Args:
             precision: of the Trainer, such as "bf16-mixed".
+            on_gpu: whether the engine runs on a GPU; by default, whether there is one here.
         """
+        on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
         if self.follows_trainer:
             half = {"bf16": "bfloat16", "16": "float16"}.get(precision.partition("-")[0])
-            self.dtype = half if half and torch.cuda.is_available() else "float32"
+            self.dtype = half if half and on_gpu else "float32"
 
     @property
     def weights_dtype(self) -> torch.dtype | None:

@@ -52,9 +52,9 @@ class SubprocessSampler(Sampler):
         self.gpus = gpus
         self._process: BaseProcess | None = None
 
-    def follow(self, precision: str) -> None:
+    def follow(self, precision: str, on_gpu: bool | None = None) -> None:
         """See ``Sampler.follow``."""
-        self.sampler.follow(precision)
+        self.sampler.follow(precision, on_gpu)
         self.dtype = self.sampler.dtype
 
     def identity(self) -> str:

@@ -19,7 +19,6 @@ from torch.optim import lr_scheduler
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prl_lightning.callbacks import LastCheckpoint, RolloutCallback
-from prl_lightning.checks import estimate
 from prl_lightning.checks.cautions import (
     warn_of_slow_precision,
 )
@@ -408,7 +407,7 @@ def test_activations_of_experts_are_counted(tmp_path: Path) -> None:
     model = random_model("qwen3_moe")
     model.config.save_pretrained(tmp_path)
     module = PRLModule(str(tmp_path))
-    whole, half = (estimate._activations(module, kind) for kind in ("32-true", "bf16-true"))
+    whole, half = (memory._activations(module, kind) for kind in ("32-true", "bf16-true"))
     assert whole is not None
     assert half is not None
     assert half > 0
@@ -424,7 +423,7 @@ def test_activations_that_cannot_be_counted_are_said_to_be_unknown(
     def fail(*args: Any) -> float:
         raise RuntimeError("depends on data")
 
-    monkeypatch.setattr(estimate, "_kept_bytes", fail)
+    monkeypatch.setattr(memory, "_kept_bytes", fail)
     main(["check", "--config", str(ARITHMETIC), *tiny_overrides(tied_model, tmp_path)])
     said = capsys.readouterr().out
     assert re.search(r"activations +unknown for this architecture", said)
@@ -488,7 +487,7 @@ def test_the_memory_estimate_counts_every_copy_of_the_weights(
     changes: list[str], copies: list[float], tied_model: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("prl_lightning.checks.estimate.MIB", 1)  # in bytes, to be exact
+    monkeypatch.setattr("prl_lightning.checks.memory.MIB", 1)  # in bytes, to be exact
     main(["check", "--config", str(ARITHMETIC), *tiny_overrides(tied_model, tmp_path), *changes])
     lines = re.findall(r"^  \w.*? ([\d,]+) MiB$", capsys.readouterr().out, flags=re.MULTILINE)
     model = AutoModelForCausalLM.from_pretrained(tied_model)

@@ -94,7 +94,7 @@ def test_the_memory_estimate_has_a_ranks_part_of_the_engine(
     tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("prl_lightning.checks.estimate.MIB", 1)
+    monkeypatch.setattr("prl_lightning.checks.memory.MIB", 1)
     found = []
     for size in (1, 2):
         check(tied_model, tmp_path, 2, size)

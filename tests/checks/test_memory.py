@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from prl_lightning.checks.estimate import _state_share
+from prl_lightning.checks.memory import _state_share
 from prl_lightning.module import PRLModule
 
 
