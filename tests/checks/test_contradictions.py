@@ -19,6 +19,7 @@ from torch.optim import lr_scheduler
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prl_lightning.callbacks import LastCheckpoint, RolloutCallback
+from prl_lightning.checks import memory
 from prl_lightning.checks.cautions import (
     warn_of_slow_precision,
 )
