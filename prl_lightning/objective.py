@@ -42,7 +42,7 @@ class Objective:
     Attributes:
         outcome: outcome advantage: "grpo" (mean and standard deviation of the group), "dr_grpo"
             (mean), "rloo" (leave one out), "reward" (the reward itself), "raft" (positives only),
-            "none" (rewards are not learned from, as in on-policy distillation),
+            "none" (completions are not rewarded in training, as in on-policy distillation),
             "maxrl" (divided by the mean), "batch_std" (by the standard deviation of the iteration),
             or a name of `register_advantage`.
         decouple_rewards: normalise each reward function in its group before their weighted sum;
@@ -173,6 +173,11 @@ class Objective:
     def needs_reference(self) -> bool:
         """Whether the loss depends on a reference."""
         return bool(self.references) or (self.kl != "none" and self.beta > 0)
+
+    @property
+    def is_rewarded(self) -> bool:
+        """Whether training has rewards."""
+        return self.outcome != "none"
 
     @property
     def kl_in_reward(self) -> bool:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from conftest import MakeRollout
 from prl_lightning.cli import main
 from prl_lightning.data import collate
-from prl_lightning.models.references import References, check_vocabulary
+from prl_lightning.models.references import References
+from prl_lightning.models.vocabulary import check_vocabulary
 from prl_lightning.references import Reference
 from ranks import gap, read, recorded_run, run_all
 from tiny_runs import ARITHMETIC, fit, metrics_of, tiny_overrides
@@ -144,9 +145,38 @@ def test_a_teacher_of_another_vocabulary_is_refused(tied_model: str, tmp_path: P
     size = len(tokenizer)
     tokenizer.add_tokens(["<another>"])
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"has {size + 1} tokens .* has {size}"):
-        check_vocabulary(str(tmp_path), tied_model)
+    AutoConfig.from_pretrained(tied_model).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{size + 1} tokens .*, the policy {size} tokens"):
+        check_vocabulary(tied_model, str(tmp_path))
+    words = ["check", f"--config={ARITHMETIC}", *tiny_overrides(tied_model, tmp_path)]
+    with pytest.raises(ValueError, match="<another>"):
+        main([*words, references(teacher={"model": str(tmp_path)})])
+    with pytest.raises(OSError, match=r"'no/such' cannot be read"):
+        check_vocabulary(tied_model, "no/such")
     check_vocabulary(tied_model, tied_model)
+
+
+def test_distillation_needs_no_rewards(tied_model: str, tmp_path: Path) -> None:
+    """One completion a prompt, and training prompts without an answer."""
+    teacher = other_model(tied_model, tmp_path / "teacher")
+    words = tiny_overrides(tied_model, tmp_path)
+    rows = [json.dumps({"prompt": f"{n}+1?"}) for n in range(4)]
+    (tmp_path / "bare.jsonl").write_text("\n".join(rows) + "\n")
+    fit(
+        *words,
+        "--model.objective.outcome=none",
+        references(teacher={"model": teacher, "beta": 1.0}),
+        f"--data.train={tmp_path / 'bare.jsonl'}",
+        "--data.group_size=1",
+        "--rollout.rewards=[prl_lightning.rewards.MathReward]",
+        "--model.optimizer.init_args.lr=0.003",
+        "--trainer.max_epochs=6",
+    )
+    metrics = metrics_of(tmp_path)
+    assert not any("reward" in name for name in metrics if name.startswith("rollout/"))
+    assert metrics["train/kl_ref"][0] > 0
+    assert metrics["train/kl_ref"][-1] < 0.8 * metrics["train/kl_ref"][0]
+    assert "val/tiny/mean@4" in metrics
 
 
 @pytest.mark.parametrize(
@@ -161,6 +191,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(tied_model: str, tmp_path: P
         ([references(a={}), "--model.objective.beta=0.5"], r"references=\['a'\].*beta"),
         ([references(a={}), "--model.objective.kl=loss"], r"references=\['a'\].*kl='loss'"),
         ([references(a={}), "--model.track_reference=true"], "track_reference"),
+        ([references(a={}), "--model.objective.outcome=none", "--rollout.refill=2"], "refill=2"),
         (
             [references(a={"kind": "moving"}), "--model.lora={r: 4}"],
             r"a\.kind='moving'",

@@ -124,7 +124,8 @@ class RolloutCallback(Callback):
         warn_of_greedy(data)
         warn_of_turn_end(module, data, self.settings)
         for where, columns in data.reward_columns.items():
-            rewards.check_columns(columns, where)
+            if module.objective.is_rewarded or not where.startswith("data.train"):
+                rewards.check_columns(columns, where)
         longest = longest_row(module, data, self.settings)
         sampler.refuse_model(module.policy_name, longest)
         self.engine = EngineLink(trainer, module, self.settings, longest)
@@ -203,7 +204,8 @@ class RolloutCallback(Callback):
         self.resume.logged = values
         for name, value in values.items():
             module.log(f"rollout/{name}", value, sync_dist=True, reduce_fx=reduction_of(name))
-        module.log("reward", values["reward"], prog_bar=True, logger=False)
+        if "reward" in values:
+            module.log("reward", values["reward"], prog_bar=True, logger=False)
 
     def _hint(self, values: dict[str, float], solved_at: float) -> None:
         """Say once what to do if most groups teach nothing."""

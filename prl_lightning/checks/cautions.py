@@ -55,7 +55,7 @@ def signal_hint(values: dict[str, float], solved_at: float, refill: int) -> str 
         solved_at: reward from which a completion is correct.
         refill: see ``RolloutCallback``.
     """
-    share, reward = values["groups_without_signal"], values["reward"]
+    share, reward = values.get("groups_without_signal", 0.0), values.get("reward", 0.0)
     unfilled = values.get("refill_unfilled", 0.0)
     if share <= 0.5 or (refill > 1 and not unfilled):
         return None

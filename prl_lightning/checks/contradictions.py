@@ -24,6 +24,7 @@ from prl_lightning.models.loading import (
     stop_token_ids,
 )
 from prl_lightning.models.step_splitter import StepSplitter
+from prl_lightning.models.vocabulary import check_vocabulary
 from prl_lightning.module import PRLModule
 from prl_lightning.rewards import RewardLimits
 from prl_lightning.rollouts.settings import RolloutSettings
@@ -135,6 +136,11 @@ def file_errors(
             lambda: load_policy(module.policy_name, module.lora, with_weights=False),
             lambda: StepSplitter(module.objective.steps, load_tokenizer(module.policy_name)),
             lambda: _check_stops(module.policy_name, rollout),
+            *(
+                partial(check_vocabulary, module.policy_name, source)
+                for source in module.references.sources().values()
+                if is_available(source, data)
+            ),
         ),
     ]
 
@@ -235,6 +241,11 @@ def _of_training(
             f"data.group_size={data.group_size}, but model.objective.outcome="
             f"{objective.outcome!r} compares the completions of a prompt. Sample 2 or more, "
             "or set outcome to 'reward'."
+        )
+    if rollout.refill > 1 and not objective.is_rewarded:
+        yield (
+            f"rollout.refill={rollout.refill}, but model.objective.outcome='none' has no rewards "
+            "that could differ within a group. Leave one of them out."
         )
     if rollout.overlap and objective.engine_correction is not None:
         yield (

@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from prl_lightning.models.loading import load_config, load_reference, load_tokenizer
+from prl_lightning.models.loading import load_config, load_reference
 from prl_lightning.models.lora import adapters_off
 from prl_lightning.models.sharding import Sharding, load_on_ranks
+from prl_lightning.models.vocabulary import check_vocabulary
 from prl_lightning.references import Reference
 from prl_lightning.types import RolloutBatch
 
@@ -70,7 +71,7 @@ class References(nn.Module):
         """
         self._vocabulary = load_config(self.policy_name).get_text_config().vocab_size
         for source in self.sources().values():
-            check_vocabulary(source, self.policy_name)
+            check_vocabulary(self.policy_name, source)
         for key, source in self.sources().items():
             load = partial(load_reference, source, compile)
             self.models[key] = load_on_ranks(load, sharding, keep_root=False)
@@ -135,25 +136,3 @@ class References(nn.Module):
             return None
         names = [other.model or self.policy_name for other in self.settings.values()]
         return f"model_{names.index(source)}"
-
-
-def check_vocabulary(source: str, policy: str) -> None:
-    """Raise if the tokens of two models differ: their log-probabilities could not be compared.
-
-    Args:
-        source: Hugging Face id or folder of a reference.
-        policy: that of the policy.
-
-    Raises:
-        ValueError: with both sizes.
-    """
-    if source == policy:
-        return
-    theirs, own = (load_tokenizer(name).get_vocab() for name in (source, policy))
-    if theirs != own:
-        different = sum(own.get(token) != index for token, index in theirs.items())
-        raise ValueError(
-            f"reference {source!r} has {len(theirs)} tokens and model.policy={policy!r} has "
-            f"{len(own)}; {different} of them are not the same token at the same place. Take a "
-            "model of the same family."
-        )

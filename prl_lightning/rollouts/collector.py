@@ -61,20 +61,25 @@ class Collector:
         """
         self.metrics = {}
         scored: list[Scored] = []
+        is_rewarded = self.module.objective.is_rewarded
         while prompts := groups.next_prompts():
             start = time.monotonic()
             samples = self.engine.sample(prompts, config)
             self._time_sampling(samples, time.monotonic() - start)
             rollouts = self._rollouts(prompts, samples)
             self.metrics |= self.engine.check_against(rollouts, samples)
-            with self._timed("reward"):
-                scored += self.rewarder.score(rollouts)
+            if is_rewarded:
+                with self._timed("reward"):
+                    scored += self.rewarder.score(rollouts)
             groups.add(rollouts)
-        self.metrics |= self.rewarder.summarize(scored) | groups.metrics()
+        if is_rewarded:
+            self.metrics |= self.rewarder.summarize(scored)
+        self.metrics |= groups.metrics()
         chosen = groups.chosen()
         with self._timed("scoring"):
             set_advantages(self.module, chosen, config.n, updates, micro_batches)
-        self.metrics |= describe(groups.sampled, config.n, self.metrics["sampling_seconds"])
+        seconds = self.metrics["sampling_seconds"]
+        self.metrics |= describe(groups.sampled, config.n, seconds, is_rewarded)
         return chosen
 
     def evaluate(

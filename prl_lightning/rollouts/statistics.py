@@ -15,6 +15,7 @@ def describe(
     rollouts: Sequence[Rollout],
     group_size: int,
     sampling_seconds: float,
+    is_rewarded: bool = True,
 ) -> dict[str, float]:
     """Summarise rewards and lengths over the rollouts of all ranks.
 
@@ -22,6 +23,7 @@ def describe(
         rollouts: of this rank, groups contiguous.
         group_size: completions per prompt.
         sampling_seconds: time that the engine needed.
+        is_rewarded: whether the completions have rewards; otherwise nothing is said of them.
 
     Returns:
         Means, the population standard deviation of the reward, the number of tokens, the longest
@@ -41,10 +43,12 @@ def describe(
     summed = sum_over_ranks(torch.tensor(own, dtype=torch.float64))
     count, tokens = summed[0].item(), summed[3].item()
     reward, square, length, cut, without_signal = (summed[1:] / count).tolist()
-    return {
+    of_rewards = {
         "reward": reward,
         "reward_std": max(square - reward**2, 0.0) ** 0.5,
         "groups_without_signal": without_signal,
+    }
+    return (of_rewards if is_rewarded else {}) | {
         "completion_length": length,
         "completion_length_max": max(lengths),
         "cut_at_limit": cut,

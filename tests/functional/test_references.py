@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from enumerable import BETA, CUSTOM, GENERATORS, GROUP, VOCABULARY, World, make_world
-from prl_lightning.functional import outcome_advantages, process_term
+from prl_lightning.functional import outcome_advantages, prl_advantages, process_term
 from prl_lightning.objective import Objective
 from prl_lightning.references import Reference
 
@@ -100,3 +100,63 @@ def test_a_uniform_reference_is_an_entropy_bonus_with_a_price_for_length() -> No
     length = (world.probabilities * world.mask.sum(-1)).sum()
     want = world.gradient(expected_reward + BETA * (entropy - math.log(VOCABULARY) * length))
     assert relative_error(got, want) < 1e-12
+
+
+def returns_of_openrlhf(
+    outcome: float, delta: list[float], beta: float, gamma: float
+) -> list[float]:
+    """Returns of token rewards -β·δ_j, the outcome on the last token (`group_norm`)."""
+    rewards = [-beta * d for d in delta]
+    rewards[-1] += outcome
+    returns, later = [0.0] * len(delta), 0.0
+    for t in reversed(range(len(delta))):
+        later = rewards[t] + gamma * later
+        returns[t] = later
+    return returns
+
+
+def advantages_of_tinker(
+    outcome: list[float], deltas: list[list[float]], beta: float, gamma: float
+) -> list[list[float]]:
+    """A_i plus the discounted later sums of β·(mean δ - δ_j), the mean over the batch's tokens."""
+    mean = sum(map(sum, deltas)) / sum(map(len, deltas))
+    return [
+        [
+            a + sum(gamma ** (j - t) * beta * (mean - row[j]) for j in range(t, len(row)))
+            for t in range(len(row))
+        ]
+        for a, row in zip(outcome, deltas, strict=True)
+    ]
+
+
+def test_openrlhf_and_tinker_give_the_same_on_the_same_numbers() -> None:
+    world = make_world("binary")
+    rewards, log_ratios, mask = (x.detach() for x in world.in_group())
+    outcome = (rewards - rewards.mean()) / rewards.std(correction=0)
+    lengths = mask.sum(-1).tolist()
+    deltas = [row[:n] for row, n in zip(log_ratios.tolist(), lengths, strict=True)]
+
+    def padded(rows: list[list[float]]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(r, dtype=torch.float64) for r in rows], True
+        )
+
+    ours = prl_advantages(outcome, log_ratios, mask, BETA)
+    theirs = [
+        returns_of_openrlhf(a, row, BETA, 1.0)
+        for a, row in zip(outcome.tolist(), deltas, strict=True)
+    ]
+    gap = (padded(theirs) - ours).abs().max().item()
+    print(f" OpenRLHF {gap:.1e}", end="")
+    assert gap < 1e-12
+    for gamma in (0.0, 0.9, 1.0):
+        term = process_term(log_ratios, mask, discount=gamma)
+        ours = (outcome[:, None] - BETA * term) * mask
+        # Their baseline: the batch's mean δ, discounted in the same way.
+        tokens = mask.double()
+        mean = (log_ratios * tokens).sum() / tokens.sum()
+        baseline = process_term(tokens, mask, discount=gamma) * mean * BETA
+        theirs = advantages_of_tinker(outcome.tolist(), deltas, BETA, gamma)
+        gap = (padded(theirs) - ours - baseline * tokens).abs().max().item()
+        print(f" tinker γ={gamma:g} {gap:.1e}", end="")
+        assert gap < 1e-12
