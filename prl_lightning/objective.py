@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Literal, get_args, get_origin, get_type_hints
 
-import torch
 from torch import Tensor
 
 from prl_lightning.functional import (
@@ -16,18 +15,16 @@ from prl_lightning.functional import (
     kl_in_reward_step,
     kl_in_reward_trajectory,
     kl_loss,
-    others_mean,
     outcome_advantages,
     policy_loss,
     process_baseline,
-    process_term,
 )
 from prl_lightning.functional.advantages import ADVANTAGES
 from prl_lightning.functional.divergences import DIVERGENCES
 from prl_lightning.functional.losses import LOSSES
 from prl_lightning.functional.process import per_token
 from prl_lightning.models.step_splitter import Steps
-from prl_lightning.references import Reference
+from prl_lightning.references import Reference, centres, process_terms
 from prl_lightning.types import RolloutBatch
 
 KL_IN_REWARD = ("reward_trajectory", "reward_step")
@@ -231,41 +228,11 @@ class Objective:
             shaped = kl_in_reward_step(rewards, first, completion_mask, self.beta)
             return compare(shaped, completion_mask=completion_mask)
         if not self.baseline:
-            return compare(rewards)[:, None] + self._centres(
-                log_ratios, completion_mask, group_size
-            )
+            added = centres(self.terms.values(), log_ratios, completion_mask, group_size)
+            return compare(rewards)[:, None] + added
         if mean_kl is None:
             raise ValueError("baseline=True: pass mean_kl.")
         return compare(rewards)[:, None] + self.beta * process_baseline(completion_mask, mean_kl)
-
-    def _centres(self, log_ratios: Tensor, mask: Tensor, group_size: int) -> Tensor:
-        """Return what centred terms are compared with, in the unit of the advantage, (B, T)."""
-        total = log_ratios.new_zeros(mask.shape)
-        for place, term in enumerate(self.terms.values()):
-            if term.centre != "none":
-                size = group_size if term.centre == "group" else len(mask)
-                reg = _weighted_term(term, log_ratios[..., place], mask)
-                total = total + others_mean(reg, mask, size)
-        return total
-
-    def process_terms(
-        self, log_ratios: Tensor, completion_mask: Tensor, step_ends: Tensor | None = None
-    ) -> Tensor:
-        """Return Σ_k β_k reg^(k)_t, which is subtracted from the outcome advantage.
-
-        Args:
-            log_ratios: (B, T, K), one column for each of ``terms``.
-            completion_mask: (B, T).
-            step_ends: bool (B, T), or None for the token form.
-
-        Returns:
-            (B, T), detached, in the unit of the advantage.
-        """
-        parts = [
-            _weighted_term(term, log_ratios[..., place], completion_mask, step_ends)
-            for place, term in enumerate(self.terms.values())
-        ]
-        return torch.stack(parts).sum(0)
 
     def loss(
         self,
@@ -293,7 +260,7 @@ class Objective:
         if ref_logprobs is not None and self.terms:
             at_policy = old_logprobs if self.log_ratio == "rollout" else on_policy
             log_ratios = at_policy[..., None] - ref_logprobs
-            tokens["process_term"] = self.process_terms(log_ratios, mask, step_ends)
+            tokens["process_term"] = process_terms(self.terms.values(), log_ratios, mask, step_ends)
             advantages = outcome - tokens["process_term"]
         tokens["advantage"] = advantages
         weights = None
@@ -324,12 +291,3 @@ class Objective:
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Objective)}
-
-
-def _weighted_term(
-    term: Reference, log_ratios: Tensor, mask: Tensor, step_ends: Tensor | None = None
-) -> Tensor:
-    reg = process_term(
-        log_ratios, mask, term.divergence, step_ends, discount=term.discount, shape=term.shape
-    )
-    return term.beta * reg

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
+from prl_lightning.functional import others_mean, process_term
 from prl_lightning.functional.divergences import DIVERGENCES
 from prl_lightning.functional.process_shapes import SHAPES
 
@@ -66,3 +70,63 @@ class Reference:
             DIVERGENCES.error(self.divergence, f"{field}.divergence"),
             SHAPES.error(self.shape, f"{field}.shape"),
         ]
+
+
+def process_terms(
+    references: Collection[Reference],
+    log_ratios: Tensor,
+    completion_mask: Tensor,
+    step_ends: Tensor | None = None,
+) -> Tensor:
+    """Return Σ_k β_k reg^(k)_t, which is subtracted from the outcome advantage.
+
+    Args:
+        references: K of them, at least one.
+        log_ratios: (B, T, K).
+        completion_mask: (B, T), true on completion tokens.
+        step_ends: bool (B, T), or None for the token form.
+
+    Returns:
+        (B, T), detached, in the unit of the advantage.
+    """
+    columns = zip(references, log_ratios.unbind(-1), strict=True)
+    return torch.stack([_term(*each, completion_mask, step_ends) for each in columns]).sum(0)
+
+
+def centres(
+    references: Collection[Reference],
+    log_ratios: Tensor,
+    completion_mask: Tensor,
+    group_size: int,
+) -> Tensor:
+    """Return what the centred terms are compared with: added to the outcome advantage, it centres.
+
+    Args:
+        references: K of them.
+        log_ratios: (B, T, K) of all rollouts of the iteration, groups contiguous.
+        completion_mask: (B, T), true on completion tokens.
+        group_size: completions of a prompt.
+
+    Returns:
+        (B, T), detached, in the unit of the advantage.
+    """
+    total = log_ratios.new_zeros(completion_mask.shape)
+    for reference, column in zip(references, log_ratios.unbind(-1), strict=True):
+        if reference.centre != "none":
+            size = group_size if reference.centre == "group" else len(column)
+            term = _term(reference, column, completion_mask)
+            total = total + others_mean(term, completion_mask, size)
+    return total
+
+
+def _term(
+    reference: Reference, log_ratios: Tensor, mask: Tensor, step_ends: Tensor | None = None
+) -> Tensor:
+    return reference.beta * process_term(
+        log_ratios,
+        mask,
+        reference.divergence,
+        step_ends,
+        discount=reference.discount,
+        shape=reference.shape,
+    )

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from enumerable import BETA, CUSTOM, GENERATORS, GROUP, VOCABULARY, World, make_world
 from prl_lightning.functional import outcome_advantages, prl_advantages, process_term
-from prl_lightning.objective import Objective
-from prl_lightning.references import Reference
+from prl_lightning.references import Reference, process_terms
 
 from .test_gradient import _print_the_test, relative_error  # noqa: F401
 
@@ -58,31 +57,25 @@ def test_a_discount_of_0_is_the_kl_in_the_loss() -> None:
     assert relative_error(got, world.kl_loss_gradient("k2")) < 1e-12
 
 
-def two_references(world: World) -> tuple[Objective, Tensor, Tensor]:
-    """An objective of two references, its log-ratios (B, T, 2), and autograd's gradient."""
+def two_references(world: World) -> tuple[list[Reference], Tensor, Tensor]:
+    """Two references, their log-ratios (B, T, 2), and autograd's gradient."""
     generator = torch.Generator().manual_seed(21)
     other = replace(
         world, ref_table=torch.randn(world.table.shape, generator=generator, dtype=torch.float64)
     )
-    objective = Objective(
-        outcome="dr_grpo",
-        references={
-            "start": Reference(beta=0.3),
-            "teacher": Reference(beta=0.7, divergence="reverse_k3"),
-        },
-    )
+    references = [Reference(beta=0.3), Reference(beta=0.7, divergence="reverse_k3")]
     expected_reward = (world.probabilities * world.rewards).sum()
     cost = 0.3 * world.regulariser("reverse_kl") + 0.7 * other.regulariser("reverse_k3")
     log_ratios = torch.stack([world.log_ratios, other.log_ratios], -1)
-    return objective, log_ratios, world.gradient(expected_reward - cost)
+    return references, log_ratios, world.gradient(expected_reward - cost)
 
 
 def test_two_references_at_once() -> None:
     world = make_world()
-    objective, log_ratios, want = two_references(world)
+    references, log_ratios, want = two_references(world)
     mask = world.group(world.mask)
     outcome = outcome_advantages(world.group(world.rewards), GROUP, "dr_grpo")
-    terms = objective.process_terms(world.group(log_ratios), mask)
+    terms = process_terms(references, world.group(log_ratios), mask)
     got = world.surrogate_gradient(outcome[:, None] - terms)
     assert relative_error(got, want) < 1e-12
 
