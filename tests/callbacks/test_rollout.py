@@ -147,7 +147,7 @@ def test_kl_in_the_reward_uses_the_log_ratios_at_sampling_time(
     assert second.outcome_advantages.ndim == (1 if kl == "reward_trajectory" else 2)
     assert second.old_logprobs is not None
     assert second.ref_logprobs is not None
-    log_ratios = second.old_logprobs - second.ref_logprobs
+    log_ratios = second.old_logprobs - second.ref_logprobs[..., 0]
     assert log_ratios.abs().max() > 1e-3
     if kl == "reward_trajectory":
         shaped = second.rewards - 5.0 * (log_ratios * second.completion_mask).sum(1)
@@ -170,7 +170,7 @@ def test_baseline_changes_advantages_only_once_policy_and_reference_differ(
     batch = watch.batches[1]
     assert batch.old_logprobs is not None
     assert batch.ref_logprobs is not None
-    drift = (batch.old_logprobs - batch.ref_logprobs)[batch.completion_mask].double()
+    drift = (batch.old_logprobs - batch.ref_logprobs[..., 0])[batch.completion_mask].double()
     # With one update per iteration, the policy that sampled is the one of the update.
     assert watch.values[1]["train/kl_ref"] == pytest.approx(drift.mean().item(), rel=1e-4)
     # beta times the mean k3 of a token, the same for every token.
