@@ -44,7 +44,7 @@ def test_log_probabilities_loss_and_gradient_are_those_of_sampled_tokens(
         ref_logprobs, _ = load_reference(untied_model)(batch)
     logprobs, _ = policy(batch)
     assert not logprobs[~batch.completion_mask].any()
-    loss, _ = Objective(beta=BETA).loss(logprobs, ref_logprobs, batch, None)
+    loss, _ = Objective(beta=BETA).loss(logprobs, ref_logprobs[..., None], batch, None)
     loss.backward()
 
     # The same by the models' own logits, one row at a time and written out (v2, Eq. 5.1): a token

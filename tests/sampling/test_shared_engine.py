@@ -21,7 +21,7 @@ from tiny_runs import ARITHMETIC, write_prompts
 pytestmark = pytest.mark.process
 
 # By name: the strategy of two ranks, and the run of one rank that must do the same.
-RUNS = {"ddp": ("ddp", "whole"), "fsdp2": ("fsdp2", "whole"), "lora": ("fsdp2", "lora")}
+RUNS = {"ddp": ("ddp", "whole"), "lora": ("fsdp2", "lora")}
 LORA = "--model.lora={r: 4, lora_alpha: 8, target_modules: all-linear}"
 # Of two evaluations. The second one finds samples in the cache: rank 0 all of its own.
 PROBLEMS = (3, 4)
