@@ -15,7 +15,7 @@ from prl_lightning.models.loading import load_causal_lm
 from ranks import gap, read, recorded_run, run_all
 from tiny_runs import ARITHMETIC, fit, tiny_overrides
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.slow]  # four ranks on two cores
 
 
 def strategy(replicas: int) -> str:

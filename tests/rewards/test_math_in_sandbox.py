@@ -72,7 +72,9 @@ class Unguarded(MathReward):
         equality._is_unreasonable = lambda answer: False
 
 
-@pytest.mark.parametrize("function", [MathReward(), Unguarded()])
+@pytest.mark.parametrize(
+    "function", [MathReward(), pytest.param(Unguarded(), marks=pytest.mark.slow)]
+)
 def test_hostile_answers_change_no_other_result(function: MathReward, scored: Any) -> None:
     texts = [text for answer in HOSTILE.values() for text in (rf"\boxed{{{answer}}}", r"\boxed{1}")]
     scores = scored(texts, function, RewardLimits(seconds=2.0, workers=2))
