@@ -181,8 +181,8 @@ def test_groups_have_the_order_of_the_prompts_and_progress_adds_up(engine: Engin
     finished = {row: group for some, _ in reports for row, group in some.items()}
     assert finished == dict(enumerate(groups))
     assert sum(number for _, number in reports) == tokens
-    # Tokens are told as they are sampled, and not only when a group is finished. (A server's answers
-    # come in any order, so a group may be finished in the first report.)
+    # Tokens are told as they are sampled, and not only when a group is finished. A server's answers
+    # come in any order, so a group may be finished in the first report.
     assert len([number for some, number in reports if number > 0 and not some]) >= 3
     count = len(reports)
     engine.sampler.generate(prompts[:1], SAMPLING)  # without on_progress
