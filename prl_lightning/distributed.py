@@ -19,7 +19,7 @@ def gather(value: Any) -> list[Any] | None:
     """
     if _ranks() == 1:
         return [value]
-    values = [None] * _ranks() if distributed.get_rank() == 0 else None
+    values = [None] * _ranks() if is_first_rank() else None
     distributed.gather_object(value, values)
     return values
 
@@ -50,7 +50,7 @@ def rank() -> int:
 
 def is_first_rank() -> bool:
     """Whether this process has rank 0 of the run."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
+    return rank() == 0
 
 
 def from_first_rank(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -371,12 +372,9 @@ class PRLModule(LightningModule):
 
 def _references(objective: Objective, model: str | None, track: bool) -> dict[str, Reference]:
     """Return the references by name; the short form has one."""
-    if objective.references:
+    if objective.references or not (objective.needs_reference or track):
         return objective.references
-    if not (objective.needs_reference or track):
-        return {}
-    beta, divergence = objective.beta, objective.divergence
-    return {"reference": Reference(model=model, beta=beta, divergence=divergence)}
+    return {"reference": replace(objective.short_reference, model=model)}
 
 
 def _token_mean(values: Tensor, batch: RolloutBatch) -> Tensor:

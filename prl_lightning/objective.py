@@ -164,7 +164,12 @@ class Objective:
         """The process terms by the name of their reference."""
         if self.references or self.kl != "process" or not self.beta:
             return self.references
-        return {"reference": Reference(beta=self.beta, divergence=self.divergence)}
+        return {"reference": self.short_reference}
+
+    @property
+    def short_reference(self) -> Reference:
+        """The one reference that ``beta`` and ``divergence`` are the short way to write."""
+        return Reference(beta=self.beta, divergence=self.divergence)
 
     @property
     def needs_reference(self) -> bool:

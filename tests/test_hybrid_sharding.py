@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from prl_lightning.cli import main
 from prl_lightning.models.export import export_checkpoint
 from prl_lightning.models.loading import load_causal_lm
 from ranks import gap, read, recorded_run, run_all
-from tiny_runs import ARITHMETIC, fit, tiny_overrides
+from tiny_runs import ARITHMETIC, fit, memory_of, tiny_overrides
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]  # four ranks on two cores
 
@@ -70,6 +69,5 @@ def test_the_memory_estimate_divides_a_copy_by_its_ranks(
     found = []
     for replicas in (1, 2):
         checked(tied_model, tmp_path, replicas)
-        said = re.findall(r"policy +([\d,]+) MiB", capsys.readouterr().out)
-        found.append(int(said[0].replace(",", "")))
+        found.append(memory_of(capsys.readouterr().out)["policy"])
     assert found[1] == 2 * found[0]

@@ -20,11 +20,7 @@ from prl_lightning.checks.cautions import (
     warn_of_slow_precision,
     warn_of_turn_end,
 )
-from prl_lightning.checks.contradictions import (
-    contradictions,
-    longest_row,
-    raise_errors,
-)
+from prl_lightning.checks.contradictions import contradictions, longest_row, raise_errors
 from prl_lightning.models.loading import stop_token_ids
 from prl_lightning.rewards import RewardFunction, RewardLimits, RewardSum
 from prl_lightning.rollouts.advantages import set_advantages

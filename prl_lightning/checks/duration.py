@@ -221,7 +221,7 @@ def describe_duration(
         rollout.max_new_tokens,
     )
     costs = costs_of(module.policy_name)
-    sampler = getattr(rollout.sampler, "sampler", rollout.sampler)  # inside a SubprocessSampler
+    sampler = rollout.engine_sampler
     is_half = str(trainer.precision).startswith(("bf16", "16"))
     shared = sampler.ranks_per_engine  # one engine has the work and the speed of so many ranks
     of_engine = replace(work, prompts=work.prompts * shared)

@@ -51,11 +51,14 @@ def describe_memory(
         on_gpu: whether the run has GPUs.
     """
     parts = list(_memory(trainer, module, bool(data.train_sources)))
+    sampler = rollout.engine_sampler
+    size = 4 if sampler.dtype == "float32" else 2
+    engine = _parameters(module.policy_name) * size / sampler.ranks_per_engine
     return [
         "memory of a rank (an estimate):",
         *(f"  {name:<16} {size / MIB:10,.0f} MiB" for name, size in parts),
-        f"  {'engine':<16} {_engine(module, rollout)}",
-        *_beside_weights(trainer, module, data, rollout, dict(parts), on_gpu),
+        f"  {'engine':<16} {_engine(sampler, engine)}",
+        *_beside_weights(trainer, module, data, rollout, dict(parts), engine, on_gpu),
     ]
 
 
@@ -108,6 +111,7 @@ def _beside_weights(
     data: PromptDataModule,
     rollout: RolloutSettings,
     weights: dict[str, float],
+    engine: float,
     on_gpu: bool,
 ) -> Iterator[str]:
     """Describe a micro-batch's memory, the code's without a GPU, and the sums."""
@@ -128,7 +132,7 @@ def _beside_weights(
             f"token, {tokens:,} tokens in a micro-batch at the limits"
         )
         yield f"  {'logits':<16} {logits / MIB:10,.0f} MiB at most, in chunks"
-    sampler, engine = _engine_weights(module, rollout)
+    sampler = rollout.engine_sampler
     if on_gpu:
         # The gradient is freed before sampling, and an engine that sleeps before the update.
         sampling = sum(weights.values()) - weights.get("gradient", 0) + engine
@@ -185,15 +189,7 @@ def _kept_bytes(module: PRLModule, dtype: torch.dtype, is_mixed: bool) -> float:
     return sum(kept.values()) / PROBE_TOKENS
 
 
-def _engine_weights(module: PRLModule, rollout: RolloutSettings) -> tuple[Sampler, float]:
-    """Return the sampler that has the engine, and the bytes of a rank's part of its weights."""
-    sampler = getattr(rollout.sampler, "sampler", rollout.sampler)  # inside a SubprocessSampler
-    size = 4 if sampler.dtype == "float32" else 2
-    return sampler, _parameters(module.policy_name) * size / sampler.ranks_per_engine
-
-
-def _engine(module: PRLModule, rollout: RolloutSettings) -> str:
-    sampler, weights = _engine_weights(module, rollout)
+def _engine(sampler: Sampler, weights: float) -> str:
     if isinstance(sampler, VLLMServerSampler):
         return f"on the vLLM server {sampler.url}"
     if not isinstance(sampler, VLLMSampler):

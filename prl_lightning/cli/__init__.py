@@ -12,12 +12,15 @@ TRAINER_COMMANDS = {
     "test": "evaluate once more, logged as test/",
     "predict": "sample the evaluation sets and write completions with the credit of each token",
 }
-COMMANDS = {
-    **TRAINER_COMMANDS,
-    "check": "check a configuration; estimate memory and time; nothing is loaded",
+TOOL_COMMANDS = {
     "report": "write a run as one HTML file",
     "export": "write a checkpoint as a Hugging Face folder",
     "configs": "copy the package's configurations into a folder",
+}
+COMMANDS = {
+    **TRAINER_COMMANDS,
+    "check": "check a configuration; estimate memory and time; nothing is loaded",
+    **TOOL_COMMANDS,
 }
 
 
@@ -35,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> None:
     first = words[0] if words else "--help"
     if first in ("-h", "--help"):
         print(overview())
-    elif first in ("report", "export", "configs"):
+    elif first in TOOL_COMMANDS:
         from prl_lightning.cli.tools import run_tool
 
         run_tool(first, words[1:])

@@ -45,16 +45,16 @@ class SolvedPrompts:
     """Count for each row of the training data how often in a row it was solved.
 
     Args:
-        difficulty: without it, every prompt is drawn and nothing is counted.
+        difficulty: when a prompt counts as solved, and how often it is then drawn.
         rows: of the training data; the counts are as many bytes.
 
     Attributes:
         counts: (rows,) uint8, up to ``difficulty.passes``; a part of every checkpoint.
     """
 
-    def __init__(self, difficulty: Difficulty | None, rows: int) -> None:
+    def __init__(self, difficulty: Difficulty, rows: int) -> None:
         self.difficulty = difficulty
-        self.counts: Tensor = torch.zeros(rows if difficulty else 0, dtype=torch.uint8)
+        self.counts: Tensor = torch.zeros(rows, dtype=torch.uint8)
 
     def is_drawn(self, row: int, chance: float) -> bool:
         """Whether the prompt of a row is drawn.
@@ -63,8 +63,7 @@ class SolvedPrompts:
             row: of the data.
             chance: uniform in [0, 1), a function of the position.
         """
-        own = self.difficulty
-        return own is None or int(self.counts[row]) < own.passes or chance < own.keep
+        return int(self.counts[row]) < self.difficulty.passes or chance < self.difficulty.keep
 
     def observe(self, solved: Iterable[tuple[int, bool]]) -> dict[str, float]:
         """Count the groups of an iteration, equal on all ranks.
@@ -75,8 +74,6 @@ class SolvedPrompts:
         Returns:
             Values to log.
         """
-        if self.difficulty is None:
-            return {}
         for row, is_solved in solved:
             count = int(self.counts[row]) + 1
             self.counts[row] = min(count, self.difficulty.passes) if is_solved else 0

@@ -31,7 +31,7 @@ class PromptStream:
         difficulty: passes over prompts that are solved, see Difficulty.
 
     Attributes:
-        solved: what has been counted for ``difficulty``.
+        solved: what has been counted for ``difficulty``; None without it.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class PromptStream:
         seed: int,
         difficulty: Difficulty | None = None,
     ) -> None:
-        self.solved = SolvedPrompts(difficulty, len(prompts))
+        self.solved = None if difficulty is None else SolvedPrompts(difficulty, len(prompts))
         self._prompts = prompts
         self._seed = seed
         self._pass: int | None = None  # number of the pass that _order belongs to
@@ -62,7 +62,7 @@ class PromptStream:
         Returns:
             Values to log; none without ``difficulty``.
         """
-        if self.solved.difficulty is None:
+        if self.solved is None:
             return {}
         found = solved_positions(rollouts, group_size, solved_at)
         return self.solved.observe((self.row(position), solved) for position, solved in found)
@@ -78,21 +78,23 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what ``observe`` has counted, for a checkpoint."""
-        return {"solved": self.solved.counts.clone()} if self.solved.difficulty else {}
+        return {} if self.solved is None else {"solved": self.solved.counts.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint, unless it is of other data."""
+        if self.solved is None:
+            return
         counts = state.get("solved", self.solved.counts)
         if len(counts) == len(self.solved.counts):
             self.solved.counts = counts.clone()
-        elif self.solved.difficulty:
+        else:
             rank_zero_info(
                 f"data.difficulty counts anew: the checkpoint is of {len(counts)} prompts, and "
                 f"data.train has {len(self.solved.counts)}."
             )
 
     def _is_drawn(self, position: int) -> bool:
-        if self.solved.difficulty is None:
+        if self.solved is None:
             return True
         chance = seed_of(self._seed, DRAW, position) / SEEDS
         return self.solved.is_drawn(self.row(position), chance)

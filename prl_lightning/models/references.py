@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -17,7 +17,8 @@ from prl_lightning.models.vocabulary import check_vocabulary
 from prl_lightning.references import Reference
 from prl_lightning.types import RolloutBatch
 
-MOVING = "moving"
+MOVING, UNIFORM = "moving", "uniform"
+STARTING = "starting"  # the policy with its adapter off
 
 
 class References(nn.Module):
@@ -39,7 +40,7 @@ class References(nn.Module):
         self.lora = lora
         self.models = nn.ModuleDict()  # by the keys of ``sources``
         self._vocabulary = 0
-        moving = [name for name, one in settings.items() if one.kind == "moving"]
+        moving = [name for name, one in settings.items() if one.kind == MOVING]
         if lora and moving:
             raise ValueError(
                 f"model.objective.references.{moving[0]}.kind='moving' with model.lora: an adapter "
@@ -52,12 +53,8 @@ class References(nn.Module):
 
     def sources(self) -> dict[str, str]:
         """Return the models to load, by a key; references with the same weights share one."""
-        found: dict[str, str] = {}
-        for one in self.settings.values():
-            key = self._key(one)
-            if key is not None:
-                found[key] = one.model or self.policy_name
-        return found
+        found = {self._key(one): one.model or self.policy_name for one in self.settings.values()}
+        return {key: source for key, source in found.items() if key not in (UNIFORM, STARTING)}
 
     def load(self, sharding: Sharding | None, compile: bool) -> None:
         """Load the models; a collective.
@@ -86,19 +83,9 @@ class References(nn.Module):
         Returns:
             (B, T, K), K references.
         """
-        known: dict[str | None, Tensor] = {}
-        columns = []
-        for one in self.settings.values():
-            key = self._key(one)
-            if one.kind == "uniform":
-                shape = batch.completion_ids.shape
-                even = torch.full(shape, -math.log(self._vocabulary), device=batch.rewards.device)
-                columns.append(even)
-                continue
-            if key not in known:
-                known[key] = self._score(key, batch, policy)
-            columns.append(known[key])
-        return torch.stack(columns, dim=-1)
+        keys = [self._key(one) for one in self.settings.values()]
+        columns = {key: self._score(key, batch, policy) for key in dict.fromkeys(keys)}
+        return torch.stack([columns[key] for key in keys], dim=-1)
 
     @torch.no_grad()
     def follow(self, policy: nn.Module, iterations: int) -> None:
@@ -110,29 +97,27 @@ class References(nn.Module):
         """
         for one in self.settings.values():
             if one.kind == MOVING and iterations % one.every == 0:
-                copies = self.models[str(self._key(one))].parameters()
+                copies = self.models[self._key(one)].parameters()
                 for copy, current in zip(copies, policy.parameters(), strict=True):
                     copy.copy_(current)
 
-    def _score(self, key: str | None, batch: RolloutBatch, policy: nn.Module) -> Tensor:
-        weights: AbstractContextManager[None] = nullcontext()
-        scorer = policy
-        if key is None:
-            weights = adapters_off(policy)
-        else:
-            scorer = self.models[key]
-        with weights:
+    def _score(self, key: str, batch: RolloutBatch, policy: nn.Module) -> Tensor:
+        if key == UNIFORM:
+            shape = batch.completion_ids.shape
+            return torch.full(shape, -math.log(self._vocabulary), device=batch.rewards.device)
+        scorer = policy if key == STARTING else self.models[key]
+        with adapters_off(policy) if key == STARTING else nullcontext():
             logprobs: Tensor = scorer(batch)[0]
         return logprobs
 
-    def _key(self, one: Reference) -> str | None:
-        """Return the key of a reference's model; None without a model of its own."""
-        if one.kind == "uniform":
-            return None
+    def _key(self, one: Reference) -> str:
+        """Return what references with the same log-probabilities share."""
+        if one.kind == UNIFORM:
+            return UNIFORM
         if one.kind == MOVING:
             return f"{MOVING}_{one.every}"
         source = one.model or self.policy_name
         if self.lora and source == self.policy_name:
-            return None
+            return STARTING
         names = [other.model or self.policy_name for other in self.settings.values()]
         return f"model_{names.index(source)}"

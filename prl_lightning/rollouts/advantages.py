@@ -50,9 +50,9 @@ def set_advantages(
 def _compare(objective: Objective, rollouts: Sequence[Rollout], group_size: int) -> Tensor:
     """Compute the advantages over the groups of all ranks, and return this rank's rows."""
     log_ratios = _log_ratios(rollouts) if objective.needs_log_ratios else []
-    is_sampled = [torch.tensor(rollout.completion.is_sampled) for rollout in rollouts]
-    own = (_rewards(objective, rollouts, group_size), log_ratios, is_sampled if log_ratios else [])
-    shares = all_gather(own)
+    # Not needed without log-ratios.
+    is_sampled = [torch.tensor(r.completion.is_sampled) for r in rollouts if log_ratios]
+    shares = all_gather((_rewards(objective, rollouts, group_size), log_ratios, is_sampled))
     start = sum(len(rewards) for rewards, _, _ in shares[: rank()])
     rewards = torch.cat([rewards for rewards, _, _ in shares])
     advantages = _advantages(

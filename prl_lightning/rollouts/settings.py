@@ -28,6 +28,12 @@ class RolloutSettings:
     stop: tuple[str | int, ...] = ()
     refill: int = 1
 
+    @property
+    def engine_sampler(self) -> Sampler:
+        """The sampler that has the engine, also within a SubprocessSampler."""
+        inner: Sampler = getattr(self.sampler, "sampler", self.sampler)
+        return inner
+
     def __post_init__(self) -> None:
         """Check the ranges."""
         least_values = {"max_new_tokens": 1, "temperature": MIN_TEMPERATURE, "refill": 1}

@@ -38,7 +38,7 @@ from prl_lightning.sampling import HFSampler, SubprocessSampler
 from prl_lightning.trainer import FSDP2Strategy, PRLTrainer
 from random_models import random_model
 from sample_rewards import even_digits
-from tiny_runs import ARITHMETIC, fit, tiny_overrides, write_prompts
+from tiny_runs import ARITHMETIC, fit, memory_of, tiny_overrides, write_prompts
 
 
 @pytest.fixture
@@ -389,10 +389,7 @@ def test_check_adds_up_what_a_run_takes_without_a_gpu(
     overrides = tiny_overrides(tied_model, tmp_path, "VLLMSampler")
     main(["check", "--config", str(ARITHMETIC), *overrides, "--rollout.sampler.cache_gib=2"])
     said = capsys.readouterr().out
-    numbers = {
-        name: int(value.replace(",", ""))
-        for name, value in re.findall(r"^  (\w[\w ]*?) +([\d,]+) MiB", said, flags=re.MULTILINE)
-    }
+    numbers = memory_of(said)
     # 16 completions in two micro-batches of 16 + 8 tokens each.
     assert "192 tokens in a micro-batch" in said
     # By hand: a layer keeps about 10 rows of the hidden size and 4 of the inner one.

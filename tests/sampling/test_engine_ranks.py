@@ -17,7 +17,7 @@ from prl_lightning.sampling.engine_ranks import EngineRanks, OwnProgress
 from prl_lightning.sampling.vllm_requirements import refuse_split
 from prl_lightning.types import Completion
 from sample_rewards import even_digits
-from tiny_runs import ARITHMETIC, tiny_overrides
+from tiny_runs import ARITHMETIC, memory_of, tiny_overrides
 
 # The sizes of published models.
 QWEN_HALF = Qwen2Config(
@@ -98,12 +98,8 @@ def test_the_memory_estimate_has_a_ranks_part_of_the_engine(
     found = []
     for size in (1, 2):
         check(tied_model, tmp_path, 2, size)
-        said = capsys.readouterr().out
-        engine, total = (
-            int(re.findall(rf"{name} +([\d,]+) MiB", said)[0].replace(",", ""))
-            for name in ("engine", "in all")
-        )
-        found.append((engine, total))
+        sizes = memory_of(capsys.readouterr().out)
+        found.append((sizes["engine"], sizes["in all"]))
     assert found[0][0] == 2 * found[1][0]
     assert found[0][1] - found[1][1] == found[1][0]
 

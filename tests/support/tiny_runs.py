@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from prl_lightning.arithmetic import draw_problems
@@ -58,3 +59,9 @@ def metrics_of(folder: Path, version: int = 0) -> dict[str, list[float]]:
 def summary_line(metric: str, values: list[float]) -> str:
     """A pattern for what a run's last lines say of a metric."""
     return rf"{metric}: {values[0]:.2f} \[.*?\] -> {values[-1]:.2f} \["
+
+
+def memory_of(said: str) -> dict[str, int]:
+    """The MiB of each line of `prl check`'s estimate, by its name."""
+    lines = re.findall(r"^  (\w[\w ]*?) +([\d,]+) MiB", said, flags=re.MULTILINE)
+    return {name: int(value.replace(",", "")) for name, value in lines}
