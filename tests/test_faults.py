@@ -81,7 +81,7 @@ def test_a_faulty_engine_is_one_clear_error_and_the_run_goes_on_from_before(
     [
         (1, "lightning", "kill"),
         pytest.param(0, "lightning", "memory", marks=pytest.mark.slow),
-        (1, "torchrun", "memory"),
+        pytest.param(1, "torchrun", "memory", marks=pytest.mark.slow),
         pytest.param(0, "lightning", "kill", marks=pytest.mark.slow),
         pytest.param(1, "lightning", "memory", marks=pytest.mark.slow),
         pytest.param(0, "torchrun", "kill", marks=pytest.mark.slow),

@@ -250,6 +250,7 @@ def test_a_sharded_checkpoint_of_two_ranks_goes_on_with_one(
     assert gap(resumed["after"], resumed["before"]) > 1e-3
 
 
+@pytest.mark.slow  # the script for SLURM has two processes of one device as well
 def test_torchrun_on_two_nodes(
     tied_model: str, one_rank: dict[str, Record], tmp_path: Path
 ) -> None:

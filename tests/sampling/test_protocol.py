@@ -181,9 +181,10 @@ def test_groups_have_the_order_of_the_prompts_and_progress_adds_up(engine: Engin
     finished = {row: group for some, _ in reports for row, group in some.items()}
     assert finished == dict(enumerate(groups))
     assert sum(number for _, number in reports) == tokens
-    # Tokens are told as they are sampled, and not only when a group is finished. A server's answers
-    # come in any order, so a group may be finished in the first report.
-    assert len([number for some, number in reports if number > 0 and not some]) >= 3
+    # Tokens are told as they are sampled. How many a report has depends on the load of the machine,
+    # and with a server's answers, which come in any order, also whether a group is finished in it.
+    assert len(reports[0][0]) < len(groups)
+    assert len([number for _, number in reports if number > 0]) >= 3
     count = len(reports)
     engine.sampler.generate(prompts[:1], SAMPLING)  # without on_progress
     assert len(reports) == count
