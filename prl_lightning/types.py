@@ -60,12 +60,21 @@ class Completion:
         finished: True if it ended with a stop token, False if it was cut at the limit.
         is_sampled: which tokens the policy sampled. The others, such as the output of a tool, are
             context: they are not trained on. By default all are sampled.
+        messages: of an episode with an environment or tools, its turns and results as chat
+            messages, for reward functions.
+        environment_reward: what the environment's ``get_reward`` returned.
+        call_errors: number of calls that returned an error to the model.
+        failure: why the environment failed; empty if it did not.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finished: bool
     is_sampled: list[bool] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    environment_reward: float | None = None
+    call_errors: int = 0
+    failure: str = ""
 
     def __post_init__(self) -> None:
         """Without a mask, mark every token as sampled."""

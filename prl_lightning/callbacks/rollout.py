@@ -26,6 +26,7 @@ from prl_lightning.rewards import RewardFunction, RewardLimits, RewardSum
 from prl_lightning.rollouts.advantages import set_advantages
 from prl_lightning.rollouts.collector import Collector
 from prl_lightning.rollouts.engine_link import EngineLink
+from prl_lightning.rollouts.episodes import Episodes
 from prl_lightning.rollouts.refill import IterationGroups
 from prl_lightning.rollouts.resume import ResumeState, is_between_epochs
 from prl_lightning.rollouts.rewarding import Rewarder
@@ -124,7 +125,10 @@ class RolloutCallback(Callback):
                 rewards.check_columns(columns, where)
         longest = longest_row(module, data, self.settings)
         sampler.refuse_model(module.policy_name, longest)
-        self.engine = EngineLink(trainer, module, self.settings, longest)
+        episodes = None
+        if data.environments is not None:
+            episodes = Episodes(data, self.settings, trainer.num_devices)
+        self.engine = EngineLink(trainer, module, self.settings, longest, episodes)
         ids, self._stop_texts = split_stops(self.settings.stop, data.tokenizer)
         self._stop_token_ids = stop_token_ids(module.policy_name, data.tokenizer, ids)
         rewards.start(ranks=trainer.num_devices)

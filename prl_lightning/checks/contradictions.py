@@ -26,7 +26,7 @@ from prl_lightning.models.loading import (
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.models.vocabulary import check_vocabulary
 from prl_lightning.module import PRLModule
-from prl_lightning.rewards import RewardLimits
+from prl_lightning.rewards import EnvironmentReward, RewardLimits
 from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.sampling.engine_ranks import indivisible_ranks
 from prl_lightning.sampling.stops import split_stops
@@ -82,6 +82,7 @@ def contradictions(
         *errors_of(module.objective.check_names),
         *_of_rewards(data, rollout),
         *_of_tasks(data, rollout, trains),
+        *_of_environments(data, rollout),
         *_of_limits(rollout.limits),
         *_of_engine(trainer, rollout),
         *replica_errors(trainer),
@@ -156,7 +157,8 @@ def longest_row(module: PRLModule, data: PromptDataModule, rollout: RolloutSetti
     Raises:
         ValueError: it exceeds what the model can take.
     """
-    longest = data.max_prompt_tokens + rollout.max_new_tokens
+    added = 0 if data.environments is None else data.environments.result_tokens  # by reset()
+    longest = data.max_prompt_tokens + added + rollout.max_new_tokens
     limit = max_model_tokens(module.policy_name)
     if limit is not None and longest > limit:
         raise ValueError(
@@ -196,6 +198,32 @@ def _of_tasks(data: PromptDataModule, rollout: RolloutSettings, trains: bool) ->
     for function in rollout.rewards.functions:
         if hasattr(function, "check_tasks"):
             yield from errors_of(partial(function.check_tasks, tasks))
+
+
+def _of_environments(data: PromptDataModule, rollout: RolloutSettings) -> Iterator[str]:
+    given = any(isinstance(one, EnvironmentReward) for one in rollout.rewards.functions)
+    if data.environments is None:
+        if given:
+            yield "rollout.rewards has EnvironmentReward, but there are no data.environments."
+        return
+    turn = data.environments.tokens_of_turn(rollout.max_new_tokens)
+    if turn > rollout.max_new_tokens:
+        yield (
+            f"data.environments.turn_tokens={turn} is above rollout.max_new_tokens="
+            f"{rollout.max_new_tokens}, the limit of a whole episode. Lower it."
+        )
+    if given and not data.environments.factories:
+        yield "rollout.rewards has EnvironmentReward, but data.environments has tools alone."
+    if rollout.limits.workers == 0:
+        yield (
+            "rollout.limits.workers=0, but environments always run in processes of their own. "
+            "Leave it out."
+        )
+    if texts := [stop for stop in rollout.stop if isinstance(stop, str)]:
+        yield (
+            f"rollout.stop has the texts {texts}, which would end each turn of an episode. Name "
+            "tokens, or leave it out: data.environments.format has what ends a call."
+        )
 
 
 def _of_limits(limits: RewardLimits) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from prl_lightning.data.messages import read_prompt
 from prl_lightning.types import Message
+
+# Returns the descriptions of the tools that a row's chat template gets, by the row's columns.
+ToolsOf = Callable[[Mapping[str, Any]], list[dict[str, Any]] | None]
 
 
 class DataError(ValueError):
@@ -77,12 +80,18 @@ class PromptFormat:
             raise DataError(f"data.format.columns={found} maps a column of {where} twice.")
         return {name: name for name in names if name not in used} | found
 
-    def render(self, source: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    def render(
+        self,
+        source: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[int]:
         """Return the token ids of a prompt.
 
         Args:
             source: text or chat messages.
             tokenizer: the policy's.
+            tools: descriptions for the chat template.
 
         Raises:
             ValueError: the source is not a prompt, the chat template refuses it, or one is needed
@@ -100,9 +109,14 @@ class PromptFormat:
                 start = bos if is_rendered else ""
                 return _token_ids(start + head + self._around(problem), tokenizer)
             prompt = [{"role": "user", "content": problem}]
-        return self._render_chat(prompt, tokenizer)
+        return self._render_chat(prompt, tokenizer, tools)
 
-    def _render_chat(self, prompt: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    def _render_chat(
+        self,
+        prompt: list[Message],
+        tokenizer: PreTrainedTokenizerBase,
+        tools: list[dict[str, Any]] | None,
+    ) -> list[int]:
         if tokenizer.chat_template is None:
             raise ValueError(
                 "the prompt is chat messages (or data.format.chat_template is true), but "
@@ -116,6 +130,7 @@ class PromptFormat:
                 tokenize=False,
                 add_generation_prompt=not is_begun,
                 continue_final_message=is_begun,
+                tools=tools,
                 **self.chat_template_args,
             )
         except Exception as error:  # a template is a program

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
-from prl_lightning.data.format import DataError, PromptFormat
+from prl_lightning.data.format import DataError, PromptFormat, ToolsOf
 from prl_lightning.data.messages import read_prompt
 from prl_lightning.types import Prompt, PromptSource
 
@@ -27,6 +27,7 @@ class GeneratedPrompts(TorchDataset[Prompt]):
         tokenizer: the policy's.
         max_prompt_tokens: rows with longer prompts are refused.
         where: field of the configuration that names the source, for messages.
+        tools_of: returns what the chat template is told of a row's tools, by its columns.
         excluded: problems that no row may have; see ``problem_of``.
 
     Attributes:
@@ -44,6 +45,7 @@ class GeneratedPrompts(TorchDataset[Prompt]):
         tokenizer: PreTrainedTokenizerBase,
         max_prompt_tokens: int,
         where: str,
+        tools_of: ToolsOf | None = None,
         excluded: Iterable[str] = (),
     ) -> None:
         self.where = f"{where} ({type(source).__name__})"
@@ -51,6 +53,7 @@ class GeneratedPrompts(TorchDataset[Prompt]):
         self._form = form
         self._tokenizer = tokenizer
         self._max_prompt_tokens = max_prompt_tokens
+        self._tools_of = tools_of
         self._excluded = set(excluded)
         self.columns = set(self[0].columns)
 
@@ -85,7 +88,8 @@ class GeneratedPrompts(TorchDataset[Prompt]):
         try:
             columns = dict(self._source.row(index, attempt))
             source = read_prompt(columns.pop("prompt", None))
-            token_ids = self._form.render(source, self._tokenizer)
+            tools = None if self._tools_of is None else self._tools_of(columns)
+            token_ids = self._form.render(source, self._tokenizer, tools)
         except Exception as error:  # some generators fail at some seeds
             return None, f"it cannot be made ({type(error).__name__}: {error})"
         prompt = Prompt(token_ids, source, columns)

@@ -30,6 +30,23 @@ def read_prompt(source: Any) -> str | list[Message]:
     )
 
 
+def appended(source: str | list[Message], text: str) -> str | list[Message]:
+    """Return a prompt with a text at the end: of a chat, at the end of the user's last message.
+
+    Args:
+        source: text or chat messages; a chat without a user gets a message of one.
+        text: to append.
+    """
+    if isinstance(source, str):
+        return source + text
+    asked = [place for place, message in enumerate(source) if message["role"] == "user"]
+    if not asked:
+        return [*source, {"role": "user", "content": text}]
+    last = source[asked[-1]]
+    changed = last | {"content": last["content"] + text}
+    return [*source[: asked[-1]], changed, *source[asked[-1] + 1 :]]
+
+
 def _read_message(index: int, value: Any) -> Message:
     message = _without_none(value)
     role = message.get("role") if isinstance(message, Mapping) else None

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
-from prl_lightning.data.format import DataError, PromptFormat
+from prl_lightning.data.format import DataError, PromptFormat, ToolsOf
 from prl_lightning.data.messages import read_prompt
 from prl_lightning.data.sources import Source
 from prl_lightning.types import Prompt
@@ -28,6 +28,7 @@ class PromptSet(TorchDataset[Prompt]):
         tokenizer: the policy's.
         max_prompt_tokens: longer prompts are dropped and counted.
         where: field of the configuration that names the source, for messages.
+        tools_of: returns what the chat template is told of a row's tools, by its columns.
 
     Attributes:
         where: the field and the source.
@@ -44,13 +45,14 @@ class PromptSet(TorchDataset[Prompt]):
         tokenizer: PreTrainedTokenizerBase,
         max_prompt_tokens: int,
         where: str,
+        tools_of: ToolsOf | None = None,
     ) -> None:
         self.where = f"{where} ({source.path})"
         self._rows = source.load()
         self._names = form.find_columns(self._rows.column_names, self.where)
         self._truth = self._truth_columns()
         self._rendered = self._rows.table.map(
-            partial(_render, self.where, self._rows.decode, self._names["prompt"], form, tokenizer),
+            partial(_render, self.where, self._rows.decode, self._names, form, tokenizer, tools_of),
             with_indices=True,
             remove_columns=self._rows.table.column_names,
             desc=f"{where}: rendering prompts",
@@ -108,9 +110,10 @@ def _truth(reward_model: Any) -> Any:
 def _render(
     where: str,
     decode: Callable[[Any], dict[str, Any]],
-    column: str,
+    names: Mapping[str, str],
     form: PromptFormat,
     tokenizer: PreTrainedTokenizerBase,
+    tools_of: ToolsOf | None,
     entry: Any,
     row: int,
 ) -> dict[str, list[int]]:
@@ -120,7 +123,10 @@ def _render(
         DataError: it cannot be rendered.
     """
     try:
-        return {TOKEN_IDS: form.render(decode(entry).get(column), tokenizer)}
+        values = decode(entry)
+        columns = {name: values.get(theirs) for name, theirs in names.items()}
+        tools = None if tools_of is None else tools_of(columns)
+        return {TOKEN_IDS: form.render(columns["prompt"], tokenizer, tools)}
     except Exception as error:  # tokenizers raise anything
         # Messages of transformers go on with the whole chat.
         first_line = str(error).partition("\n")[0]

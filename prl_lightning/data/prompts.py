@@ -14,11 +14,13 @@ from prl_lightning.data.difficulty import Difficulty
 from prl_lightning.data.format import PromptFormat
 from prl_lightning.data.generated import GeneratedPrompts, problem_of
 from prl_lightning.data.loader import RolloutLoader
+from prl_lightning.data.messages import appended
 from prl_lightning.data.prompt_set import PromptSet
 from prl_lightning.data.rollouts import RolloutBuffer, share_of
 from prl_lightning.data.sizes import EpochSizes
 from prl_lightning.data.sources import Source
 from prl_lightning.data.stream import EVAL, PromptStream, seed_of
+from prl_lightning.environments import Environments
 from prl_lightning.evaluation import Evaluation
 from prl_lightning.models.loading import load_tokenizer
 from prl_lightning.runs.progress import hide_library_bars
@@ -48,6 +50,7 @@ class PromptDataModule(LightningDataModule):
         prepare: called once per node before any prompt is read, to create or download the data.
         difficulty: draw prompts less often that are always solved, from the next pass over the
             data on.
+        environments: environments and tools that the model acts in, also in the evaluation.
 
     Attributes:
         reward_columns: columns that reward functions can read, by the field and path of each source
@@ -67,6 +70,7 @@ class PromptDataModule(LightningDataModule):
         seed: int = 0,
         prepare: Callable[[], Any] | None = None,
         difficulty: Difficulty | None = None,
+        environments: Environments | None = None,
     ) -> None:
         super().__init__()
         trains = [train] if isinstance(train, str | PromptSource) else train or []
@@ -82,6 +86,7 @@ class PromptDataModule(LightningDataModule):
         self.seed = seed
         self.prepare = prepare
         self.difficulty = difficulty
+        self.environments = environments
         self.prompts_seen = 0
         self._stream = PromptStream([], seed)
         self.train_buffer = RolloutBuffer(0)
@@ -101,6 +106,8 @@ class PromptDataModule(LightningDataModule):
         for source in self.sources(stage == "fit"):
             source.check()
         self.tokenizer = load_tokenizer(self.tokenizer_name)
+        if self.environments is not None:
+            self.environments.check(self.tokenizer)
         held_out: set[str] = set()
         for name, source in self.eval_sources.items():
             read = self._prompt_set(source, f"evaluation.sets.{name}")
@@ -162,7 +169,8 @@ class PromptDataModule(LightningDataModule):
     def _prompt_set(
         self, source: Source | PromptSource, where: str, excluded: Collection[str] = ()
     ) -> PromptSet | GeneratedPrompts:
-        rest = self.format, self.tokenizer, self.max_prompt_tokens, where
+        tools_of = None if self.environments is None else self.environments.schemas
+        rest = self.format, self.tokenizer, self.max_prompt_tokens, where, tools_of
         prompts = (
             GeneratedPrompts(source, *rest, excluded)
             if isinstance(source, PromptSource)
@@ -170,6 +178,20 @@ class PromptDataModule(LightningDataModule):
         )
         self.reward_columns[prompts.where] = prompts.columns
         return prompts
+
+    def with_text(self, prompt: Prompt, text: str) -> Prompt:
+        """Return a prompt with a text at its end: of a chat, at the end of the user's last message.
+
+        Args:
+            prompt: of this data.
+            text: what its environment says at the start; may be empty.
+        """
+        if not text:
+            return prompt
+        source = appended(prompt.source, text)
+        tools = None if self.environments is None else self.environments.schemas(prompt.columns)
+        token_ids = self.format.render(source, self.tokenizer, tools)
+        return replace(prompt, source=source, token_ids=token_ids)
 
     @property
     def rank(self) -> int:

@@ -6,6 +6,7 @@ r"""Reward functions with TRL's signature, and their weighted sum.
 """
 
 from prl_lightning.rewards.calls import FailedCall
+from prl_lightning.rewards.environment import EnvironmentReward
 from prl_lightning.rewards.gym import ReasoningGymReward
 from prl_lightning.rewards.length import SoftLengthPunishment
 from prl_lightning.rewards.match import ExactMatch, RegexMatch
@@ -16,6 +17,7 @@ from prl_lightning.rewards.sandbox.limits import RewardLimits
 
 __all__ = [
     "NO_ANSWER",
+    "EnvironmentReward",
     "ExactMatch",
     "FailedCall",
     "MathReward",

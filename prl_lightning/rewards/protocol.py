@@ -29,7 +29,7 @@ NO_ANSWER = -1  # what `answers` returns for a completion without an answer
 _LARGEST = 3.4028234663852886e38  # of float32, in which rewards are summed
 
 # Arguments that need no column in the dataset.
-PROVIDED = frozenset({"prompts", "completions", "completion_ids"})
+PROVIDED = frozenset({"prompts", "completions", "completion_ids", "environment_reward"})
 
 
 def completion_text(completion: Any) -> str:

@@ -17,7 +17,7 @@ from prl_lightning.rollouts.advantages import set_advantages
 from prl_lightning.rollouts.engine_link import EngineLink, Samples
 from prl_lightning.rollouts.refill import IterationGroups
 from prl_lightning.rollouts.rewarding import Rewarder, Scored
-from prl_lightning.rollouts.statistics import describe
+from prl_lightning.rollouts.statistics import describe, describe_episodes
 from prl_lightning.sampling import SamplingConfig
 from prl_lightning.types import Prompt, Rollout
 
@@ -66,7 +66,7 @@ class Collector:
             start = time.monotonic()
             samples = self.engine.sample(prompts, config)
             self._time_sampling(samples, time.monotonic() - start)
-            rollouts = self._rollouts(prompts, samples)
+            rollouts = self._rollouts(samples)
             self.metrics |= self.engine.check_against(rollouts, samples)
             if is_rewarded:
                 with self._timed("reward"):
@@ -80,6 +80,8 @@ class Collector:
             set_advantages(self.module, chosen, config.n, updates, micro_batches)
         seconds = self.metrics["sampling_seconds"]
         self.metrics |= describe(groups.sampled, config.n, seconds, is_rewarded)
+        if self.engine.episodes is not None:
+            self.metrics |= describe_episodes(groups.sampled)
         return chosen
 
     def evaluate(
@@ -100,7 +102,7 @@ class Collector:
         """
         prompts = [prompt for own in sets.values() for prompt in own]
         samples = self.engine.sample(prompts, config)
-        rollouts = self._rollouts(prompts, samples)
+        rollouts = self._rollouts(samples)
         self.engine.check_against(rollouts, samples)
         remaining = iter(rollouts)
         by_set = {name: list(islice(remaining, len(own) * config.n)) for name, own in sets.items()}
@@ -109,7 +111,7 @@ class Collector:
                 self.rewarder.reward(of_set, config.n)
         return by_set
 
-    def _rollouts(self, prompts: list[Prompt], samples: Samples) -> list[Rollout]:
+    def _rollouts(self, samples: Samples) -> list[Rollout]:
         """Decode; stale samples keep the engine's log-probabilities for the importance ratio."""
         is_stale = samples.step != self.trainer.global_step
         return [
@@ -120,7 +122,7 @@ class Collector:
                 samples.config.logprob_temperature,
                 old_logprobs=torch.tensor(completion.logprobs) if is_stale else None,
             )
-            for prompt, group in zip(prompts, samples.groups, strict=True)
+            for prompt, group in zip(samples.prompts, samples.groups, strict=True)
             for completion in group
         ]
 

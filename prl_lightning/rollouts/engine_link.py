@@ -19,6 +19,7 @@ from prl_lightning.data import collate
 from prl_lightning.distributed import max_over_ranks
 from prl_lightning.models.sharding import checksums
 from prl_lightning.module import PRLModule
+from prl_lightning.rollouts.episodes import Episodes
 from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.runs.progress import sampling_bar
 from prl_lightning.sampling import Progress, SamplingConfig
@@ -37,12 +38,14 @@ class Samples:
     """Completions of some prompts.
 
     Attributes:
+        prompts: what was completed; with environments, with the text that they added.
         groups: completions of each prompt.
         config: settings of the sampling.
         step: ``trainer.global_step`` of the weights that sampled them.
         seconds: duration of the sampling.
     """
 
+    prompts: list[Prompt]
     groups: list[list[Completion]]
     config: SamplingConfig
     step: int
@@ -57,10 +60,16 @@ class EngineLink:
         module: has the policy.
         settings: have the engine.
         max_model_tokens: longest prompt plus completion.
+        episodes: samples in several turns; None samples in one.
     """
 
     def __init__(
-        self, trainer: Trainer, module: PRLModule, settings: RolloutSettings, max_model_tokens: int
+        self,
+        trainer: Trainer,
+        module: PRLModule,
+        settings: RolloutSettings,
+        max_model_tokens: int,
+        episodes: Episodes | None = None,
     ) -> None:
         self.trainer = trainer
         self.module = module
@@ -68,6 +77,7 @@ class EngineLink:
         self.max_gap = settings.max_engine_gap
         self.prefetches = settings.overlap
         self.max_model_tokens = max_model_tokens
+        self.episodes = episodes
         self._is_started = False
         self._loaded: tuple[int, list[int]] | None = None  # update and checksums of the weights
         self._gap: dict[str, float] | None = None
@@ -172,17 +182,37 @@ class EngineLink:
             raise RuntimeError("the engine has no weights: call update_weights() first")
         step, _ = self._loaded
         start = time.monotonic()
-        asked = f"failed on {len(prompts)} prompts x {config.n} completions after update {step}"
-        with self._engine_errors(asked):
+        prompts = self._open(prompts)
+        groups = self._sample(prompts, config, on_progress)
+        return Samples(prompts, groups, config, step, time.monotonic() - start)
+
+    def _open(self, prompts: list[Prompt]) -> list[Prompt]:
+        """Return the prompts with what their environments say at the start."""
+        return prompts if self.episodes is None else self.episodes.open(prompts)
+
+    def _sample(
+        self, prompts: list[Prompt], config: SamplingConfig, on_progress: Progress | None
+    ) -> list[list[Completion]]:
+        if self.episodes is None:
+            return self._complete(prompts, config, on_progress)
+        return self.episodes.sample(self._complete, prompts, config, on_progress)
+
+    def _complete(
+        self, prompts: list[Prompt], config: SamplingConfig, on_progress: Progress | None
+    ) -> list[list[Completion]]:
+        """Call the engine once, and check what it returns."""
+        with self._engine_errors(f"failed on {len(prompts)} prompts x {config.n} completions"):
             groups = self.sampler.generate(prompts, config, on_progress)
         _check_groups(config, groups, prompts)
-        return Samples(groups, config, step, time.monotonic() - start)
+        return groups
 
     def stop(self) -> None:
         """Stop the engine and free its memory."""
         if self._is_started:
             self.sampler.stop()
             self._is_started = False
+        if self.episodes is not None:
+            self.episodes.stop()
         if self._thread is not None:
             # Without waiting: a running generation ends with the engine.
             self._thread.shutdown(wait=False, cancel_futures=True)
@@ -206,9 +236,11 @@ class EngineLink:
         samples nothing.
         """
         start = time.monotonic()
-        name = fingerprint(self.module.weights(), self.sampler, config)
+        acting = "" if self.episodes is None else self.episodes.settings.identity()
+        name = fingerprint(self.module.weights(), self.sampler, config, acting)
         folder = Path(self.trainer.default_root_dir) / "samples" / name
         cache = SampleCache(folder, self.trainer.global_rank)
+        prompts = self._open(prompts)
         missing = [prompt for prompt in prompts if prompt not in cache]
         if cached := (len(prompts) - len(missing)) * config.n:
             rank_zero_info(f"{cached} completions are cached in {folder} and not sampled again.")
@@ -221,14 +253,17 @@ class EngineLink:
         with sampling_bar(self.trainer, len(missing)) as on_progress:
             for first in range(0, most, size):
                 some = missing[first : first + size]
-                with cache.keeping(some, partial(_check_groups, config), on_progress) as keep:
-                    groups = self.generate(some, config, keep).groups
+                # Of an episode, every turn is checked.
+                check = None if self.episodes else partial(_check_groups, config)
+                with cache.keeping(some, check, on_progress) as keep:
+                    groups = self._sample(some, config, keep)
                 # Of an engine that does not report its groups:
                 left = [pair for pair in zip(some, groups, strict=True) if pair[0] not in cache]
                 if left:
                     cache.add(*zip(*left, strict=True))
         groups = [cache[prompt] for prompt in prompts]
-        return Samples(groups, config, self.trainer.global_step, time.monotonic() - start)
+        step = self.trainer.global_step
+        return Samples(prompts, groups, config, step, time.monotonic() - start)
 
     @contextmanager
     def _engine_errors(self, what: str) -> Iterator[None]:

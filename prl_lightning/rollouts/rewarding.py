@@ -92,11 +92,14 @@ class Rewarder:
             for name in rollouts[0].prompt.columns
         }
         columns["completion_ids"] = [r.completion.token_ids for r in rollouts]
-        sources, texts = [r.prompt.source for r in rollouts], [r.text for r in rollouts]
+        columns["environment_reward"] = [r.completion.environment_reward for r in rollouts]
+        sources, texts = [r.prompt.source for r in rollouts], [_shown(r) for r in rollouts]
         scores = self.rewards.score(sources, texts, columns, done)
         parts = torch.stack(list(scores.parts.values()), dim=1).tolist()
+        limits = self.rewards.limits
         for rollout, reward, own in zip(rollouts, scores.total.tolist(), parts, strict=True):
-            rollout.reward = reward
+            has_failed = rollout.completion.failure
+            rollout.reward = limits.failure_value if limits and has_failed else reward
             rollout.reward_parts = list(zip(self.rewards.weights, own, strict=True))
         return scores
 
@@ -161,7 +164,7 @@ class Rewarder:
         )
         if count > limits.max_failures * total:
             raise RuntimeError(
-                f"a reward function failed on {count:.0f} of {total:.0f} completions, more than "
+                f"a reward function or environment failed on {count:.0f} of {total:.0f} completions, more than "
                 f"limits.max_failures={limits.max_failures} allows: {_kinds(failed)}. {FAILURES} "
                 "in the run's folder has their prompts. Fix the reward function, or raise "
                 "limits.seconds, limits.memory_mib or limits.max_failures."
@@ -195,11 +198,24 @@ class Rewarder:
 
 
 def _failed(scored: Sequence[Scored]) -> list[Failed]:
-    return [
+    of_rewards = [
         (call.name, call.failure, own[call.index])
         for own, scores in scored
         for call in scores.failed_calls
     ]
+    of_environments = [
+        ("environment", Failure(*rollout.completion.failure.split(": ", 1)), rollout)
+        for own, _ in scored
+        for rollout in own
+        if rollout.completion.failure
+    ]
+    return of_environments + of_rewards
+
+
+def _shown(rollout: Rollout) -> Any:
+    """Return what reward functions get: the messages of an episode, if its prompt is a chat."""
+    is_chat = not isinstance(rollout.prompt.source, str)
+    return rollout.completion.messages if is_chat and rollout.completion.messages else rollout.text
 
 
 def _by_columns(rollouts: list[Rollout]) -> dict[frozenset[str], list[Rollout]]:

@@ -57,6 +57,30 @@ def describe(
     }
 
 
+def describe_episodes(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Summarise the turns of all ranks.
+
+    Args:
+        rollouts: of this rank.
+
+    Returns:
+        Means over episodes of sampled turns, of calls, and of calls that returned an error; and the
+        share of episodes whose environment failed.
+    """
+    completions = [rollout.completion for rollout in rollouts]
+    roles = [message["role"] for completion in completions for message in completion.messages]
+    own = [
+        len(completions),
+        roles.count("assistant"),
+        roles.count("tool"),
+        sum(completion.call_errors for completion in completions),
+        sum(bool(completion.failure) for completion in completions),
+    ]
+    count, *totals = sum_over_ranks(torch.tensor(own, dtype=torch.float64)).tolist()
+    names = ("turns", "calls", "call_errors", "environment_failures")
+    return {name: total / count for name, total in zip(names, totals, strict=True)}
+
+
 def reduction_of(name: str) -> Literal["sum", "max", "mean"]:
     """Name the reduction over ranks of a logged value.
 

@@ -26,7 +26,10 @@ WRITE_SECONDS = 60.0  # a killed process loses the groups that were finished sin
 
 
 def fingerprint(
-    weights: Iterator[tuple[str, Tensor]], sampler: Sampler, config: SamplingConfig
+    weights: Iterator[tuple[str, Tensor]],
+    sampler: Sampler,
+    config: SamplingConfig,
+    environments: str = "",
 ) -> str:
     """Hash what completions depend on besides the prompt: weights, engine and settings.
 
@@ -34,9 +37,10 @@ def fingerprint(
         weights: of the policy; iterating is a collective under FSDP.
         sampler: the engine.
         config: of the sampling.
+        environments: what they are and their limits, if there are any.
     """
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    digest.update(sampler.identity().encode())
+    digest.update((sampler.identity() + environments).encode())
     for name, tensor in weights:
         some = tensor.detach().flatten()[:: max(1, tensor.numel() // ENTRIES)]
         digest.update(name.encode())
@@ -59,7 +63,10 @@ class SampleCache:
         for file in sorted(folder.glob("part-*.parquet")):
             groups: dict[str, list[Completion]] = {}
             for row in read_table(file):
-                groups.setdefault(row.pop("prompt"), []).append(Completion(**row))
+                prompt = row.pop("prompt")
+                messages = json.loads(row.pop("messages", "[]"))  # of any form: a text to Parquet
+                completion = Completion(**row, messages=messages)
+                groups.setdefault(prompt, []).append(completion)
             # Two concurrent evaluations may both have sampled a prompt; keep one group.
             self._groups.update(groups)
 
@@ -80,7 +87,7 @@ class SampleCache:
         """
         keys = [_key(prompt) for prompt in prompts]
         rows = [
-            {"prompt": key, **asdict(completion)}
+            {"prompt": key, **asdict(completion), "messages": json.dumps(completion.messages)}
             for key, group in zip(keys, groups, strict=True)
             for completion in group
         ]
@@ -90,13 +97,13 @@ class SampleCache:
 
     @contextmanager
     def keeping(
-        self, prompts: Sequence[Prompt], check: Check, on_progress: Progress
+        self, prompts: Sequence[Prompt], check: Check | None, on_progress: Progress
     ) -> Iterator[Progress]:
         """Add groups as they are sampled; those that are finished survive an interruption.
 
         Args:
             prompts: that are sampled.
-            check: raises an error for groups that must not be kept.
+            check: raises an error for groups that must not be kept; None keeps all.
             on_progress: called with everything that the yielded one is called with.
 
         Yields:
@@ -113,7 +120,8 @@ class SampleCache:
             written = monotonic()
 
         def keep(finished: Mapping[int, list[Completion]], tokens: int) -> None:
-            check(list(finished.values()), [prompts[row] for row in finished])
+            if check is not None:
+                check(list(finished.values()), [prompts[row] for row in finished])
             pending.update(finished)
             if monotonic() - written >= WRITE_SECONDS:
                 write()
