@@ -158,16 +158,16 @@ class Rewarder:
         if not count:
             return
         rank_zero_warn(
-            f"{count:.0f} of {total:.0f} completions: a reward function failed on them, so their "
-            f"reward is limits.failure_value={limits.failure_value}. {FAILURES} in the run's "
-            f"folder has the first {WRITTEN} of each rank."
+            f"{count:.0f} of {total:.0f} completions: a reward function or an environment failed, "
+            f"so their reward is limits.failure_value={limits.failure_value}. {FAILURES} in the "
+            f"run's folder has the first {WRITTEN} of each rank."
         )
         if count > limits.max_failures * total:
             raise RuntimeError(
-                f"a reward function or environment failed on {count:.0f} of {total:.0f} completions, more than "
-                f"limits.max_failures={limits.max_failures} allows: {_kinds(failed)}. {FAILURES} "
-                "in the run's folder has their prompts. Fix the reward function, or raise "
-                "limits.seconds, limits.memory_mib or limits.max_failures."
+                f"a reward function or environment failed on {count:.0f} of {total:.0f} "
+                f"completions, more than limits.max_failures={limits.max_failures} allows: "
+                f"{_kinds(failed)}. {FAILURES} in the run's folder has their prompts. Fix it, or "
+                "raise limits.seconds, limits.memory_mib or limits.max_failures."
             )
 
     def _record(self, failed: Sequence[Failed], count: int, total: int) -> tuple[float, float]:
