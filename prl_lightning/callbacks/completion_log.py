@@ -153,6 +153,7 @@ class CompletionLog(Callback):
                 "prompt": None,
                 "completion": None,
                 "tokens": None,
+                "is_sampled": None,
                 **dict.fromkeys(PER_TOKEN),
             }
             if inspected is not None:
@@ -172,6 +173,7 @@ class CompletionLog(Callback):
             "prompt": prompt_text(rollout.prompt.source),
             "completion": rollout.text,
             "tokens": [decode([token]) for token in ids],
+            "is_sampled": rollout.completion.is_sampled,
         }
 
     def _write(self, trainer: Trainer) -> None:

@@ -61,9 +61,12 @@ def _group(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _completion(row: dict[str, Any]) -> dict[str, Any]:
     """Return one completion. Differences are taken here, before numbers are rounded."""
-    policy, reference = row["policy_logprobs"], row["ref_logprobs"]
-    advantages, process = row["advantages"], row["process_rewards"]
     tokens = row["tokens"]
+    is_sampled = row.get("is_sampled") or [True] * len(tokens)
+    policy, reference, advantages, process = (
+        _where(is_sampled, row[name])
+        for name in ("policy_logprobs", "ref_logprobs", "advantages", "process_rewards")
+    )
     ends = [place for place, is_end in enumerate(row["step_ends"] or []) if is_end]
     completion = {
         "reward": row["reward"],
@@ -71,6 +74,7 @@ def _completion(row: dict[str, Any]) -> dict[str, Any]:
         "length": row["length"],
         "finished": row["finished"],
         "tokens": tokens,
+        "context": [place for place, own in enumerate(is_sampled) if not own],
         "step_ends": ends if len(ends) < len(tokens) else [],  # no marks if each token is a step
         "policy": policy,
         "reference": reference,
@@ -89,9 +93,22 @@ def _completion(row: dict[str, Any]) -> dict[str, Any]:
     return completion
 
 
-def _less(values: list[float] | None, other: list[float] | float) -> list[float] | None:
+Numbers = list[float | None]
+
+
+def _where(is_sampled: list[bool], values: Numbers | None) -> Numbers | None:
+    """Leave out the values of tokens that the policy has not sampled: nothing is trained there."""
+    if values is None or all(is_sampled):
+        return values
+    return [value if own else None for value, own in zip(values, is_sampled, strict=True)]
+
+
+def _less(values: Numbers | None, other: Numbers | float) -> Numbers | None:
     """Subtract one number, or one number per token."""
     if not values:
         return values
     others = other if isinstance(other, list) else [other] * len(values)
-    return [value - own for value, own in zip(values, others, strict=True)]
+    return [
+        None if value is None or own is None else value - own
+        for value, own in zip(values, others, strict=True)
+    ]

@@ -70,11 +70,13 @@ function paint(spans, values, scale) {
 
 function tokenSpans(completion) {
   const ends = new Set(completion.step_ends);
+  const context = new Set(completion.context);
   return completion.tokens.map((token, i) => {
     const span = element("span", { className: "token", tabIndex: i ? -1 : 0 }, token);
     span.dataset.place = i;
     span.classList.toggle("newline", token.includes("\n"));
     span.classList.toggle("ends", ends.has(i));
+    span.classList.toggle("context", context.has(i));
     return span;
   });
 }
@@ -144,6 +146,9 @@ function logprobPlot(holder, completion, onHover) {
 
 function missingReasons(completion) {
   const reasons = [];
+  if (completion.context.length) {
+    reasons.push("Underlined: what the environment wrote. It is not trained on and has no numbers.");
+  }
   if (!has(completion, "reference")) {
     reasons.push(
       "No reference model in this run, so there are no log-ratios and no process rewards. " +

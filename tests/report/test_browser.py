@@ -100,6 +100,29 @@ def test_tokens_show_the_numbers_of_the_file(run_dir: Path, report: Path, open_p
     assert chosen_epoch(page) == str(STORED[-1])
 
 
+def test_what_an_environment_wrote_is_marked_and_has_no_numbers(
+    open_page: Any, tmp_path: Path
+) -> None:
+    folder = make_run(tmp_path / "run")
+    file = folder / "completions" / f"epoch={STORED[-1]:05d}.parquet"
+    rows = read_table(file)
+    for row in rows:
+        if row["tokens"] is not None:
+            row["is_sampled"] = [place not in (3, 4) for place in range(len(row["tokens"]))]
+    write_table(file, rows)
+    write_report(str(folder))
+    page = open_page(folder / "report.html")
+    classes = [token.get_attribute("class") for token in page.locator(".token").all()]
+    assert [i for i, kind in enumerate(classes) if "context" in kind] == [3, 4]
+    assert not any("positive" in classes[i] or "negative" in classes[i] for i in (3, 4))
+    for place, has_numbers in ((2, True), (3, False)):
+        page.locator(".token").nth(place).hover()
+        shown = strip(page)
+        names = ("process", "advantage", "policy", "reference", "log_ratio")
+        assert [shown[name] != "–" for name in names] == [has_numbers] * 5
+    assert "what the environment wrote" in page.locator("#completion").text_content()
+
+
 def test_groups_are_sorted_by_signal_and_hostile_text_is_text(
     run_dir: Path, report: Path, open_page: Any
 ) -> None:
