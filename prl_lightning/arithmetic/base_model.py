@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from prl_lightning.arithmetic.problems import Problem
+from prl_lightning.arithmetic.problems import Traced
 from prl_lightning.runs.progress import is_interactive
 
 IGNORED = -100
 
 
 def trace_batches(
-    problems: list[Problem],
+    problems: Sequence[Traced],
     tokenizer: PreTrainedTokenizerBase,
     error_rate: float,
     batch_size: int,
@@ -52,7 +52,7 @@ def trace_batches(
 
 
 def train_base_model(
-    problems: list[Problem],
+    problems: Sequence[Traced],
     tokenizer: PreTrainedTokenizerBase,
     error_rate: float = 0.25,
     hidden_size: int = 128,

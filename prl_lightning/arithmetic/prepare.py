@@ -1,57 +1,53 @@
-"""ArithmeticTask: create the folder that a run on the arithmetic problem starts from."""
+"""Create the folders that runs on small problems start from: a base model, and rows of data."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from prl_lightning import __version__
-from prl_lightning.arithmetic.problems import Problem, draw_problems
+from prl_lightning.arithmetic.guessing import Game
+from prl_lightning.arithmetic.problems import Traced, WithCalls, draw_problems
 from prl_lightning.arithmetic.tokenizer import make_tokenizer
 
 
 @dataclass(frozen=True)
-class ArithmeticTask:
-    """Problems and a base model in a folder. It is created once and then reused.
+class SmallTask(ABC):
+    """Rows and a base model in a folder. It is created once and then reused.
 
-    The folder has ``base/`` (a Hugging Face model and tokenizer), ``train.jsonl`` and
-    ``heldout.jsonl`` (columns ``prompt`` and ``answer``; no problem is in both), and ``task.json``
-    with the settings. A folder with the same ``task.json`` is complete and is reused.
+    The folder has ``base/`` (a Hugging Face model and tokenizer), ``train.jsonl``,
+    ``heldout.jsonl``, and ``task.json`` with the settings. A folder with the same ``task.json`` is
+    complete and is reused.
 
     Attributes:
         folder: path to create.
-        min_operations: per problem.
-        max_operations: per problem.
-        modulus: of the results.
-        train_problems: their number; the base model is trained on these alone.
-        heldout_problems: their number.
         error_rate: probability that a step is wrong in the base model's training data.
         hidden_size: of the base model.
         layers: of the base model.
         base_steps: optimizer steps of the base model's training.
-        seed: of problems and base model.
+        seed: of rows and base model.
     """
 
     folder: str
-    min_operations: int = 3
-    max_operations: int = 5
-    modulus: int = 10
-    train_problems: int = 8192
-    heldout_problems: int = 128
     error_rate: float = 0.25
     hidden_size: int = 128
     layers: int = 3
     base_steps: int = 400
     seed: int = 0
 
+    @abstractmethod
+    def draw(self) -> tuple[Sequence[Traced], Sequence[Traced]]:
+        """Return what is trained on, also by the base model, and what is held out."""
+
     def __call__(self) -> None:
         """Create the folder unless it is complete; see ``make``."""
         if not self.is_made():
-            print(f"Training the base model of the arithmetic problem into {self.folder} (once).")
+            print(f"Training the base model of {type(self).__name__} into {self.folder} (once).")
             self.make()
 
     def is_made(self) -> bool:
@@ -75,7 +71,7 @@ class ArithmeticTask:
                 "empty this one."
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        train, heldout = self._draw()
+        train, heldout = self.draw()
         tokenizer = make_tokenizer()
         model = train_base_model(
             train, tokenizer, self.error_rate, self.hidden_size, self.layers, self.base_steps,
@@ -86,15 +82,43 @@ class ArithmeticTask:
             made = Path(temporary) / "task"
             model.save_pretrained(made / "base")
             tokenizer.save_pretrained(made / "base")
-            write_rows(made / "train.jsonl", train)
-            write_rows(made / "heldout.jsonl", heldout)
+            for name, part in (("train", train), ("heldout", heldout)):
+                rows = "".join(json.dumps(one.row) + "\n" for one in part)
+                (made / f"{name}.jsonl").write_text(rows)
             (made / "task.json").write_text(json.dumps(self._settings(), indent=2))
             if folder.exists():
                 folder.rename(Path(temporary) / "replaced")
             made.rename(folder)
 
-    def _draw(self) -> tuple[list[Problem], list[Problem]]:
-        """Return distinct problems for training and for evaluation."""
+    def _settings(self) -> dict[str, object]:
+        settings = {name: value for name, value in asdict(self).items() if name != "folder"}
+        return settings | {"version": __version__}
+
+
+@dataclass(frozen=True)
+class ArithmeticTask(SmallTask):
+    """Problems of left-to-right arithmetic; rows have ``prompt`` and ``answer``.
+
+    No problem is both in ``train.jsonl`` and in ``heldout.jsonl``.
+
+    Attributes:
+        min_operations: per problem.
+        max_operations: per problem.
+        modulus: of the results.
+        train_problems: their number; the base model is trained on these alone.
+        heldout_problems: their number.
+        call_rate: probability that the base model asks for the result of a step, see ``WithCalls``.
+    """
+
+    min_operations: int = 3
+    max_operations: int = 5
+    modulus: int = 10
+    train_problems: int = 8192
+    heldout_problems: int = 128
+    call_rate: float = 0.0
+
+    def draw(self) -> tuple[Sequence[Traced], Sequence[Traced]]:
+        """See ``SmallTask.draw``; the problems are distinct."""
         problems = draw_problems(self.min_operations, self.max_operations, self.seed, self.modulus)
         heldout = list(islice(problems, self.heldout_problems))
         train = list(islice(problems, self.train_problems))
@@ -104,14 +128,23 @@ class ArithmeticTask:
                 f"is more than the {len(heldout) + len(train)} problems of {self.min_operations} "
                 f"to {self.max_operations} operations. Lower one, or raise max_operations."
             )
-        return train, heldout
-
-    def _settings(self) -> dict[str, object]:
-        settings = {name: value for name, value in asdict(self).items() if name != "folder"}
-        return settings | {"version": __version__}
+        return [WithCalls(problem, self.call_rate) for problem in train], heldout
 
 
-def write_rows(file: Path, problems: Iterable[Problem]) -> None:
-    """Write problems as JSON lines of ``prompt`` and ``answer``."""
-    rows = ({"prompt": problem.prompt, "answer": problem.answer} for problem in problems)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+@dataclass(frozen=True)
+class GuessingTask(SmallTask):
+    """Games of guessing a number; rows have ``prompt`` and ``secret``.
+
+    All games look the same at first, so every number is trained on and held out.
+
+    Attributes:
+        games: rows of ``train.jsonl``.
+    """
+
+    error_rate: float = 0.7
+    games: int = 1024
+
+    def draw(self) -> tuple[Sequence[Traced], Sequence[Traced]]:
+        """See ``SmallTask.draw``."""
+        every = [Game(secret) for secret in range(1, Game.largest + 1)]
+        return [every[number % len(every)] for number in range(self.games)], every

@@ -5,9 +5,25 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 ANSWER_OPENS, ANSWER_CLOSES = "\\boxed{", "}"
+
+
+class Traced(Protocol):
+    """What the base model learns from."""
+
+    @property
+    def prompt(self) -> str:
+        """The text that the model completes."""
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The row of the data."""
+
+    def trace(self, error_rate: float, rng: random.Random) -> str:
+        """Write a completion with errors."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +59,19 @@ class Problem:
             value = OPERATIONS[op](value, digit) % self.modulus
         return str(value)
 
-    def trace(self, error_rate: float, rng: random.Random) -> str:
+    @property
+    def row(self) -> dict[str, str]:
+        """The row of the data."""
+        return {"prompt": self.prompt, "answer": self.answer}
+
+    def trace(self, error_rate: float, rng: random.Random, call_rate: float = 0.0) -> str:
         r"""Write the steps, each with a wrong result with some probability.
 
         Args:
             error_rate: probability of a wrong result, uniform over the other values. The next step
                 continues from the wrong result.
             rng: source of the errors.
+            call_rate: probability that a step asks a calculator, which makes no error.
 
         Returns:
             One line per step, then the final result in a box.
@@ -61,11 +83,44 @@ class Problem:
         value, lines = self.digits[0], []
         for op, digit in zip(self.operators, self.digits[1:], strict=True):
             result = OPERATIONS[op](value, digit) % self.modulus
-            if rng.random() < error_rate:
+            asks = rng.random() < call_rate if call_rate else False
+            if not asks and rng.random() < error_rate:
                 result = (result + rng.randint(1, self.modulus - 1)) % self.modulus
-            lines.append(f"{value}{op}{digit}={result}")
+            lines.append(f"{value}{op}{digit}{'?' if asks else ''}={result}")
             value = result
         return "\n".join([*lines, f"{ANSWER_OPENS}{value}{ANSWER_CLOSES}"])
+
+
+@dataclass(frozen=True)
+class WithCalls:
+    """A problem whose traces ask a calculator at some steps: ``3+5?`` gets the answer ``=8``.
+
+    Attributes:
+        problem: that is solved.
+        rate: probability that a step asks.
+    """
+
+    problem: Problem
+    rate: float
+
+    @property
+    def prompt(self) -> str:
+        """See ``Problem.prompt``."""
+        return self.problem.prompt
+
+    @property
+    def row(self) -> dict[str, str]:
+        """See ``Problem.row``."""
+        return self.problem.row
+
+    def trace(self, error_rate: float, rng: random.Random) -> str:
+        r"""See ``Problem.trace``.
+
+        Example:
+            >>> WithCalls(Problem((3, 5, 2), ("+", "*")), 1.0).trace(0.5, random.Random(0))
+            '3+5?=8\n8*2?=6\n\\boxed{6}'
+        """
+        return self.problem.trace(error_rate, rng, self.rate)
 
 
 def draw_problems(

@@ -1,0 +1,86 @@
+"""A game that one turn cannot win: guess a number, and hear whether it is higher or lower."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+class GuessingGame:
+    """An environment with one tool, ``guess``; its reward is 1 if the number was found.
+
+    Attributes:
+        done: whether the number was found.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def reset(self, secret: int, **row: Any) -> None:
+        """Begin a game.
+
+        Args:
+            secret: the number to find.
+            row: other columns.
+        """
+        self._secret = secret
+        self.done = False
+
+    def guess(self, number: int) -> str:
+        """Guess the number.
+
+        Args:
+            number: The guess.
+
+        Returns:
+            "+" if the number to find is higher, "-" if it is lower, "=" if this is it.
+        """
+        self.done = number == self._secret
+        return "=" if self.done else "+" if number < self._secret else "-"
+
+    def get_reward(self) -> float:
+        """Return 1 if the number was found, else 0."""
+        return float(self.done)
+
+
+@dataclass(frozen=True)
+class Game:
+    """A game as the base model sees it played.
+
+    Attributes:
+        secret: the number to find, from 1 to ``largest``.
+    """
+
+    largest: ClassVar[int] = 63  # six guesses find each of these, if each halves what is left
+    turns: ClassVar[int] = 6
+    prompt: ClassVar[str] = "?"
+
+    secret: int
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The row of the data."""
+        return {"prompt": self.prompt, "secret": self.secret}
+
+    def trace(self, error_rate: float, rng: random.Random) -> str:
+        r"""Play a game.
+
+        Args:
+            error_rate: probability that a guess is any number that is still possible, instead of
+                the middle one.
+            rng: source of the guesses.
+
+        Example:
+            >>> Game(40).trace(0.0, random.Random(0))
+            '32?+\n48?-\n40?=\n'
+        """
+        low, high, lines = 1, self.largest, []
+        for _ in range(self.turns):
+            guess = rng.randint(low, high) if rng.random() < error_rate else (low + high) // 2
+            answer = "=" if guess == self.secret else "+" if guess < self.secret else "-"
+            lines.append(f"{guess}?{answer}\n")
+            low, high = (guess + 1, high) if answer == "+" else (low, guess - 1)
+            if answer == "=":
+                break
+        return "".join(lines)
