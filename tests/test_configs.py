@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from prl_lightning.objective import Objective
 from prl_lightning.references import Reference
+from prl_lightning.runs.files import read_metrics
 from tiny_runs import fit, metrics_of, tiny_overrides
+from trainer_runs import TRAIN_ALONE
 
 pytestmark = pytest.mark.process
 
@@ -134,3 +136,27 @@ def test_refilling_goes_over_a_method(tied_model: str, tmp_path: Path) -> None:
         assert 4 / (1 - discarded) > 4 * attempts - 1e-3
     assert "rollout/solved_prompts" in metrics
     assert "train/kl_ref" not in metrics
+
+
+@pytest.mark.parametrize(
+    "file", sorted((CONFIGS / "environments").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_an_environment_is_acted_in(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is, but for sizes; the base model has learnt nothing, and calls by chance."""
+    monkeypatch.chdir(tmp_path)  # the files name folders within the current one
+    task = {"hidden_size": 32, "layers": 1, "base_steps": 1}
+    fit(
+        f"--config={file}",
+        *(f"--data.prepare.init_args.{name}={value}" for name, value in task.items()),
+        "--data.prompts_per_epoch=8",
+        "--rollout.sampler=HFSampler",
+        "--trainer.max_epochs=1",
+        *TRAIN_ALONE,
+    )
+    (curves,) = (tmp_path / "runs").glob("*/version_0/metrics.csv")
+    values = {name: numbers for name, (_, numbers) in read_metrics(curves).items()}
+    assert values["rollout/calls"][-1] > 0.1
+    assert values["rollout/turns"][-1] > 1.1
+    assert values["rollout/environment_failures"] == [0.0]

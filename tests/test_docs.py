@@ -63,6 +63,7 @@ def test_every_logged_name_is_documented(tied_model: str, tmp_path: Path) -> Non
     rare = {
         f"rollout/{n}" for n in ("waiting_seconds", "staleness", "task_reward/NAME", "level/NAME")
     } | {"train/kl_ref/NAME"}
+    rare |= {f"rollout/{n}" for n in ("turns", "calls", "call_errors", "environment_failures")}
     assert {name for name in documented() if not name.startswith("test/")} - rare <= logged
 
 
