@@ -94,6 +94,35 @@ def test_an_evaluation_keeps_episodes_with_their_rewards(tied_model: str, tmp_pa
     assert len(list((tmp_path / "run" / "samples").glob("*/part-*.parquet"))) == 2
 
 
+def test_episodes_are_sampled_ahead(tied_model: str, tmp_path: Path) -> None:
+    fit(
+        *tiny_overrides(tied_model, tmp_path),
+        *options(tmp_path),
+        "--rollout.sampler=players.PlayerAhead",
+        "--rollout.overlap=true",
+        "--trainer.max_epochs=3",
+    )
+    values = metrics_of(tmp_path)
+    assert values["rollout/staleness"] == [0.0, 1.0, 1.0]
+    assert min(values["rollout/turns"]) > 1.3
+
+
+def test_tasks_of_reasoning_gym_get_tools(tied_model: str, tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    source = {"class_path": "ReasoningGym", "init_args": {"tasks": {"chain_sum": {}}, "size": 20}}
+    fit(
+        *tiny_overrides(tied_model, tmp_path),
+        *options(tmp_path, environments=None, tools=["prl_lightning.arithmetic.tools.calculate"]),
+        f"--data.train={json.dumps(source)}",
+        "--data.max_prompt_tokens=400",
+        "--evaluation.sets={}",
+        "--rollout.rewards=[prl_lightning.rewards.ReasoningGymReward]",
+    )
+    values = metrics_of(tmp_path)
+    assert values["rollout/calls"][-1] > 0.3
+    assert values["rollout/reward_failures/ReasoningGymReward"] == [0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("changes", "override", "message"),
     [

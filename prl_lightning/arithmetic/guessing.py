@@ -67,8 +67,8 @@ class Game:
         r"""Play a game.
 
         Args:
-            error_rate: probability that a guess is any number that is still possible, instead of
-                the middle one.
+            error_rate: probability that a guess is any number at all, instead of the middle one of
+                those that are still possible.
             rng: source of the guesses.
 
         Example:
@@ -77,10 +77,13 @@ class Game:
         """
         low, high, lines = 1, self.largest, []
         for _ in range(self.turns):
-            guess = rng.randint(low, high) if rng.random() < error_rate else (low + high) // 2
+            is_blind = rng.random() < error_rate
+            guess = rng.randint(1, self.largest) if is_blind else (low + high) // 2
             answer = "=" if guess == self.secret else "+" if guess < self.secret else "-"
             lines.append(f"{guess}?{answer}\n")
-            low, high = (guess + 1, high) if answer == "+" else (low, guess - 1)
             if answer == "=":
                 break
+            low, high = (
+                (max(low, guess + 1), high) if answer == "+" else (low, min(high, guess - 1))
+            )
         return "".join(lines)

@@ -26,8 +26,8 @@ def describe(
         is_rewarded: whether the completions have rewards; otherwise nothing is said of them.
 
     Returns:
-        Means, the population standard deviation of the reward, the number of tokens, the longest
-        completion of this rank, and tokens per second.
+        Means, the population standard deviation of the reward, the number of sampled tokens, the
+        longest completion of this rank, and sampled tokens per second.
     """
     rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
     groups = rewards.view(-1, group_size)
@@ -37,12 +37,13 @@ def describe(
         rewards.sum().item(),
         rewards.square().sum().item(),
         sum(lengths),
+        sum(rollout.completion.num_sampled for rollout in rollouts),
         sum(not rollout.completion.finished for rollout in rollouts),
         (groups == groups[:, :1]).all(1).sum().item() * group_size,
     ]
     summed = sum_over_ranks(torch.tensor(own, dtype=torch.float64))
-    count, tokens = summed[0].item(), summed[3].item()
-    reward, square, length, cut, without_signal = (summed[1:] / count).tolist()
+    count, tokens = summed[0].item(), summed[4].item()
+    reward, square, length, _, cut, without_signal = (summed[1:] / count).tolist()
     of_rewards = {
         "reward": reward,
         "reward_std": max(square - reward**2, 0.0) ** 0.5,

@@ -226,6 +226,21 @@ def test_progress_has_finished_groups_with_their_rewards(start: Open) -> None:
     assert sum(tokens for _, tokens in reports) == sampled
 
 
+def test_ranks_that_share_an_engine_call_it_equally_often(
+    start: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This rank's episode is over, but another one's has two further turns."""
+    elsewhere = iter([1, 1, 0])
+    monkeypatch.setattr(
+        "prl_lightning.rollouts.episodes.max_over_ranks", lambda own: max(own, next(elsewhere))
+    )
+    episodes = start()
+    episodes._in_step = True
+    engine, _, ((completion,),) = play(episodes, {0: [END]})
+    assert [len(asked) for asked in engine.asked] == [1, 0, 0]
+    assert completion.finished
+
+
 def test_tools_without_an_environment(start: Open) -> None:
     episodes = start(None, tools=[shout])
     _, (prompt,), ((completion,),) = play(episodes, {0: ["<call>shout four</call>", END]})

@@ -80,6 +80,10 @@ class Player(Sampler):
         pass
 
 
+class PlayerAhead(Player):
+    is_concurrent = True
+
+
 def _turn(draw: random.Random) -> Completion:
     """A digit and ``+`` (tokens of the arithmetic tokenizer), or a digit and the end."""
     digit, last = draw.randrange(3, 13), draw.choice((13, 13, 1))
