@@ -18,6 +18,7 @@ from prl_lightning.runs.files import EVALUATIONS, METRICS, read_evaluations, rea
 CURVES = {
     "rollout/reward": "reward of the sampled completions",
     "train/kl_ref": "KL to the reference, a token",
+    "rollout/calls": "calls an episode",
     "rollout/completion_length": "tokens a completion",
 }
 
@@ -29,9 +30,10 @@ def main() -> None:
     args = parser.parse_args()
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.2), layout="constrained")
     curves = read_metrics(args.run / METRICS)
-    for axis, (name, title) in zip(axes.flat[[0, 2, 3]], CURVES.items(), strict=True):
+    known = [name for name in CURVES if name in curves]
+    for axis, name in zip(axes.flat[[0, 2, 3]], known, strict=False):
         axis.plot(*curves[name])
-        axis.set_title(title)
+        axis.set_title(CURVES[name])
     draw_evaluations(axes[0, 1], read_evaluations(args.run / EVALUATIONS)[0])
     for axis in axes.flat:
         axis.set_xlabel("updates")

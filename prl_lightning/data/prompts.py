@@ -107,7 +107,7 @@ class PromptDataModule(LightningDataModule):
             source.check()
         self.tokenizer = load_tokenizer(self.tokenizer_name)
         if self.environments is not None:
-            self.environments.check(self.tokenizer)
+            self.environments.check(self.tokenizer, self.format.chat_template_args)
         held_out: set[str] = set()
         for name, source in self.eval_sources.items():
             read = self._prompt_set(source, f"evaluation.sets.{name}")

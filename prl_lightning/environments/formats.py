@@ -42,8 +42,15 @@ class ToolFormat(ABC):
 
     stop_texts: tuple[str, ...] = ()
 
-    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: B027  (optional)
-        """Raise a ValueError if a model with this tokenizer cannot use the format."""
+    def check(  # noqa: B027  (optional)
+        self, tokenizer: PreTrainedTokenizerBase, template_args: Mapping[str, Any]
+    ) -> None:
+        """Raise a ValueError if a model with this tokenizer cannot use the format.
+
+        Args:
+            tokenizer: the policy's.
+            template_args: ``data.format.chat_template_args``.
+        """
 
     def schemas(self, tools: Sequence[Callable[..., Any]]) -> list[dict[str, Any]] | None:
         """Return the descriptions of tools for the chat template; None if it gets none."""
@@ -60,7 +67,11 @@ class ToolFormat(ABC):
 
     @abstractmethod
     def reply(
-        self, calls: Sequence[ToolCall], results: Sequence[str], tokenizer: PreTrainedTokenizerBase
+        self,
+        calls: Sequence[ToolCall],
+        results: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        template_args: Mapping[str, Any],
     ) -> str:
         """Return the text between the end of the turn with the calls and the next turn.
 
@@ -68,6 +79,7 @@ class ToolFormat(ABC):
             calls: of the turn, at least one.
             results: one per call.
             tokenizer: the policy's.
+            template_args: ``data.format.chat_template_args``.
         """
 
 
@@ -79,11 +91,11 @@ class ChatTools(ToolFormat):
     and ``</tool_call>``.
     """
 
-    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def check(self, tokenizer: PreTrainedTokenizerBase, template_args: Mapping[str, Any]) -> None:
         """See ``ToolFormat.check``."""
         calls = [ToolCall("multiply", {"x": _MARK})]
         try:
-            text = _render(tokenizer, calls, ["result-of-it"])
+            text = _render(tokenizer, template_args, calls, ["result-of-it"])
         except Exception as error:  # a template is a program
             text = f"(the template raised {type(error).__name__}: {error})"
         if tokenizer.chat_template is None or _MARK not in text or "result-of-it" not in text:
@@ -92,7 +104,7 @@ class ChatTools(ToolFormat):
                 "model that was trained with tools, or set data.environments.format to "
                 "prl_lightning.environments.TextTools."
             )
-        if self.parse(text, tokenizer) != calls or turn_end(tokenizer, {}) is None:
+        if self.parse(text, tokenizer) != calls or turn_end(tokenizer, template_args) is None:
             raise ValueError(
                 "data.environments: the chat template of this model writes calls of tools in a "
                 f"form that cannot be read back: {text!r}. Set the tokenizer's response_template, "
@@ -127,13 +139,18 @@ class ChatTools(ToolFormat):
         return [_read(call.get("function", call)) for call in message.get("tool_calls") or []]
 
     def reply(
-        self, calls: Sequence[ToolCall], results: Sequence[str], tokenizer: PreTrainedTokenizerBase
+        self,
+        calls: Sequence[ToolCall],
+        results: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        template_args: Mapping[str, Any],
     ) -> str:
         """See ``ToolFormat.reply``; special tokens in a result are left out."""
         special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
         marked = [*calls[:-1], ToolCall(calls[-1].name, {"x": _MARK})]
-        text = _render(tokenizer, marked, [special.sub("", result) for result in results])
-        end, _ = turn_end(tokenizer, {}) or ("", [])
+        told = [special.sub("", result) for result in results]
+        text = _render(tokenizer, template_args, marked, told)
+        end, _ = turn_end(tokenizer, template_args) or ("", [])
         return text.partition(_MARK)[2].partition(end)[2]
 
 
@@ -182,14 +199,21 @@ class TextTools(ToolFormat):
         return [ToolCall(words[0], words[1:])]
 
     def reply(
-        self, calls: Sequence[ToolCall], results: Sequence[str], tokenizer: PreTrainedTokenizerBase
+        self,
+        calls: Sequence[ToolCall],
+        results: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        template_args: Mapping[str, Any],
     ) -> str:
         """See ``ToolFormat.reply``."""
         return "".join(self.result.replace("{result}", result) for result in results)
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, calls: Sequence[ToolCall], results: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    template_args: Mapping[str, Any],
+    calls: Sequence[ToolCall],
+    results: Sequence[str],
 ) -> str:
     written = [
         {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
@@ -203,7 +227,9 @@ def _render(
             for call, result in zip(calls, results, strict=True)
         ),
     ]
-    text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    text: str = tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True, **template_args
+    )
     return text
 
 

@@ -71,17 +71,18 @@ class Environments:
             if value < 1:
                 raise ValueError(f"data.environments.{name}={value}: must be at least 1.")
 
-    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def check(self, tokenizer: PreTrainedTokenizerBase, template_args: Mapping[str, Any]) -> None:
         """Create each environment once, and describe its tools; nothing is reset.
 
         Args:
             tokenizer: the policy's.
+            template_args: of the chat template.
 
         Raises:
             ValueError: the model cannot call tools, an environment lacks ``reset``, or a tool
                 cannot be described.
         """
-        self.format.check(tokenizer)
+        self.format.check(tokenizer, template_args)
         self._schemas: dict[str, list[dict[str, Any]] | None] = {}
         for name, factory in self.factories.items() or [(ONLY, None)]:
             environment = None if factory is None else factory()

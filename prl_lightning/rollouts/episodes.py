@@ -186,8 +186,7 @@ class Episodes:
             episode.state = reply.values["state"]
             results = [self._cut(text) for text, _ in reply.values["results"]]
             self._note(episode, results, sum(is_error for _, is_error in reply.values["results"]))
-            text = self.settings.format.reply(episode.calls, results, self.data.tokenizer)
-            said = self._token_ids(text)
+            said = self._token_ids(self._reply(episode.calls, results))
             left = self.max_new_tokens - episode.completion.length - len(said)
             if reply.values["done"]:
                 episode.end(True)
@@ -196,6 +195,10 @@ class Episodes:
             else:
                 episode.say(said)
         self._reward([episode for episode in episodes if episode.is_over and episode.state])
+
+    def _reply(self, calls: Sequence[ToolCall], results: Sequence[str]) -> str:
+        template_args = self.data.format.chat_template_args
+        return self.settings.format.reply(calls, results, self.data.tokenizer, template_args)
 
     def _read(self, episode: Episode, config: SamplingConfig) -> None:
         """Find the calls of the last turn; a turn without any, or a cut one, is the last."""
