@@ -86,23 +86,22 @@ class Stopwatch(Callback):
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.sampling: list[float] = []
-        self.peaks: list[dict[str, float]] = []
+        self.peaks: list[float] = []
         self.parts: dict[str, list[float]] = {"reference": [], "forward": [], "backward": []}
         self._part = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = time.perf_counter()
-        score = pl_module.score
+        score = pl_module.score_references
 
-        def timed_score(batch: Any, model: str, *args: Any) -> Any:
+        def timed_score(batch: Any) -> Any:
             start = time.perf_counter()
-            logprobs = score(batch, model, *args)
-            if model == "reference":
-                self._add("reference", start)
-                self._part += time.perf_counter() - start  # not also part of the forward pass
+            logprobs = score(batch)
+            self._add("reference", start)
+            self._part += time.perf_counter() - start  # not also part of the forward pass
             return logprobs
 
-        pl_module.score = timed_score  # type: ignore[method-assign]
+        pl_module.score_references = timed_score  # type: ignore[method-assign]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for values in self.parts.values():
@@ -172,22 +171,16 @@ def summary(work: Work, watch: Stopwatch) -> dict[str, Any]:
     tokens = [sum(map(sum, work.completion_lengths(WARM_UP + i))) for i in range(len(seconds))]
     parts["sampling"] = statistics.median(watch.sampling[WARM_UP:])
     peaks = watch.peaks[WARM_UP:]
-    fractions = {
-        name: statistics.median(
-            n / s / peak[name] for n, s, peak in zip(flops, update, peaks, strict=True)
-        )
-        for name in peaks[0]
-    }
     return {
         "iterations": seconds,
         "seconds": statistics.median(seconds),
         "parts": parts,
         "tokens_per_second": statistics.median(n / s for n, s in zip(tokens, seconds, strict=True)),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "peak_fraction": fractions,
-        "matmul_gflops": {
-            name: statistics.median(peak[name] for peak in peaks) / 1e9 for name in peaks[0]
-        },
+        "peak_fraction": statistics.median(
+            n / s / peak for n, s, peak in zip(flops, update, peaks, strict=True)
+        ),
+        "matmul_gflops": statistics.median(peaks) / 1e9,
     }
 
 

@@ -22,7 +22,6 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prl_lightning.arithmetic.tokenizer import make_tokenizer
-from prl_lightning.onednn import use_onednn
 
 # The share of the limit that a completion of lognormal length has on the mean, and its spread.
 MEAN_SHARE, SIGMA = 0.35, 0.8
@@ -130,19 +129,14 @@ def make(work: Work, folder: Path, epochs: int) -> None:
             file.write(json.dumps({"prompt": text}) + "\n")
 
 
-def matmul_rate(seconds: float = 1.0, size: int = 1024) -> dict[str, float]:
-    """FLOP/s of float32 matrix products of this machine now, by MKL (torch.mm) and by oneDNN."""
+def matmul_rate(seconds: float = 0.5, size: int = 1024) -> float:
+    """FLOP/s of torch.mm in float32 on this machine now."""
     a, b = torch.randn(size, size), torch.randn(size, size)
-    layer = torch.nn.Linear(size, size, bias=False).requires_grad_(False)
-    use_onednn(layer)
-    rates = {}
-    for name, product in (("mkl", lambda: torch.mm(a, b)), ("onednn", lambda: layer(a))):
-        products, start = 0, time.perf_counter()
-        while (passed := time.perf_counter() - start) < seconds / 2:
-            product()
-            products += 1
-        rates[name] = 2 * size**3 * products / passed
-    return rates
+    products, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds:
+        torch.mm(a, b)
+        products += 1
+    return 2 * size**3 * products / passed
 
 
 def reward(completions: list[str], **columns: object) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -37,6 +38,18 @@ def test_no_circles() -> None:
     graph = {module_name(file): imported_names(file) & modules for file in FILES}
     assert "prl_lightning.types" in graph["prl_lightning.rollouts.collector"]
     TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle
+
+
+def test_benchmarks_import_what_exists() -> None:
+    """They are not run here, and would rot when a name changes."""
+    files = sorted((PACKAGE.parent / "benchmarks").rglob("*.py"))
+    assert len(files) > 10
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith(PACKAGE.name):
+                module = importlib.import_module(str(node.module))
+                missing = [a.name for a in node.names if not hasattr(module, a.name)]
+                assert not missing, f"{file.name}: {node.module} has no {missing}"
 
 
 def test_the_root_is_small() -> None:

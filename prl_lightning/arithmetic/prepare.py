@@ -82,9 +82,8 @@ class SmallTask(ABC):
             made = Path(temporary) / "task"
             model.save_pretrained(made / "base")
             tokenizer.save_pretrained(made / "base")
-            for name, part in (("train", train), ("heldout", heldout)):
-                rows = "".join(json.dumps(one.row) + "\n" for one in part)
-                (made / f"{name}.jsonl").write_text(rows)
+            write_rows(made / "train.jsonl", train)
+            write_rows(made / "heldout.jsonl", heldout)
             (made / "task.json").write_text(json.dumps(self._settings(), indent=2))
             if folder.exists():
                 folder.rename(Path(temporary) / "replaced")
@@ -148,3 +147,8 @@ class GuessingTask(SmallTask):
         """See ``SmallTask.draw``."""
         every = [Game(secret) for secret in range(1, Game.largest + 1)]
         return [every[number % len(every)] for number in range(self.games)], every
+
+
+def write_rows(file: Path, problems: Sequence[Traced]) -> None:
+    """Write the rows of problems as JSON lines."""
+    file.write_text("".join(json.dumps(problem.row) + "\n" for problem in problems))
