@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -149,6 +149,6 @@ class GuessingTask(SmallTask):
         return [every[number % len(every)] for number in range(self.games)], every
 
 
-def write_rows(file: Path, problems: Sequence[Traced]) -> None:
+def write_rows(file: Path, problems: Iterable[Traced]) -> None:
     """Write the rows of problems as JSON lines."""
     file.write_text("".join(json.dumps(problem.row) + "\n" for problem in problems))
