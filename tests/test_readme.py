@@ -110,7 +110,7 @@ def test_a_command_is_understood(
             f"--data.train={rows}",
             f"--evaluation.sets={{{sets}}}",
             "--data.max_prompt_tokens=32",
-            "--rollout.max_new_tokens=8",
+            "--rollout.max_new_tokens=64",
             f"--trainer.default_root_dir={tmp_path / 'run'}",
         ]
     )

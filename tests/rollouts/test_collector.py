@@ -29,7 +29,9 @@ def collector(*functions: RewardFunction) -> Collector:
 
     def sample(prompts: Sequence[Prompt], config: SamplingConfig) -> Samples:
         own = [Completion(prompt.token_ids, [0.0], finished=True) for prompt in prompts]
-        return Samples([[completion] * config.n for completion in own], config, 0, 0.0)
+        return Samples(
+            list(prompts), [[completion] * config.n for completion in own], config, 0, 0.0
+        )
 
     engine: Any = SimpleNamespace(sample=sample, check_against=lambda rollouts, samples: {})
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
