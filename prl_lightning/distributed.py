@@ -53,17 +53,26 @@ def is_first_rank() -> bool:
     return rank() == 0
 
 
-def from_first_rank(value: Any) -> Any:
+def from_first_rank(value: Any, group: distributed.ProcessGroup | None = None) -> Any:
     """Return rank 0's value on all ranks; every rank must call this.
 
     Args:
         value: any object that can be pickled; ignored on the other ranks.
+        group: of all ranks; by default the run's.
     """
     if _ranks() == 1:
         return value
     values = [value]
-    distributed.broadcast_object_list(values)
+    distributed.broadcast_object_list(values, group=group)
     return values[0]
+
+
+def own_group() -> distributed.ProcessGroup | None:
+    """Return another group of all ranks, or None for one rank; every rank must call this.
+
+    Its collectives may run in a thread: they are not matched with those of the trainer.
+    """
+    return distributed.new_group(backend="gloo") if _ranks() > 1 else None
 
 
 def _ranks() -> int:

@@ -26,6 +26,7 @@ from prl_lightning.models.references import MOVING, References
 from prl_lightning.models.sharding import (
     exclude_frozen,
     full,
+    is_offloading,
     load_on_ranks,
     sharding_of,
     total_norm,
@@ -295,8 +296,10 @@ class PRLModule(LightningModule):
         self.eval_metrics = {
             name: SetMetrics(data.evaluation).to(device) for name in data.eval_buffers
         }
-        # FSDP1 moves only what it shards; batches and logged values would stay on the CPU.
-        self.to(device)
+        # FSDP1 moves only what it shards; batches and logged values would stay on the CPU. A later
+        # stage must not move a policy that is offloaded.
+        if self.policy is None or not is_offloading(self.trainer.strategy):
+            self.to(device)
 
     def validation_step(self, batch: RolloutBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one prompt's group to the metrics of its set."""

@@ -20,6 +20,8 @@ from prl_lightning.models.mesh import hybrid_mesh
 from prl_lightning.runs.folders import claim_folders, keep_metrics
 from prl_lightning.runs.unpickling import refuse_code
 
+OFFLOADING_BACKEND = "cpu:gloo,cuda:nccl"
+
 
 class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2 over all ranks of the Trainer, by the name ``fsdp2``.
@@ -35,6 +37,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         replicas: number of copies of the model; neighbouring ranks shard a copy. With one copy per
             machine, weights are gathered within a machine, and only the sum of the gradients
             crosses the network (hybrid sharding, HSDP).
+        cpu_offload: keep the shards of weights and gradients and the optimizer's states in main
+            memory, and step the optimizer there. A device then holds one gathered block at a time.
     """
 
     def __init__(
@@ -43,18 +47,28 @@ class FSDP2Strategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         replicas: int = 1,
+        cpu_offload: bool = False,
     ) -> None:
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
         self.replicas = replicas
+        self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
         """Use every rank for data parallelism."""
         self._data_parallel_size = self.num_nodes * self.num_processes
+        if self.cpu_offload and self.root_device.type == "cuda":
+            # NCCL has no sums of tensors in main memory, which the norm of the gradient is.
+            self._process_group_backend = self._process_group_backend or OFFLOADING_BACKEND
         super().setup_environment()
         if self.replicas > 1:
             self._device_mesh = hybrid_mesh(self.root_device.type, self.replicas, self.world_size)
             assert self.lightning_module is not None
             self.lightning_module._device_mesh = self._device_mesh
+
+    def model_to_device(self) -> None:
+        """Leave offloaded shards where they are."""
+        if not self.cpu_offload:
+            super().model_to_device()
 
 
 class CheckpointFile(TorchCheckpointIO):

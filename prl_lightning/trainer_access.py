@@ -81,10 +81,16 @@ def append_rows(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> 
 
 def is_last_epoch(trainer: Trainer) -> bool:
     """Whether this is the last epoch by max_epochs and max_steps; max_time is not considered."""
+    return not has_epoch(trainer, ahead=1)
+
+
+def has_epoch(trainer: Trainer, ahead: int) -> bool:
+    """Whether there is an epoch so many after this one, by max_epochs and max_steps."""
     epochs, updates = trainer.max_epochs, trainer.max_steps
-    ends = trainer.global_step + trainer.num_training_batches // trainer.accumulate_grad_batches
-    by_epochs = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
-    return by_epochs or 0 <= updates <= ends
+    per_epoch = trainer.num_training_batches // trainer.accumulate_grad_batches
+    begins = trainer.global_step + ahead * per_epoch
+    by_epochs = epochs is None or epochs < 0 or trainer.current_epoch + ahead < epochs
+    return by_epochs and (updates < 0 or begins < updates)
 
 
 def finish_iteration(trainer: Trainer) -> None:

@@ -50,13 +50,14 @@ RUNS = OBJECTIVES | HALF_PRECISION
 COMPARED = [
     *(("fsdp2", objective) for objective in OBJECTIVES),
     *(("ddp", objective) for objective in ("token_mean", "several_updates", "whole_batch", "lora")),
+    *(("fsdp2_offload", objective) for objective in ("token_mean", "several_updates", "lora")),
 ]
 HALVED = [("ddp", "bf16_mixed"), *(("fsdp2", precision) for precision in HALF_PRECISION)]
 # Measured by each rank for itself: times, and the first completions that it has sampled.
 OF_A_RANK = ("seconds", "per_second", "engine_gap", "engine_gap_max")
-STRATEGIES = ("ddp", "fsdp2")
+STRATEGIES = ("ddp", "fsdp2", "fsdp2_offload")
 OVERLAYS = ARITHMETIC.parent / "strategies"
-SPLITS = {"ddp": 4, "fsdp2": 2}
+SPLITS = {"ddp": 4, "fsdp2": 2, "fsdp2_offload": 2}
 # Starts both tasks of a job and fails if one fails, as the real one does.
 SRUN = """#!/bin/sh
 shift
@@ -221,7 +222,7 @@ def test_a_checkpoint_of_two_ranks_becomes_a_hugging_face_folder(
     root: Path, two_ranks: dict[str, Record], strategy: str, objective: str, tmp_path: Path
 ) -> None:
     checkpoints = root / strategy / objective / "run" / "version_0" / "checkpoints"
-    assert (checkpoints / "last.ckpt").is_dir() == (strategy == "fsdp2")
+    assert (checkpoints / "last.ckpt").is_dir() == (strategy != "ddp")
     export_checkpoint(str(checkpoints / "last.ckpt"), str(tmp_path / "out"))
     exported = load_causal_lm(str(tmp_path / "out")).state_dict()
     sent = two_ranks[f"{strategy}/{objective}"]["sent"]
@@ -230,16 +231,17 @@ def test_a_checkpoint_of_two_ranks_becomes_a_hugging_face_folder(
 
 
 @pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_offload"])
 def test_a_sharded_checkpoint_of_two_ranks_goes_on_with_one(
-    tied_model: str, root: Path, tmp_path: Path
+    tied_model: str, root: Path, tmp_path: Path, strategy: str
 ) -> None:
-    file = root / "fsdp2" / "token_mean" / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    file = root / strategy / "token_mean" / "run" / "version_0" / "checkpoints" / "last.ckpt"
     four_epochs = ["--trainer.max_epochs=4", "--trainer.devices=1"]
     resumed = run_all(tmp_path, 1, {
         "resumed": [
             *overrides(tied_model, tmp_path / "resumed", "token_mean"),
+            f"--config={OVERLAYS / strategy}.yaml",
             *four_epochs,
-            "--trainer.strategy=fsdp2",
             f"--ckpt_path={file}",
         ]
     })["resumed"]  # fmt: skip

@@ -37,7 +37,7 @@ from prl_lightning.sampling import Sampler, SamplingConfig, VLLMSampler
 from prl_lightning.sampling.stops import decode, split_stops
 from prl_lightning.trainer_access import (
     finish_iteration,
-    is_last_epoch,
+    has_epoch,
     prl_module,
     prompt_data,
 )
@@ -69,6 +69,9 @@ class RolloutCallback(Callback):
             evaluations. The reward functions see the completion without the text.
         refill: sample further prompts until ``prompts_per_epoch`` groups have rewards that differ,
             at most so many times ``prompts_per_epoch`` prompts an iteration. With 1, none.
+        max_staleness: with ``overlap``, so many iterations are sampled ahead. Completions come from
+            the policy of at most so many iterations before the one that trains on them, and the
+            engine waits for the trainer only when the next ones would be older.
 
     Raises:
         ValueError: a value out of range, or overlap with refill or with a sampler that blocks the
@@ -87,6 +90,7 @@ class RolloutCallback(Callback):
         limits: RewardLimits = RewardLimits(),  # noqa: B008  (frozen)
         stop: list[str | int] | None = None,
         refill: int = 1,
+        max_staleness: int = 1,
     ) -> None:
         self.settings = RolloutSettings(
             rewards=RewardSum(rewards, reward_weights, limits),
@@ -98,6 +102,7 @@ class RolloutCallback(Callback):
             limits=limits,
             stop=tuple(stop or ()),
             refill=refill,
+            max_staleness=max_staleness,
         )
         self.engine: EngineLink | None = None
         self._has_hinted = False
@@ -176,8 +181,15 @@ class RolloutCallback(Callback):
         values = self.collector.metrics | data.advance(groups.passed, groups.position)
         self._log(pl_module, values)
         self._hint(values, data.evaluation.solved_at)
-        if self.settings.overlap and not is_last_epoch(trainer):
-            self.collector.engine.prefetch(data.next_prompts(), config)
+        if self.settings.overlap:
+            self._prefetch(trainer, config)
+
+    def _prefetch(self, trainer: Trainer, config: SamplingConfig) -> None:
+        """Queue iterations until as many are ahead as may be: after the first one, one each."""
+        engine = self.collector.engine
+        for ahead in range(len(engine.queue), self.settings.max_staleness):
+            if has_epoch(trainer, ahead + 1):
+                engine.prefetch(prompt_data(trainer).next_prompts(ahead), config)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

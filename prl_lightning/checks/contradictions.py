@@ -281,8 +281,25 @@ def _of_training(
             "importance ratio already starts from the engine's log-probabilities. Leave one of "
             "them out."
         )
+    yield from _of_staleness(data, rollout)
     yield from _of_optimizer(module)
     yield from lightning_errors(trainer, data)
+
+
+def _of_staleness(data: PromptDataModule, rollout: RolloutSettings) -> Iterator[str]:
+    """Prompts that depend on the results of iterations which are not trained on yet."""
+    names = ["data.difficulty"] if data.difficulty is not None else []
+    names += [
+        f"data.train has {type(source).__name__} with a curriculum"
+        for source in data.train_sources
+        if getattr(source, "curriculum", None) is not None
+    ]
+    if rollout.max_staleness > 1 and names:
+        yield (
+            f"rollout.max_staleness={rollout.max_staleness} samples iterations ahead whose prompts "
+            f"depend on results that are not there yet: {' and '.join(names)}. Leave that out, or "
+            "set max_staleness=1."
+        )
 
 
 def _of_optimizer(module: PRLModule) -> Iterator[str]:

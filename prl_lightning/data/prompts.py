@@ -203,9 +203,14 @@ class PromptDataModule(LightningDataModule):
         """Number of processes that share an update."""
         return 1 if self.trainer is None else self.trainer.world_size
 
-    def next_prompts(self) -> list[Prompt]:
-        """Return this rank's prompts of the next epoch, update by update."""
-        shares = share_of(self.positions(), self.updates_per_epoch, self.ranks)
+    def next_prompts(self, ahead: int = 0) -> list[Prompt]:
+        """Return this rank's prompts of the next epoch, update by update.
+
+        Args:
+            ahead: skip so many epochs. The prompts are final only if they depend on no results.
+        """
+        positions = self.positions(ahead + 1)[-self.prompts_per_epoch :]
+        shares = share_of(positions, self.updates_per_epoch, self.ranks)
         return self.prompts_at(shares[self.rank])
 
     def positions(self, attempts: int = 1) -> list[int]:

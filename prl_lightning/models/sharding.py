@@ -13,10 +13,12 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     FullyShardedDataParallel,
     MixedPrecision,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
 )
 from torch.distributed.fsdp.wrap import wrap
@@ -38,17 +40,24 @@ class Sharding:
         policy: dtypes of FSDP2. Under bf16-mixed, weights are gathered and multiplied in bfloat16;
             shards, gradient sums and the optimizer stay in float32.
         fsdp1_precision: dtypes of FSDP1; None if it changes none.
+        offload: where FSDP2 keeps the shards.
     """
 
     device: torch.device
     mesh: DeviceMesh | None
     policy: MixedPrecisionPolicy
     fsdp1_precision: MixedPrecision | None
+    offload: OffloadPolicy
 
 
 def is_sharding(strategy: Strategy) -> bool:
     """Return whether a strategy shards the model over the ranks."""
     return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
+def is_offloading(strategy: Strategy) -> bool:
+    """Return whether an FSDP2Strategy keeps its shards in main memory."""
+    return isinstance(strategy, ModelParallelStrategy) and getattr(strategy, "cpu_offload", False)
 
 
 def sharding_of(module: LightningModule) -> Sharding | None:
@@ -78,7 +87,10 @@ def sharding_of(module: LightningModule) -> Sharding | None:
         fsdp1_precision = replace(
             strategy.mixed_precision_config, reduce_dtype=torch.float32, buffer_dtype=None
         )
-    return Sharding(strategy.root_device, mesh, policy, fsdp1_precision)
+    device, offload = strategy.root_device, OffloadPolicy()
+    if is_offloading(strategy):
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    return Sharding(device, mesh, policy, fsdp1_precision, offload)
 
 
 def load_on_ranks(
@@ -161,7 +173,13 @@ def _shard(module: nn.Module, sharding: Sharding, reshard: bool = True) -> nn.Mo
     if sharding.mesh is None:
         return wrap(module, mixed_precision=sharding.fsdp1_precision)
     mesh = sharded_dimensions(sharding.mesh)
-    fully_shard(module, mesh=mesh, mp_policy=sharding.policy, reshard_after_forward=reshard)
+    fully_shard(
+        module,
+        mesh=mesh,
+        mp_policy=sharding.policy,
+        offload_policy=sharding.offload,
+        reshard_after_forward=reshard,
+    )
     return module
 
 

@@ -14,9 +14,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.advantages import set_advantages
-from prl_lightning.rollouts.engine_link import EngineLink, Samples
+from prl_lightning.rollouts.engine_link import EngineLink
 from prl_lightning.rollouts.refill import IterationGroups
 from prl_lightning.rollouts.rewarding import Rewarder, Scored
+from prl_lightning.rollouts.sampling_queue import Samples
 from prl_lightning.rollouts.statistics import describe, describe_episodes
 from prl_lightning.sampling import SamplingConfig
 from prl_lightning.types import Prompt, Rollout
@@ -64,7 +65,7 @@ class Collector:
         is_rewarded = self.module.objective.is_rewarded
         while prompts := groups.next_prompts():
             start = time.monotonic()
-            samples = self.engine.sample(prompts, config)
+            samples = self.engine.sample_iteration(prompts, config)
             self._time_sampling(samples, time.monotonic() - start)
             rollouts = self._rollouts(samples)
             self.metrics |= self.engine.check_against(rollouts, samples)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
 from prl_lightning.data import collate
 from prl_lightning.distributed import max_over_ranks
 from prl_lightning.models.sharding import checksums
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.episodes import Episodes
+from prl_lightning.rollouts.sampling_queue import Samples, SamplingQueue
 from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.runs.progress import sampling_bar
 from prl_lightning.sampling import Progress, SamplingConfig
@@ -33,23 +34,7 @@ MAX_GAP_HALF = 0.1
 CHECKED_COMPLETIONS = 4  # enough tokens to see a gap, at a fraction of the cost of scoring
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Completions of some prompts.
-
-    Attributes:
-        prompts: what was completed; with environments, with the text that they added.
-        groups: completions of each prompt.
-        config: settings of the sampling.
-        step: ``trainer.global_step`` of the weights that sampled them.
-        seconds: duration of the sampling.
-    """
-
-    prompts: list[Prompt]
-    groups: list[list[Completion]]
-    config: SamplingConfig
-    step: int
-    seconds: float
+T = TypeVar("T")
 
 
 class EngineLink:
@@ -61,6 +46,9 @@ class EngineLink:
         settings: have the engine.
         max_model_tokens: longest prompt plus completion.
         episodes: samples in several turns; None samples in one.
+
+    Attributes:
+        queue: samplings that run in a thread.
     """
 
     def __init__(
@@ -78,39 +66,52 @@ class EngineLink:
         self.prefetches = settings.overlap
         self.max_model_tokens = max_model_tokens
         self.episodes = episodes
+        self.queue = SamplingQueue()
         self._is_started = False
-        self._loaded: tuple[int, list[int]] | None = None  # update and checksums of the weights
+        # Update and checksums of the weights that the engine has when its queue is done.
+        self._newest: tuple[int, list[int]] | None = None
         self._gap: dict[str, float] | None = None
-        self._thread: ThreadPoolExecutor | None = None
-        self._prefetched: tuple[list[Prompt], SamplingConfig, Future[Samples]] | None = None
 
     def sample(self, prompts: list[Prompt], config: SamplingConfig) -> Samples:
         """Sample ``config.n`` completions per prompt from the trainer's policy; a collective.
 
-        In training, completions that were prefetched for these prompts are waited for and returned;
-        they come from an earlier policy. Outside of ``fit``, completions are cached in files.
+        Waits until all that was prefetched is sampled. Outside of ``fit``, completions are cached
+        in files.
 
         Raises:
             RuntimeError: the engine fails, or returns something other than requested.
         """
         if self.trainer.state.fn != TrainerFn.FITTING:
             return self._sample_cached(prompts, config)
-        if prefetched := self._take_prefetched(prompts, config):
-            return prefetched
         self.update_weights()
         with sampling_bar(self.trainer, len(prompts)) as on_progress:
-            return self.generate(prompts, config, on_progress)
+            return self._generate(prompts, config, self.trainer.global_step, on_progress)
+
+    def sample_iteration(self, prompts: list[Prompt], config: SamplingConfig) -> Samples:
+        """Return what was prefetched for an iteration, from an earlier policy, or sample it now.
+
+        Raises:
+            RuntimeError: see ``sample`` and ``SamplingQueue.take``.
+        """
+        if len(self.queue):
+            return self.queue.take(prompts, config)
+        return self.sample(prompts, config)
 
     def prefetch(self, prompts: list[Prompt], config: SamplingConfig) -> None:
-        """Start sampling with the current weights and return at once.
+        """Queue a sampling with the current weights and return at once; a collective.
+
+        An idle engine gets the weights here. A busy one loads a copy of them when the jobs before
+        are done, since the trainer changes its own meanwhile.
 
         The sampler must be able to work while the trainer does; see ``Sampler.is_concurrent``.
         """
-        self.update_weights()
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prl-engine")
-        future = self._thread.submit(self.generate, prompts, config)
-        self._prefetched = (prompts, config, future)
+        weights, step = None, self.trainer.global_step
+        if len(self.queue):
+            weights = self._hand_over(self.sampler.copy_weights)
+        else:
+            self.update_weights()
+        work = partial(self._load_and_generate, weights, prompts, config, step)
+        self.queue.put(prompts, config, work)
 
     def check_against(self, rollouts: list[Rollout], samples: Samples) -> dict[str, float]:
         """Compare the engine's log-probabilities with the trainer's, once after each update.
@@ -153,37 +154,58 @@ class EngineLink:
         Raises:
             RuntimeError: the engine does not start, or does not take the weights.
         """
-        if self._prefetched is not None:
-            wait([self._prefetched[-1]])  # the engine does one thing at a time
-        step = self.trainer.global_step
+        self.queue.wait()  # the engine does one thing at a time
         if not self._is_started:
             self._is_started = True  # so that stop() also cleans up after a failed start
             # An engine that seeds itself seeds the whole process.
             with isolate_rng(), self._engine_errors(f"did not start for {self.module.policy_name}"):
                 self.sampler.start(self.module.policy_name, self.max_model_tokens)
+        self._hand_over(self.sampler.load_weights)
+
+    def _hand_over(self, take: Callable[[Iterator[tuple[str, Tensor]]], T]) -> T | None:
+        """Call ``take`` with the trainer's weights if they have changed since the last call."""
+        step = self.trainer.global_step
         # The update alone does not tell: callbacks such as EMAWeightAveraging swap the weights.
         own = (step, checksums(self.module.loaded_policy))
-        if self.trainer.strategy.reduce_boolean_decision(own != self._loaded, all=False):
-            with self._engine_errors(f"did not take the weights of update {step}"):
-                weights = self.module.weights(self.sampler.weights_dtype, self.sampler.reads_files)
-                self.sampler.load_weights(weights)
-            self._loaded = own
-            self._gap = None
+        if not self.trainer.strategy.reduce_boolean_decision(own != self._newest, all=False):
+            return None
+        with self._weight_errors(step):
+            weights = self.module.weights(self.sampler.weights_dtype, self.sampler.reads_files)
+            taken = take(weights)
+        self._newest, self._gap = own, None
+        return taken
 
-    def generate(
-        self, prompts: list[Prompt], config: SamplingConfig, on_progress: Progress | None = None
+    def _load_and_generate(
+        self,
+        weights: list[tuple[str, Tensor]] | None,
+        prompts: list[Prompt],
+        config: SamplingConfig,
+        step: int,
     ) -> Samples:
-        """Sample with the weights of the last ``update_weights``.
+        """Run a job of the queue; None leaves the engine's weights as they are."""
+        if weights is not None:
+            with self._weight_errors(step):
+                self.sampler.load_weights(weights)
+            weights.clear()  # the queue holds this list until the samples are there
+        if not self._is_started:
+            raise RuntimeError("the engine was stopped before the sampling began")
+        return self._generate(prompts, config, step)
+
+    def _generate(
+        self,
+        prompts: list[Prompt],
+        config: SamplingConfig,
+        step: int,
+        on_progress: Progress | None = None,
+    ) -> Samples:
+        """Sample with the engine's weights, which are those of update ``step``.
 
         Raises:
-            RuntimeError: the engine has no weights, fails, or returns something else than asked.
+            RuntimeError: the engine fails, or returns something else than asked.
         """
-        if self._loaded is None:
-            raise RuntimeError("the engine has no weights: call update_weights() first")
-        step, _ = self._loaded
         start = time.monotonic()
         prompts = self._open(prompts)
-        groups = self._sample(prompts, config, on_progress)
+        groups = self._sample(prompts, config, step, on_progress)
         return Samples(prompts, groups, config, step, time.monotonic() - start)
 
     def _open(self, prompts: list[Prompt]) -> list[Prompt]:
@@ -191,42 +213,39 @@ class EngineLink:
         return prompts if self.episodes is None else self.episodes.open(prompts)
 
     def _sample(
-        self, prompts: list[Prompt], config: SamplingConfig, on_progress: Progress | None
+        self,
+        prompts: list[Prompt],
+        config: SamplingConfig,
+        step: int,
+        on_progress: Progress | None,
     ) -> list[list[Completion]]:
+        complete = partial(self._complete, step)
         if self.episodes is None:
-            return self._complete(prompts, config, on_progress)
-        return self.episodes.sample(self._complete, prompts, config, on_progress)
+            return complete(prompts, config, on_progress)
+        return self.episodes.sample(complete, prompts, config, on_progress)
 
     def _complete(
-        self, prompts: list[Prompt], config: SamplingConfig, on_progress: Progress | None
+        self,
+        step: int,
+        prompts: list[Prompt],
+        config: SamplingConfig,
+        on_progress: Progress | None,
     ) -> list[list[Completion]]:
         """Call the engine once, and check what it returns."""
-        with self._engine_errors(f"failed on {len(prompts)} prompts x {config.n} completions"):
+        asked = f"failed on {len(prompts)} prompts x {config.n} completions after update {step}"
+        with self._engine_errors(asked):
             groups = self.sampler.generate(prompts, config, on_progress)
         _check_groups(config, groups, prompts)
         return groups
 
     def stop(self) -> None:
         """Stop the engine and free its memory."""
-        if self._is_started:
+        is_started, self._is_started = self._is_started, False
+        self.queue.cancel()  # first: no further job shall begin
+        if is_started:
             self.sampler.stop()
-            self._is_started = False
         if self.episodes is not None:
             self.episodes.stop()
-        if self._thread is not None:
-            # Without waiting: a running generation ends with the engine.
-            self._thread.shutdown(wait=False, cancel_futures=True)
-            self._thread = None
-        self._prefetched = None
-
-    def _take_prefetched(self, prompts: list[Prompt], config: SamplingConfig) -> Samples | None:
-        if self._prefetched is None:
-            return None
-        own, own_config, future = self._prefetched
-        if (_inputs(own), own_config) != (_inputs(prompts), config):
-            return None
-        self._prefetched = None
-        return future.result()
 
     def _sample_cached(self, prompts: list[Prompt], config: SamplingConfig) -> Samples:
         """Sample only prompts that no earlier evaluation of the same weights has sampled.
@@ -235,7 +254,7 @@ class EngineLink:
         groups finish, so that an interrupted evaluation continues, and one with other rewards
         samples nothing.
         """
-        start = time.monotonic()
+        start, step = time.monotonic(), self.trainer.global_step
         acting = "" if self.episodes is None else self.episodes.settings.identity()
         name = fingerprint(self.module.weights(), self.sampler, config, acting)
         folder = Path(self.trainer.default_root_dir) / "samples" / name
@@ -256,14 +275,16 @@ class EngineLink:
                 # Of an episode, every turn is checked.
                 check = None if self.episodes else partial(_check_groups, config)
                 with cache.keeping(some, check, on_progress) as keep:
-                    groups = self._sample(some, config, keep)
+                    groups = self._sample(some, config, step, keep)
                 # Of an engine that does not report its groups:
                 left = [pair for pair in zip(some, groups, strict=True) if pair[0] not in cache]
                 if left:
                     cache.add(*zip(*left, strict=True))
         groups = [cache[prompt] for prompt in prompts]
-        step = self.trainer.global_step
         return Samples(prompts, groups, config, step, time.monotonic() - start)
+
+    def _weight_errors(self, step: int) -> AbstractContextManager[None]:
+        return self._engine_errors(f"did not take the weights of update {step}")
 
     @contextmanager
     def _engine_errors(self, what: str) -> Iterator[None]:
@@ -275,11 +296,6 @@ class EngineLink:
                 f"{type(self.sampler).__name__} {what}: {type(error).__name__}: {error}. In "
                 "training, --ckpt_path last continues from the last checkpoint."
             ) from error
-
-
-def _inputs(prompts: list[Prompt]) -> list[tuple[list[int], int]]:
-    """Return what the engine reads; columns may hold NaN, which is not equal to itself."""
-    return [(prompt.token_ids, prompt.seed) for prompt in prompts]
 
 
 def _check_groups(

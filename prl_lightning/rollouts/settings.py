@@ -27,6 +27,7 @@ class RolloutSettings:
     limits: RewardLimits
     stop: tuple[str | int, ...] = ()
     refill: int = 1
+    max_staleness: int = 1
 
     @property
     def engine_sampler(self) -> Sampler:
@@ -36,12 +37,17 @@ class RolloutSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        least_values = {"max_new_tokens": 1, "temperature": MIN_TEMPERATURE, "refill": 1}
+        least_values = {
+            "max_new_tokens": 1, "temperature": MIN_TEMPERATURE, "refill": 1, "max_staleness": 1,
+        }  # fmt: skip
         for name, least in least_values.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"rollout.{name}={getattr(self, name)}: must be at least {least}.")
         if "" in self.stop:
             raise ValueError(f"rollout.stop={list(self.stop)}: a text must not be empty.")
+        self._check_overlap()
+
+    def _check_overlap(self) -> None:
         if self.overlap and self.refill > 1:
             raise ValueError(
                 f"rollout.overlap=true and rollout.refill={self.refill}: how many prompts an "
@@ -59,4 +65,16 @@ class RolloutSettings:
                 f"rollout.overlap=true, but {type(self.sampler).__name__} samples in the trainer's "
                 "process. Wrap it: rollout.sampler: {class_path: "
                 "prl_lightning.sampling.SubprocessSampler, init_args: {sampler: ...}}."
+            )
+        if self.max_staleness > 1 and not self.overlap:
+            raise ValueError(
+                f"rollout.max_staleness={self.max_staleness} has no effect without overlap: every "
+                "iteration is sampled with the newest weights. Set rollout.overlap=true, or leave "
+                "it out."
+            )
+        if self.max_staleness > 1 and not self.sampler.loads_in_thread:
+            raise ValueError(
+                f"rollout.max_staleness={self.max_staleness}, but {type(self.sampler).__name__} "
+                "takes no weights while the trainer trains (loads_in_thread=False). Use "
+                "SubprocessSampler, or VLLMServerSampler with FolderTransfer, or max_staleness=1."
             )

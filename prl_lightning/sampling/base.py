@@ -62,6 +62,7 @@ class Sampler(ABC):
         reads_files: whether it takes weights by the names in a published model's files instead of
             the names of transformers' modules; they differ for mixtures of experts.
         is_concurrent: whether ``generate`` may run in a thread while the trainer trains.
+        loads_in_thread: whether ``load_weights`` may, too, with tensors in main memory.
         ranks_per_engine: number of neighbouring ranks of the trainer that share one engine. All of
             them call each method, ``generate`` also without prompts.
     """
@@ -70,6 +71,7 @@ class Sampler(ABC):
     reads_files = False
     follows_trainer = False
     is_concurrent = False
+    loads_in_thread = False
     ranks_per_engine = 1
 
     def follow(self, precision: str, on_gpu: bool | None = None) -> None:
@@ -134,6 +136,14 @@ class Sampler(ABC):
                 sampler's dtype. A tied output head is included under its own name. Every rank must
                 iterate to the end, because each item may be gathered from all ranks.
         """
+
+    def copy_weights(self, weights: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        """Copy the trainer's weights to main memory, for a later ``load_weights``; a collective.
+
+        Args:
+            weights: see ``load_weights``.
+        """
+        return [(name, x.detach().to("cpu", copy=True)) for name, x in weights]
 
     @abstractmethod
     def generate(

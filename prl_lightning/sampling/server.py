@@ -8,9 +8,9 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from uuid import uuid4
 
-from torch import Tensor
+from torch import Tensor, distributed
 
-from prl_lightning.distributed import from_first_rank, is_first_rank
+from prl_lightning.distributed import from_first_rank, is_first_rank, own_group
 from prl_lightning.sampling.base import Progress, Sampler, SamplingConfig
 from prl_lightning.sampling.server_client import ServerClient, ServerError
 from prl_lightning.sampling.server_facts import (
@@ -69,6 +69,12 @@ class VLLMServerSampler(Sampler):
         self._facts: ServerFacts | None = None
         self._model = ""
         self._version = ""
+        self._group: distributed.ProcessGroup | None = None  # may be used in a thread
+
+    @property
+    def loads_in_thread(self) -> bool:  # type: ignore[override]
+        """See ``Sampler``."""
+        return self.transfer.sends_in_thread
 
     def identity(self) -> str:
         """See ``Sampler.identity``; the server may have a quantization."""
@@ -99,6 +105,15 @@ class VLLMServerSampler(Sampler):
         if missing := self.missing_requirements():
             raise ValueError(" ".join(missing))
         self.refuse_model(model, max_model_tokens)
+        self._group = own_group()
+
+    def copy_weights(self, weights: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        """See ``Sampler.copy_weights``: only rank 0 keeps a copy, as it sends the weights."""
+        if is_first_rank():
+            return super().copy_weights(weights)
+        for _ in weights:
+            pass
+        return []
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See ``Sampler.load_weights``; a collective.
@@ -108,6 +123,9 @@ class VLLMServerSampler(Sampler):
         """
         own = self._without_tied_head(weights)
         version, failure = f"prl-{uuid4().hex}", None
+        if self._group is not None:
+            # A rank may still sample with the old weights, and has prompts that it has not sent.
+            distributed.barrier(self._group)
         if is_first_rank():
             try:
                 self._hand_over(own, version)
@@ -117,7 +135,7 @@ class VLLMServerSampler(Sampler):
             pass
         # The others do not sample before the server has the weights.
         self._version, message = from_first_rank(
-            (version, failure and (str(failure) or repr(failure)))
+            (version, failure and (str(failure) or repr(failure))), self._group
         )
         if message:
             raise ServerError(message) from failure

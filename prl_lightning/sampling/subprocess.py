@@ -37,7 +37,7 @@ class SubprocessSampler(Sampler):
         ValueError: the engine belongs to several ranks.
     """
 
-    is_concurrent = True
+    is_concurrent = loads_in_thread = True
 
     def __init__(self, sampler: Sampler | None = None, gpus: Sequence[int] = ()) -> None:
         self.sampler = VLLMSampler() if sampler is None else sampler
@@ -106,7 +106,7 @@ class SubprocessSampler(Sampler):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See ``Sampler.load_weights``."""
         # Send copies: sending moves a tensor to shared memory.
-        self._call("load_weights", [(name, x.detach().to("cpu", copy=True)) for name, x in weights])
+        self._call("load_weights", self.copy_weights(weights))
 
     def generate(
         self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None

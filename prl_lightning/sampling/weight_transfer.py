@@ -19,7 +19,14 @@ READABLE_FORMATS = ("auto", "hf", "safetensors")  # vLLM's load formats that rea
 
 
 class WeightTransfer(ABC):
-    """Send weights to a server; only rank 0 does."""
+    """Send weights to a server; only rank 0 does.
+
+    Attributes:
+        sends_in_thread: whether ``send`` may run in a thread while the trainer trains, with tensors
+            in main memory.
+    """
+
+    sends_in_thread = False
 
     @abstractmethod
     def complaints(self, facts: ServerFacts) -> Iterator[str]:
@@ -51,6 +58,8 @@ class FolderTransfer(WeightTransfer):
             a folder in memory on one machine, a shared file system on several. It takes the size
             of the weights.
     """
+
+    sends_in_thread = True
 
     def __init__(self, folder: str = "/dev/shm") -> None:
         self.folder = folder

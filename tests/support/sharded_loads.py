@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
 from prl_lightning.models.loading import load_causal_lm, load_policy
 from prl_lightning.models.sharding import Sharding, full, load_on_ranks
@@ -26,7 +26,7 @@ def peak_mib() -> float:
 
 def load(folder: str, lora: dict[str, Any] | None = None) -> nn.Module:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    sharding = Sharding(torch.device("cpu"), mesh, MixedPrecisionPolicy(), None)
+    sharding = Sharding(torch.device("cpu"), mesh, MixedPrecisionPolicy(), None, OffloadPolicy())
     return load_on_ranks(partial(load_policy, folder, lora), sharding, keep_root=True)
 
 

@@ -67,6 +67,7 @@ def train(
     epochs: int = 2,
     accumulate: int = 2,
     trainer: dict[str, Any] | None = None,
+    checkpoint: Path | None = None,
     **data: Any,
 ) -> tuple[PRLModule, Watch]:
     """Fit with four prompts per epoch and four completions per prompt."""
@@ -97,5 +98,5 @@ def train(
         enable_model_summary=False,
         log_every_n_steps=1,
         **(options | (trainer or {})),
-    ).fit(module, datamodule=datamodule)
+    ).fit(module, datamodule=datamodule, ckpt_path=checkpoint)
     return module, watch
