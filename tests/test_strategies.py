@@ -49,7 +49,7 @@ RUNS = OBJECTIVES | HALF_PRECISION
 # By strategy: ddp has the model as one rank has it, so it is tried with less.
 COMPARED = [
     *(("fsdp2", objective) for objective in OBJECTIVES),
-    *(("ddp", objective) for objective in ("token_mean", "several_updates", "whole_batch", "lora")),
+    *(("ddp", objective) for objective in ("token_mean", "several_updates")),
     *(("fsdp2_offload", objective) for objective in ("token_mean", "several_updates", "lora")),
 ]
 HALVED = [("ddp", "bf16_mixed"), *(("fsdp2", precision) for precision in HALF_PRECISION)]
@@ -294,6 +294,7 @@ def test_the_script_for_slurm(tied_model: str, one_rank: dict[str, Record], tmp_
     assert gap(read(tmp_path)["after"], one_rank["token_mean"]["after"]) < 1e-5
 
 
+@pytest.mark.slow  # test_paper_configs has two ranks with engines, and test_shared_engine one
 def test_each_rank_has_a_vllm_engine_that_follows_the_policy(
     tied_model: str, tmp_path: Path
 ) -> None:
