@@ -52,7 +52,7 @@ class Game:
         secret: the number to find, from 1 to ``largest``.
     """
 
-    largest: ClassVar[int] = 63  # six guesses find each of these, if each halves what is left
+    largest: ClassVar[int] = 31  # five guesses find each of these, if each halves what is left
     turns: ClassVar[int] = 6
     prompt: ClassVar[str] = "?"
 
@@ -72,8 +72,8 @@ class Game:
             rng: source of the guesses.
 
         Example:
-            >>> Game(40).trace(0.0, random.Random(0))
-            '32?+\n48?-\n40?=\n'
+            >>> Game(20).trace(0.0, random.Random(0))
+            '16?+\n24?-\n20?=\n'
         """
         low, high, lines = 1, self.largest, []
         for _ in range(self.turns):

@@ -140,7 +140,7 @@ class GuessingTask(SmallTask):
         games: rows of ``train.jsonl``.
     """
 
-    error_rate: float = 0.4
+    error_rate: float = 0.6
     games: int = 1024
 
     def draw(self) -> tuple[Sequence[Traced], Sequence[Traced]]:
