@@ -48,7 +48,7 @@ def train(
     seed_everything(seed, verbose=False)
     module = PRLModule(
         model,
-        Objective(beta=0.1),
+        Objective(beta=0.1, target=0.1),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=6),
     )
