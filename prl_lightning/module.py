@@ -203,10 +203,6 @@ class PRLModule(LightningModule):
         with self.trainer.precision_plugin.forward_context():
             return self.references.score(batch, self.loaded_policy)
 
-    def on_train_epoch_end(self) -> None:
-        """Let moving references follow, before the checkpoint of this epoch is written."""
-        self.references.follow(self.loaded_policy, self.trainer.current_epoch + 1)
-
     def weights(
         self, dtype: torch.dtype | None = None, as_in_file: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
@@ -261,14 +257,17 @@ class PRLModule(LightningModule):
     ) -> None:
         """Step and free the gradient, so that the engine can use its memory.
 
-        Betas follow the KL here, before a callback can save: each checkpoint then has the betas of
-        the update that comes next.
+        The iteration ends here, before a callback can save: each checkpoint then has the betas and
+        the moving references of the update that comes next.
         """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
-        if self.objective.steered_betas:
+        steers = bool(self.objective.steered_betas)
+        if steers:
             self.mean_kl.end_update()
-            if self.trainer.is_last_batch:
+        if self.trainer.is_last_batch:
+            self.references.follow(self.loaded_policy, epoch + 1)
+            if steers:
                 self._steer()
 
     def _steer(self) -> None:

@@ -122,6 +122,7 @@ class Command:
             *tiny_overrides(model, folder),
             "--rollout.rewards=[noisy.noisy_digits]",
             "--data.updates_per_epoch=2",
+            "--model.objective.target=0.01",
             "--trainer.max_epochs=3",
             "--trainer.check_val_every_n_epoch=2",
             "--trainer.accelerator=cpu",
