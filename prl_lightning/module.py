@@ -118,7 +118,9 @@ class PRLModule(LightningModule):
         """Record its step, take its betas, and warn if it is a checkpoint of another policy."""
         self.loaded_at = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}
         self.objective = self.objective.with_betas(checkpoint.get("steered_betas", {}))
-        self.mean_kl.totals = checkpoint.get("kl_totals", [])
+        totals = checkpoint.get("kl_totals", [])
+        if len(totals) == len(self.objective.named_references) + 1:  # else there were others
+            self.mean_kl.totals = totals
         origin = checkpoint.get("policy_origin")
         if origin and origin != {"name": self.policy_name, "lora": self.lora}:
             rank_zero_warn(

@@ -20,7 +20,6 @@ from prl_lightning.functional import (
     process_baseline,
 )
 from prl_lightning.functional.advantages import ADVANTAGES
-from prl_lightning.functional.divergences import DIVERGENCES
 from prl_lightning.functional.losses import LOSSES
 from prl_lightning.functional.process import per_token
 from prl_lightning.models.step_splitter import Steps
@@ -110,12 +109,12 @@ class Objective:
             ValueError: a divergence, shape, outcome or surrogate is not registered.
         """
         errors = [
-            DIVERGENCES.error(self.divergence, "model.objective.divergence"),
             ADVANTAGES.error(self.outcome, "model.objective.outcome"),
             LOSSES.error(self.surrogate, "model.objective.surrogate"),
+            *self.short_reference.name_errors("model.objective."),
         ]
         for name, reference in self.references.items():
-            errors += reference.name_errors(f"model.objective.references.{name}")
+            errors += reference.name_errors(f"model.objective.references.{name}.")
         if any(errors):
             raise ValueError("\n".join(filter(None, errors)))
 

@@ -114,11 +114,11 @@ class Reference:
         """Return messages for names that nobody has registered.
 
         Args:
-            field: of the configuration, for the messages.
+            field: see ``errors``.
         """
         return [
-            DIVERGENCES.error(self.divergence, f"{field}.divergence"),
-            SHAPES.error(self.shape, f"{field}.shape"),
+            DIVERGENCES.error(self.divergence, f"{field}divergence"),
+            SHAPES.error(self.shape, f"{field}shape"),
         ]
 
 

@@ -194,6 +194,7 @@ def test_distillation_needs_no_rewards(tied_model: str, tmp_path: Path) -> None:
         ([references(a={}), "--model.objective.kl=loss"], r"references=\['a'\].*kl='loss'"),
         ([references(a={}), "--model.track_reference=true"], "track_reference"),
         ([references(a={}), "--model.objective.outcome=none", "--rollout.refill=2"], "refill=2"),
+        ([references(a={"kind": "moving", "target": 0.1})], r"a\.target=0\.1 .*kind='moving'"),
         (
             [references(a={"kind": "moving"}), "--model.lora={r: 4}"],
             r"a\.kind='moving'",
