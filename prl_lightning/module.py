@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from prl_lightning.models.sharding import (
 )
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.objective import Objective
-from prl_lightning.references import Reference
+from prl_lightning.references import MeanKL, Reference
 from prl_lightning.types import RolloutBatch
 
 
@@ -84,6 +84,7 @@ class PRLModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.policy: torch.nn.Module | None = None
         self.process_term = MeanStd()
+        self.mean_kl = MeanKL()  # steers the betas that have a target
         self.eval_metrics: dict[str, SetMetrics] = {}  # no submodules: a set may have any name
         self.eval_results: dict[str, SetResults] = {}
         self.loaded_at: dict[str, int] = {}  # step and epoch of the loaded checkpoint
@@ -109,12 +110,18 @@ class PRLModule(LightningModule):
         self.references.load(sharding, self.compile_blocks)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record which model the weights belong to, for ``prl export``."""
+        """Record which model the weights belong to, for ``prl export``, and steered betas."""
         checkpoint["policy_origin"] = {"name": self.policy_name, "lora": self.lora}
+        checkpoint["steered_betas"] = self.objective.steered_betas
+        checkpoint["kl_totals"] = self.mean_kl.totals
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record its step, and warn if it is a checkpoint of another policy."""
+        """Record its step, take its betas, and warn if it is a checkpoint of another policy."""
         self.loaded_at = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}
+        self.objective = self.objective.with_betas(checkpoint.get("steered_betas", {}))
+        totals = checkpoint.get("kl_totals", [])
+        if len(totals) == len(self.objective.named_references) + 1:  # else there were others
+            self.mean_kl.totals = totals
         origin = checkpoint.get("policy_origin")
         if origin and origin != {"name": self.policy_name, "lora": self.lora}:
             rank_zero_warn(
@@ -163,6 +170,8 @@ class PRLModule(LightningModule):
             [_token_mean(kl_estimate(policy, one, k), batch) for one in references.unbind(-1)]
             for k in ("k1", "k3")
         )
+        if self.objective.steered_betas:
+            self.mean_kl.add(policy[..., None] - references, batch.completion_mask)
         self._log_train({"kl_ref": k1[0]}, weight=batch.num_tokens, prog_bar=True)
         self._log_train({"kl_ref_k3": k3[0]}, weight=batch.num_tokens)
         if len(k1) > 1:
@@ -196,10 +205,6 @@ class PRLModule(LightningModule):
             raise RuntimeError("no reference is loaded: set model.track_reference")
         with self.trainer.precision_plugin.forward_context():
             return self.references.score(batch, self.loaded_policy)
-
-    def on_train_epoch_end(self) -> None:
-        """Let moving references follow, before the checkpoint of this epoch is written."""
-        self.references.follow(self.loaded_policy, self.trainer.current_epoch + 1)
 
     def weights(
         self, dtype: torch.dtype | None = None, as_in_file: bool = False
@@ -253,9 +258,27 @@ class PRLModule(LightningModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Step and free the gradient, so that the engine can use its memory."""
+        """Step and free the gradient, so that the engine can use its memory.
+
+        The iteration ends here, before a callback can save: each checkpoint then has the betas and
+        the moving references of the update that comes next.
+        """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
+        steers = bool(self.objective.steered_betas)
+        if steers:
+            self.mean_kl.end_update()
+        if self.trainer.is_last_batch:
+            self.references.follow(self.loaded_policy, epoch + 1)
+            if steers:
+                self._steer()
+
+    def _steer(self) -> None:
+        """Log the iteration's betas, and take those of the next one."""
+        betas, is_one = self.objective.steered_betas, len(self.objective.named_references) == 1
+        named = {"beta" if is_one else f"beta/{name}": beta for name, beta in betas.items()}
+        self._log_train(named, weight=1, reduce_fx="max")  # equal on all ranks
+        self.objective = self.objective.steered(self.mean_kl.end_iteration())
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
         """Log the process term over all tokens of the iteration.
@@ -275,7 +298,7 @@ class PRLModule(LightningModule):
             raise RuntimeError("the policy is not loaded: the Trainer loads it in configure_model")
         return self.policy
 
-    def _log_train(self, values: dict[str, Tensor], weight: int, **options: Any) -> None:
+    def _log_train(self, values: Mapping[str, Tensor | float], weight: int, **options: Any) -> None:
         """Log one value per epoch, which is one iteration."""
         self.log_dict(
             {f"train/{name}": value for name, value in values.items()},
@@ -365,7 +388,7 @@ class PRLModule(LightningModule):
         }
         if ref_logprobs is not None:
             inspected["ref_logprobs"] = ref_logprobs[..., 0]
-            betas = [term.beta for term in self.references.settings.values()]
+            betas = [one.beta for one in self.objective.named_references.values()]
             log_ratios = policy_logprobs[..., None] - ref_logprobs
             inspected["process_rewards"] = process_rewards(
                 batch.rewards, log_ratios @ log_ratios.new_tensor(betas), batch.completion_mask, 1.0

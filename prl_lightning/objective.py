@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -20,7 +20,6 @@ from prl_lightning.functional import (
     process_baseline,
 )
 from prl_lightning.functional.advantages import ADVANTAGES
-from prl_lightning.functional.divergences import DIVERGENCES
 from prl_lightning.functional.losses import LOSSES
 from prl_lightning.functional.process import per_token
 from prl_lightning.models.step_splitter import Steps
@@ -48,9 +47,10 @@ class Objective:
             to the outcome advantage, v2 Eq. 5.1), "loss" (an estimate is added to the loss),
             "reward_trajectory" or "reward_step" (into the reward, before the group statistics),
             "none".
-        references: by name, instead of ``beta``, ``divergence`` and ``model.reference``, which are
-            the short way to write one of them. With kl="process".
+        references: by name, instead of ``beta``, ``target``, ``divergence`` and
+            ``model.reference``, which are the short way to write one of them. With kl="process".
         beta: weight of the KL, 1/eta of v1.
+        target: nats a token of KL that ``beta`` follows; see `Reference`. null keeps it.
         divergence: generator of the process term: "reverse_kl", "reverse_k3", "forward_kl",
             "forward_k3", or a name of `register_divergence`.
         baseline: subtract the expected process term of the later tokens (v2, for the token form of
@@ -77,6 +77,7 @@ class Objective:
     kl: Literal["process", "loss", "reward_trajectory", "reward_step", "none"] = "process"
     references: dict[str, Reference] = field(default_factory=dict)
     beta: float = 0.01
+    target: float | None = None
     divergence: str = "reverse_kl"
     baseline: bool = False
     kl_estimator: Literal["k1", "k2", "k3", "k3+"] = "k3"
@@ -108,25 +109,25 @@ class Objective:
             ValueError: a divergence, shape, outcome or surrogate is not registered.
         """
         errors = [
-            DIVERGENCES.error(self.divergence, "model.objective.divergence"),
             ADVANTAGES.error(self.outcome, "model.objective.outcome"),
             LOSSES.error(self.surrogate, "model.objective.surrogate"),
+            *self.short_reference.name_errors("model.objective."),
         ]
         for name, reference in self.references.items():
-            errors += reference.name_errors(f"model.objective.references.{name}")
+            errors += reference.name_errors(f"model.objective.references.{name}.")
         if any(errors):
             raise ValueError("\n".join(filter(None, errors)))
 
     def _out_of_range(self) -> Iterator[str]:
         for name, fits, wanted in (
-            ("beta", 0 <= self.beta < float("inf"), "must be 0 or a positive number"),
             ("clip_low", 0 <= self.clip_low <= 1, "must be between 0 and 1"),
             ("clip_high", self.clip_high >= 0, "must be 0 or a positive number"),
         ):
             if not fits:
                 yield f"{name}={getattr(self, name)}: {wanted}."
+        yield from self.short_reference.errors("")
         for name, reference in self.references.items():
-            yield from reference.errors(f"references.{name}")
+            yield from reference.errors(f"references.{name}.")
 
     def _contradictions(self) -> Iterator[str]:
         if self.kl != "process" and self.steps != "token":
@@ -134,7 +135,10 @@ class Objective:
                 f"steps={self.steps!r} has no effect with kl={self.kl!r}. Set kl='process', or "
                 "leave steps out."
             )
-        short = [name for name in ("beta", "divergence") if getattr(self, name) != _DEFAULTS[name]]
+        if self.kl == "none" and self.target is not None:
+            yield f"target={self.target} has no effect with kl='none'. Leave one of them out."
+        names = ("beta", "target", "divergence")
+        short = [name for name in names if getattr(self, name) != _DEFAULTS[name]]
         if self.references and (short or self.baseline or self.kl != "process"):
             yield (
                 f"references={list(self.references)} with kl={self.kl!r}, baseline={self.baseline} "
@@ -162,14 +166,42 @@ class Objective:
     @property
     def terms(self) -> dict[str, Reference]:
         """The process terms by the name of their reference."""
-        if self.references or self.kl != "process" or not self.beta:
-            return self.references
-        return {"reference": self.short_reference}
+        return self.named_references if self.kl == "process" and self.needs_reference else {}
+
+    @property
+    def named_references(self) -> dict[str, Reference]:
+        """The references by name; that of the short form is called "reference"."""
+        return self.references or {"reference": self.short_reference}
 
     @property
     def short_reference(self) -> Reference:
-        """The one reference that ``beta`` and ``divergence`` are the short way to write."""
-        return Reference(beta=self.beta, divergence=self.divergence)
+        """The reference that ``beta``, ``target`` and ``divergence`` are the short way to write."""
+        return Reference(beta=self.beta, target=self.target, divergence=self.divergence)
+
+    @property
+    def steered_betas(self) -> dict[str, float]:
+        """The betas that follow a target, by the name of their reference."""
+        named = self.named_references.items()
+        return {name: one.beta for name, one in named if one.target is not None}
+
+    def steered(self, kls: Sequence[float]) -> Objective:
+        """Return the objective of the next iteration.
+
+        Args:
+            kls: to each of the ``named_references``, see `Reference.steered`.
+        """
+        named = zip(self.named_references.items(), kls, strict=True)
+        return self.with_betas({name: one.steered(kl).beta for (name, one), kl in named})
+
+    def with_betas(self, betas: Mapping[str, float]) -> Objective:
+        """Return the objective with other values of those ``steered_betas`` that are named."""
+        named = {
+            name: one.with_beta(betas.get(name, one.beta)) if one.target is not None else one
+            for name, one in self.named_references.items()
+        }
+        if self.references:
+            return replace(self, references=named)
+        return replace(self, beta=named["reference"].beta)
 
     @property
     def needs_reference(self) -> bool:

@@ -49,6 +49,7 @@ def test_every_logged_name_is_documented(tied_model: str, tmp_path: Path) -> Non
         *tiny_overrides(tied_model, tmp_path),
         "--rollout.rewards=[sample_rewards.even_digits, prl_lightning.rewards.MathReward]",
         "--model.objective.engine_correction={high: 2}",
+        "--model.objective.target=0.1",
         "--rollout.refill=2",
         "--data.difficulty={passes: 1}",
         "--trainer.logger.class_path=TensorBoardLogger",
@@ -62,7 +63,7 @@ def test_every_logged_name_is_documented(tied_model: str, tmp_path: Path) -> Non
     assert logged <= documented()
     rare = {
         f"rollout/{n}" for n in ("waiting_seconds", "staleness", "task_reward/NAME", "level/NAME")
-    } | {"train/kl_ref/NAME"}
+    } | {"train/kl_ref/NAME", "train/beta/NAME"}
     rare |= {f"rollout/{n}" for n in ("turns", "calls", "call_errors", "environment_failures")}
     assert {name for name in documented() if not name.startswith("test/")} - rare <= logged
 

@@ -91,7 +91,7 @@ def test_every_token_is_equally_likely_to_the_uniform_reference(
 def test_ranks_and_micro_batches_change_nothing(tied_model: str, tmp_path: Path) -> None:
     teacher = other_model(tied_model, tmp_path / "teacher")
     setting = references(
-        start={"beta": 0.3, "centre": "batch", "discount": 0.9},
+        start={"beta": 0.3, "centre": "batch", "discount": 0.9, "target": 0.01},
         teacher={"model": teacher, "beta": 0.2, "shape": "shuffled"},
         before={"kind": "moving", "every": 2, "beta": 0.4},
     )
@@ -101,6 +101,14 @@ def test_ranks_and_micro_batches_change_nothing(tied_model: str, tmp_path: Path)
     one = read(tmp_path / "one")
     assert gap(two["two"]["after"], one["after"]) < 1e-5
     assert gap(one["after"], one["before"]) > 1e-3
+    for logged in (metrics_of(tmp_path / name) for name in ("one", "two")):
+        # PPO's rule, from the KL that is logged.
+        want = [0.3]
+        for kl in logged["train/kl_ref/start"][:-1]:
+            want.append(want[-1] * (2 if kl > 0.015 else 0.5 if kl < 0.01 / 1.5 else 1))
+        assert logged["train/beta/start"] == pytest.approx([min(beta, 1) for beta in want])
+        assert len(set(want)) == 3
+        assert "train/beta/teacher" not in logged
 
 
 @pytest.mark.parametrize("epochs", [2, 3])
@@ -186,6 +194,7 @@ def test_distillation_needs_no_rewards(tied_model: str, tmp_path: Path) -> None:
         ([references(a={}), "--model.objective.kl=loss"], r"references=\['a'\].*kl='loss'"),
         ([references(a={}), "--model.track_reference=true"], "track_reference"),
         ([references(a={}), "--model.objective.outcome=none", "--rollout.refill=2"], "refill=2"),
+        ([references(a={"kind": "moving", "target": 0.1})], r"a\.target=0\.1 .*kind='moving'"),
         (
             [references(a={"kind": "moving"}), "--model.lora={r: 4}"],
             r"a\.kind='moving'",

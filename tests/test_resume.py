@@ -24,6 +24,7 @@ from prl_lightning.data import PromptDataModule
 from prl_lightning.evaluation import Evaluation
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
+from prl_lightning.references import Reference
 from prl_lightning.rewards import RewardLimits
 from prl_lightning.runs.files import Curve, read_metrics
 from prl_lightning.sampling import HFSampler
@@ -33,6 +34,11 @@ from tiny_runs import write_prompts
 pytestmark = pytest.mark.process
 
 # In one process: every moment at which a checkpoint can be saved
+
+REFERENCES = {
+    "start": Reference(beta=0.1, target=0.15),
+    "before": Reference(kind="moving", beta=0.1),
+}
 
 
 def train(
@@ -48,7 +54,7 @@ def train(
     seed_everything(seed, verbose=False)
     module = PRLModule(
         model,
-        Objective(beta=0.1),
+        Objective(references=REFERENCES),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=6),
     )

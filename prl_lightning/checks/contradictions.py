@@ -270,6 +270,14 @@ def _of_training(
             f"{objective.outcome!r} compares the completions of a prompt. Sample 2 or more, "
             "or set outcome to 'reward'."
         )
+    for name, one in objective.references.items():
+        is_last_policy = one.kind == "moving" and one.every * data.updates_per_epoch == 1
+        if one.target is not None and is_last_policy:
+            yield (
+                f"model.objective.references.{name}.target={one.target} with kind='moving', "
+                "every=1 and data.updates_per_epoch=1: the KL is measured before the update, where "
+                "it is 0. Set every or updates_per_epoch to 2 or more, or leave the target out."
+            )
     if rollout.refill > 1 and not objective.is_rewarded:
         yield (
             f"rollout.refill={rollout.refill}, but model.objective.outcome='none' has no rewards "

@@ -31,7 +31,7 @@ def outcome_advantages(
     | raft | 1 if r_i > 0 else 0 | RAFT, arXiv 2304.06767 |
     | none | 0 | on-policy distillation: the references teach alone |
     | maxrl | (r_i - mean r) / mean r, for rewards of 0 and more | MaxRL, arXiv 2602.02710 |
-    | batch_std | (r_i - mean r) / std of all rewards passed | Lite PPO, arXiv 2508.08221 |
+    | batch_std | (r_i - mean r) / std of all rewards passed | Lite PPO, arXiv 2508.08221, 4.1.2 |
 
     A group of two or more equal rewards has no outcome signal. Its advantages are zero for every
     kind, so `reward` and `raft` do not learn from a group that is right throughout, as their
@@ -43,7 +43,7 @@ def outcome_advantages(
     Proposition 3.1), that of dr_grpo and rloo is p, and that of maxrl log p. In a group of G, the
     expected gradient of maxrl is that of -Σ_{k<G} (1 - p)^k/k, the first terms of log p. (The
     paper's objective has the term k = G too, which needs an advantage of -1 in groups that are
-    wrong throughout. The paper drops them in practice, as this function does.)
+    wrong throughout. The authors' code drops these groups, as this function does.)
 
     batch_std is the only kind that compares groups with each other. For a result that does not
     depend on ranks or micro-batches, pass the groups of all ranks at once.

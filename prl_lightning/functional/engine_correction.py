@@ -29,7 +29,9 @@ class EngineCorrection:
     | outside | weight | source |
     | --- | --- | --- |
     | truncate | w, but not below low or above high | Ionides 2008; verl's rollout correction |
-    | mask | w, but 0 below low or above high | IcePop, arXiv 2510.18855: token, 0.5 and 5 |
+    | mask | w, but 0 below low or above high | IcePop, arXiv 2510.18855, Eq. 1 and 2 |
+
+    IcePop is the level token with the bounds 0.5 and 5 (its section 2.3.4).
 
     Only the product makes the expectation exact, and only without bounds. A masked token still
     counts in the totals that the loss is divided by.

@@ -59,17 +59,18 @@ def policy_loss(
     | surrogate | loss of a token | source |
     | --- | --- | --- |
     | clip | -min(ρ·A, clip(ρ)·A) | PPO, arXiv 1707.06347; ε_low ≠ ε_high: DAPO, arXiv 2503.14476 |
-    | gspo | -min(s_t·A, clip(s_t)·A), s_t = π·sg(s/π) | GSPO-token, arXiv 2507.18071 |
-    | cispo | -sg(clip(ρ))·A·log π | CISPO, arXiv 2506.13585 |
-    | dual_clip | min(loss of clip, -3·A) where A < 0, else clip | arXiv 1912.09729 |
+    | gspo | -min(s_t·A, clip(s_t)·A), s_t = π·sg(s/π) | arXiv 2507.18071, Eq. 13 and 14 |
+    | cispo | -sg(clip(ρ))·A·log π | arXiv 2506.13585, Eq. 4 and 5 |
+    | dual_clip | min(loss of clip, -3·A) where A < 0, else clip | arXiv 1912.09729, Eq. 5 |
 
     clip(x) keeps x between 1 - ε_low and 1 + ε_high, and sg stops the gradient. With the advantages
     of `prl_advantages`, clip is the loss of PRL (arXiv 2601.10201).
 
     gspo's ratio is the sequence's, s = exp(mean_t log ρ_t) over its completion tokens, so that a
     sequence is clipped as a whole. Its clip range is three orders of magnitude narrower than that
-    of a token's ratio (the paper: 3e-4 and 4e-4). Advantages may differ between tokens; with one
-    advantage per sequence and the aggregation sequence_mean, the gradient is that of GSPO's Eq. 5.
+    of a token's ratio (section 5.1 of the paper: 3e-4 and 4e-4). Advantages may differ between
+    tokens; with one advantage per sequence and the aggregation sequence_mean, the gradient is that
+    of GSPO's Eq. 5.
 
     log ρ is bounded to ±`MAX_LOG_RATIO`, so that ρ·A stays finite; beyond it the gradient is zero,
     but for cispo.
@@ -132,7 +133,7 @@ def dual_clip(inputs: LossInputs, bound: float = 3.0) -> tuple[Tensor, Tensor]:
 
     Args:
         inputs: of the loss.
-        bound: c > 1 of the paper. For another value register a partial function.
+        bound: c > 1 of the paper, which sets 3. For another value register a partial function.
 
     Returns:
         Losses and whether either clipping changes them, (B, T).

@@ -18,8 +18,8 @@ def decoupled_rewards(
 ) -> Tensor:
     """Return Σ_k w_k (r_{k,i} - mean r_k) / std r_k: each reward function normalised in its group.
 
-    From GDPO (arXiv 2601.05242). The sum of several reward functions hides which of them a
-    completion satisfies: (1, 0) and (0, 1) are equal in it. GDPO's advantages are the
+    From GDPO (arXiv 2601.05242, Eq. 4 to 6). The sum of several reward functions hides which of
+    them a completion satisfies: (1, 0) and (0, 1) are equal in it. GDPO's advantages are the
     `outcome_advantages` of these sums with the kind batch_std; the mean of a group, and with it the
     mean of the batch that GDPO subtracts, is already zero.
 

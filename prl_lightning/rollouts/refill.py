@@ -13,10 +13,11 @@ from prl_lightning.types import Prompt, Rollout
 class IterationGroups:
     """The groups of one iteration, sampled in rounds until enough of them have a signal.
 
-    The dynamic sampling of DAPO (arXiv 2503.14476, section 3.2): the first ``prompts_per_epoch``
-    groups whose rewards differ are trained on, in the order of the data. If there are not as many
-    among the first ``attempts * prompts_per_epoch``, the earliest groups without signal take the
-    places that are left. The next iteration begins after the last prompt that was needed.
+    The dynamic sampling of DAPO (arXiv 2503.14476, Eq. 11): the first ``prompts_per_epoch`` groups
+    with a signal are trained on, in the order of the data. A group has one if its rewards differ,
+    whatever they are; in the paper, if some of its answers are right, but not all. If there are not
+    as many among the first ``attempts * prompts_per_epoch``, the earliest groups without signal
+    take the places that are left. The next iteration begins after the last prompt that was needed.
 
     Neither the number of ranks nor the size of a round decides which prompts are used: groups that
     a round has sampled beyond the last one needed are dropped, and their prompts come again.

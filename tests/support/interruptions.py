@@ -122,6 +122,7 @@ class Command:
             *tiny_overrides(model, folder),
             "--rollout.rewards=[noisy.noisy_digits]",
             "--data.updates_per_epoch=2",
+            "--model.objective.target=0.01",
             "--trainer.max_epochs=3",
             "--trainer.check_val_every_n_epoch=2",
             "--trainer.accelerator=cpu",
@@ -157,7 +158,7 @@ def callback(name: str, **init_args: Any) -> Settings:
 
 
 def differing(one: Settings, other: Settings) -> list[str]:
-    """Parameters and optimizer states that are not bitwise equal; and where the prompts stand."""
+    """Parameters, optimizer states and betas that are not bitwise equal, and the prompts seen."""
     first, second = _tensors(one), _tensors(other)
     assert first.keys() == second.keys()
     return [name for name in first if not torch.equal(first[name], second[name])]
@@ -167,4 +168,6 @@ def _tensors(checkpoint: Settings) -> dict[str, torch.Tensor]:
     moments = checkpoint["optimizer_states"][0]["state"]
     seen = torch.tensor([checkpoint["global_step"], checkpoint["PromptDataModule"]["prompts_seen"]])
     states = {f"{row}.{k}": v for row, state in moments.items() for k, v in state.items()}
-    return checkpoint["state_dict"] | states | {"step and prompts": seen}
+    steered = [*checkpoint["steered_betas"].values(), *checkpoint["kl_totals"]]
+    others = {"step and prompts": seen, "betas": torch.tensor(steered, dtype=torch.float64)}
+    return checkpoint["state_dict"] | states | others
