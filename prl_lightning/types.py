@@ -5,7 +5,7 @@ completion), V vocabulary, H hidden size.
 
 Four log-probabilities that are never mixed, all natural logarithms at the sampling temperature:
 ``policy_logprobs`` (the policy of this update, with gradient), ``old_logprobs`` (the policy that
-sampled, as the trainer computes it; with ``rollout.overlap``, where the trainer is one update
+sampled, as the trainer computes it; with ``rollout.overlap``, where the trainer is some updates
 ahead, as the engine reported it), ``rollout_logprobs`` (as the engine reported it) and
 ``ref_logprobs`` (the reference).
 """

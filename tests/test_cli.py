@@ -43,12 +43,12 @@ def test_fit_that_samples_ahead_in_another_process(tied_model: str, tmp_path: Pa
     fit(
         *tiny_overrides(tied_model, tmp_path, "SubprocessSampler"),
         "--rollout.sampler.sampler=HFSampler",
-        "--rollout.overlap=true",
-        "--trainer.max_epochs=3",
+        *("--rollout.overlap=true", "--rollout.max_staleness=2", "--trainer.max_epochs=5"),
+        "--trainer.limit_val_batches=0",  # an evaluation would leave the engine idle
     )
     metrics = metrics_of(tmp_path)
-    assert metrics["rollout/staleness"] == [0, 1, 1]
-    assert len(metrics["rollout/waiting_seconds"]) == 3
+    assert metrics["rollout/staleness"] == [0, 1, 2, 2, 2]
+    assert len(metrics["rollout/waiting_seconds"]) == 5
 
 
 def test_run_folder_has_metrics_config_and_checkpoint(

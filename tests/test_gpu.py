@@ -139,10 +139,12 @@ def run_on_all_gpus(model: str, folder: Path, strategy: str, *more: str) -> list
 
 @pytest.mark.parametrize("more", [[], ["--model.lora={r: 4, target_modules: all-linear}"]])
 def test_strategies_agree(tied_model: str, tmp_path: Path, more: list[str]) -> None:
-    """FSDP1 has its own code for clipping and gathering."""
+    """FSDP1 has its own code for clipping and gathering; the last steps on the host."""
+    offload = "{class_path: prl_lightning.trainer.FSDP2Strategy, init_args: {cpu_offload: true}}"
+    strategies = {"ddp": "ddp", "fsdp": "fsdp", "fsdp2": "fsdp2", "offload": offload}
     runs = {
-        strategy: run_on_all_gpus(tied_model, tmp_path / strategy, strategy, *more)
-        for strategy in ("ddp", "fsdp", "fsdp2")
+        name: run_on_all_gpus(tied_model, tmp_path / name, strategy, *more)
+        for name, strategy in strategies.items()
     }
     ddp, *sharded = (
         {name: tensor.cpu() for name, tensor in record["sent"].items()}

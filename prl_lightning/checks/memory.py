@@ -19,7 +19,7 @@ from prl_lightning.data import PromptDataModule, collate
 from prl_lightning.functional.logprobs import _CHUNK_ELEMENTS
 from prl_lightning.models.causal_lm import LogprobModel
 from prl_lightning.models.loading import causal_lm_from_config, load_config
-from prl_lightning.models.sharding import is_sharding
+from prl_lightning.models.sharding import is_offloading, is_sharding
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.sampling import Sampler, VLLMSampler, VLLMServerSampler
@@ -50,16 +50,35 @@ def describe_memory(
         rollout: settings of the sampling; its sampler has its dtype.
         on_gpu: whether the run has GPUs.
     """
-    parts = list(_memory(trainer, module, bool(data.train_sources)))
+    parts = dict(_memory(trainer, module, bool(data.train_sources)))
     sampler = rollout.engine_sampler
     size = 4 if sampler.dtype == "float32" else 2
     engine = _parameters(module.policy_name) * size / sampler.ranks_per_engine
+    queued = rollout.max_staleness * engine if rollout.max_staleness > 1 else 0.0
+    offloaded = sum(parts.values()) if is_offloading(trainer.strategy) else 0.0
+    on_device = {} if on_gpu and offloaded else parts
+    beside = engine if on_gpu else engine + queued
     return [
         "memory of a rank (an estimate):",
-        *(f"  {name:<16} {size / MIB:10,.0f} MiB" for name, size in parts),
+        *(f"  {name:<16} {size / MIB:10,.0f} MiB" for name, size in parts.items()),
         f"  {'engine':<16} {_engine(sampler, engine)}",
-        *_beside_weights(trainer, module, data, rollout, dict(parts), engine, on_gpu),
+        *_in_main_memory(queued, offloaded),
+        *_beside_weights(trainer, module, data, rollout, on_device, beside, on_gpu),
     ]
+
+
+def _in_main_memory(queued: float, offloaded: float) -> Iterator[str]:
+    """Describe what is there also with a GPU."""
+    if queued:
+        yield (
+            f"  {'queued weights':<16} {queued / MIB:10,.0f} MiB of main memory at most, a copy "
+            "for each iteration of rollout.max_staleness"
+        )
+    if offloaded:
+        yield (
+            f"  {'offloaded':<16} {offloaded / MIB:10,.0f} MiB of main memory: all of the above "
+            "but the engine. With a GPU, gathered blocks are not in the sums below"
+        )
 
 
 def _parameters(name: str) -> int:

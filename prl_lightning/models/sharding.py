@@ -184,8 +184,14 @@ def _shard(module: nn.Module, sharding: Sharding, reshard: bool = True) -> nn.Mo
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Return the unsharded tensor; a collective if it is sharded."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    """Return the unsharded tensor; a collective if it is sharded.
+
+    Offloaded shards are gathered on the ranks' devices.
+    """
+    if isinstance(tensor, DTensor):
+        on_device: Any = tensor.detach().to(tensor.device_mesh.device_type)
+        tensor = on_device.full_tensor()
+    return tensor.detach()
 
 
 def plain_name(name: str) -> str:

@@ -100,8 +100,9 @@ class EngineLink:
     def prefetch(self, prompts: list[Prompt], config: SamplingConfig) -> None:
         """Queue a sampling with the current weights and return at once; a collective.
 
-        An idle engine gets the weights here. A busy one loads a copy of them when the jobs before
-        are done, since the trainer changes its own meanwhile.
+        Without jobs before it, the engine gets the weights here. Otherwise it loads a copy of them
+        when those jobs are done, since the trainer changes its own meanwhile. How far they are must
+        not matter: it differs between ranks.
 
         The sampler must be able to work while the trainer does; see ``Sampler.is_concurrent``.
         """

@@ -354,6 +354,21 @@ def test_a_run_from_python_is_refused_the_same(tied_model: str, tmp_path: Path) 
         trainer.fit(module, datamodule=data)
 
 
+def test_prompts_that_follow_results_are_not_sampled_several_iterations_ahead(
+    bare_model: str, tmp_path: Path
+) -> None:
+    overrides = [
+        *tiny_overrides(bare_model, tmp_path, "SubprocessSampler"),
+        *("--rollout.sampler.sampler=HFSampler", "--rollout.overlap=true"),
+        "--data.difficulty={passes: 2}",
+        "--data.train={class_path: prl_lightning.data.ReasoningGym, init_args: {tasks: "
+        "{chain_sum: {level: 0}}, size: 100, curriculum: {}}}",
+    ]
+    with pytest.raises(ConfigurationError, match=r"(?s)max_staleness=2.*data\.difficulty and data"
+                       r"\.train has ReasoningGym with a curriculum"):  # fmt: skip
+        fit(*overrides, "--rollout.max_staleness=2")
+
+
 @pytest.mark.process
 def test_an_evaluation_is_not_bothered_by_what_only_training_needs(
     tied_model: str, tmp_path: Path

@@ -1,8 +1,9 @@
-"""The memory of an optimizer, counted on a probe."""
+"""The memory of an optimizer, counted on a probe, and what is counted as main memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 from prl_lightning.checks.memory import _state_share
+from prl_lightning.cli import main
 from prl_lightning.module import PRLModule
+from tiny_runs import ARITHMETIC, memory_of, tiny_overrides
 
 
 class Wrapped(torch.optim.SGD):
@@ -34,3 +37,46 @@ class Wrapped(torch.optim.SGD):
 )
 def test_what_an_optimizer_keeps(optimizer: Callable[..., Any], share: float) -> None:
     assert _state_share(PRLModule("none", optimizer=optimizer)) == pytest.approx(share, rel=1e-6)
+
+
+Estimate = Callable[..., dict[str, int]]
+
+
+@pytest.fixture
+def estimate(
+    tied_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Estimate:  # fmt: skip
+    """The bytes of each line of `prl check`."""
+    monkeypatch.setattr("prl_lightning.checks.memory.MIB", 1)
+
+    def of(*more: str) -> dict[str, int]:
+        run = tiny_overrides(tied_model, tmp_path, "SubprocessSampler")
+        engine = "--rollout.sampler.sampler=VLLMSampler"
+        main(["check", f"--config={ARITHMETIC}", *run, engine, "--rollout.overlap=true", *more])
+        return memory_of(capsys.readouterr().out)
+
+    return of
+
+
+def test_weights_that_wait_for_the_engine_are_counted(estimate: Estimate) -> None:
+    one, three = estimate(), estimate("--rollout.max_staleness=3")
+    assert "queued weights" not in one
+    assert three["queued weights"] == 3 * one["engine"]
+    assert three["in all"] - one["in all"] == three["queued weights"]
+    on_gpu = estimate("--rollout.max_staleness=3", "--gpu=H100")
+    assert on_gpu["in the update"] == estimate("--gpu=H100")["in the update"]
+
+
+def test_what_is_offloaded_is_in_main_memory(estimate: Estimate) -> None:
+    kind = "class_path: prl_lightning.trainer.FSDP2Strategy"
+    whole, offloaded = (
+        ["--trainer.accelerator=cpu", f"--trainer.strategy={{{kind}, init_args: {args}}}"]
+        for args in ("{}", "{cpu_offload: true}")
+    )
+    parts = ("policy", "gradient", "optimizer", "reference")
+    size = sum(estimate(*whole)[name] for name in parts)
+    assert estimate(*offloaded)["offloaded"] == size
+    assert estimate(*offloaded)["in all"] == estimate(*whole)["in all"]
+    before, after = (estimate(*strategy, "--gpu=H100") for strategy in (whole, offloaded))
+    assert before["in the update"] - after["in the update"] == size

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import FSDPPrecision
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prl_lightning.evaluation import Evaluation
+from prl_lightning.models import sharding as sharding_module
 from prl_lightning.models.sharding import Sharding, sharding_of
 from prl_lightning.module import PRLModule
 from prl_lightning.trainer import FSDP2Strategy
@@ -23,6 +25,8 @@ pytestmark = pytest.mark.process
 
 class Mesh(dict[str, Any]):
     """Two data-parallel ranks, and this number of tensor-parallel ones."""
+
+    mesh_dim_names = ("data_parallel", "tensor_parallel")
 
     def __init__(self, tensor_parallel: int = 1) -> None:
         sizes = {"data_parallel": 2, "tensor_parallel": tensor_parallel}
@@ -82,6 +86,56 @@ def test_fsdp1_rounds_neither_buffers_nor_sums(precision: Any) -> None:
     ):
         assert config is not None
         assert (config.param_dtype, config.reduce_dtype, config.buffer_dtype) == dtypes
+
+
+@pytest.mark.parametrize(("device", "is_pinned"), [("meta", False), ("cuda", True)])
+def test_offloaded_shards_are_pinned_for_a_gpu(
+    device: str, is_pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy = MetaFSDP2(cpu_offload=True)
+    strategy.root_device = torch.device(device)
+    found = sharding_of(attached(strategy, mesh=Mesh()))
+    assert found is not None
+    assert found.offload == CPUOffloadPolicy(pin_memory=is_pinned)
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(sharding_module, "fully_shard", lambda _, **options: calls.append(options))
+    sharding_module._shard(torch.nn.Linear(1, 1), found)
+    assert calls[0]["offload_policy"] is found.offload
+    assert type(sharding(MetaFSDP2(), "32-true", Mesh()).offload) is OffloadPolicy
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_only_offloaded_weights_stay_in_main_memory_for_a_second_stage(offloads: bool) -> None:
+    module = attached(MetaFSDP2(cpu_offload=offloads), mesh=Mesh())
+    module.setup("fit")
+    module.policy = torch.nn.Linear(1, 1, device="cpu")
+    module.setup("test")
+    strategy: Any = module.trainer.strategy
+    strategy._lightning_module = strategy.model = module
+    strategy.model_to_device()
+    assert module.policy.weight.device.type == ("cpu" if offloads else "meta")
+    assert module.device.type == module.process_term.total.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "backend"),
+    [
+        ({}, "cuda", None),
+        ({"cpu_offload": True}, "cpu", None),
+        ({"cpu_offload": True}, "cuda", "cpu:gloo,cuda:nccl"),
+        ({"cpu_offload": True, "process_group_backend": "own"}, "cuda", "own"),
+    ],
+)
+def test_offloading_from_a_gpu_needs_collectives_in_main_memory(
+    options: Any, device: str, backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None leaves the choice to Lightning."""
+    monkeypatch.setattr(ModelParallelStrategy, "setup_environment", lambda self: None)
+    strategy = MetaFSDP2(**options)
+    strategy.root_device = torch.device(device)
+    strategy.parallel_devices = [torch.device(device)]
+    strategy.setup_environment()
+    assert strategy.process_group_backend == backend
 
 
 def test_tensor_parallelism_is_refused() -> None:
