@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from prl_lightning.models.sharding import (
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.objective import Objective
 from prl_lightning.references import Reference
+from prl_lightning.runs.hyperparameters import plain
 from prl_lightning.types import RolloutBatch
 
 
@@ -66,6 +68,7 @@ class PRLModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
         self.policy_name = policy
         self.reference_name = reference or policy
         # The short form, for messages if there are references by name as well.
@@ -108,18 +111,20 @@ class PRLModule(LightningModule):
         self.references.load(sharding, self.compile_blocks)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record which model the weights belong to, for ``prl export``."""
-        checkpoint["policy_origin"] = {"name": self.policy_name, "lora": self.lora}
+        """Save the arguments, for ``load_from_checkpoint`` and ``prl export``."""
+        defaults = {k: v.default for k, v in signature(type(self)).parameters.items()}
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain(self.hparams, defaults)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record its step, and warn if it is a checkpoint of another policy."""
         self.loaded_at = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}
-        origin = checkpoint.get("policy_origin")
-        if origin and origin != {"name": self.policy_name, "lora": self.lora}:
+        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        theirs = saved and (saved["policy"], saved["lora"])
+        if theirs and theirs != (self.policy_name, self.lora):
             rank_zero_warn(
                 f"model.policy={self.policy_name}, model.lora={self.lora}, but the checkpoint has "
-                f"policy={origin['name']}, lora={origin['lora']}. If these are different models, "
-                "give this run another trainer.default_root_dir."
+                f"policy={theirs[0]}, lora={theirs[1]}. If these are different models, give this "
+                "run another trainer.default_root_dir."
             )
 
     def configure_optimizers(self) -> Any:

@@ -136,6 +136,9 @@ class PRLCLI(LightningCLI):
         every = LightningCLI.subcommands()
         return {k: v for k, v in every.items() if k == self._first_word} or every
 
+    def _parse_ckpt_path(self) -> None:
+        """Keep the configuration: Lightning would replace its model section by the checkpoint's."""
+
     def add_arguments_to_parser(self, parser: Parser) -> None:  # type: ignore[override]
         """Add the sections, and link what two of them share."""
         parser.add_class_arguments(Evaluation, "evaluation")
@@ -308,7 +311,6 @@ def command_line(args: list[str] | None, kind: type[PRLCLI] = PRLCLI, run: bool 
         },
         auto_configure_optimizers=False,
         parser_class=Parser,
-        load_from_checkpoint_support=False,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         trainer_class=PRLTrainer,
