@@ -155,7 +155,7 @@ class SubprocessSampler(Sampler):
 
 @contextmanager
 def _hidden_program() -> Iterator[None]:
-    """Keep a subprocess from running the program again, which it does to find what is defined there.
+    """Keep a subprocess from running the program again to find the classes that it defines.
 
     A program from stdin is no file, and one without ``if __name__ == "__main__"`` would train.
     """
