@@ -19,6 +19,7 @@ from prl_lightning.cli import main, run_command
 from prl_lightning.cli.lightning import CheckCLI, command_line
 from prl_lightning.cli.tools import TOOLS
 from prl_lightning.data import DataError
+from prl_lightning.runs.files import read_metrics
 from tiny_runs import ARITHMETIC, fit, metrics_of, summary_line, tiny_overrides
 
 pytestmark = pytest.mark.process
@@ -338,6 +339,26 @@ def test_the_overview_has_every_command(
     lines = capsys.readouterr().out.splitlines()
     named = [line.split()[0] for line in lines if line.startswith("  ")]
     assert sorted(named) == sorted([*LightningCLI.subcommands(), *TOOLS, "check"])
+
+
+def test_a_new_project_trains_with_its_own_reward(
+    tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `prl new` wrote it, with a tiny model and no engine."""
+    monkeypatch.chdir(tmp_path)
+    main(["new", "mine"])
+    with pytest.raises(FileExistsError, match="folder=mine"):
+        main(["new", "mine"])
+    assert len(Path("mine/train.jsonl").read_text().splitlines()) == 10
+    monkeypatch.chdir("mine")
+    small = ["--data.prompts_per_epoch=2", "--data.group_size=2", "--evaluation.samples=2"]
+    small += ["--evaluation.pass_at=[2]", "--rollout.max_new_tokens=4", "--trainer.max_epochs=1"]
+    small += ["--trainer.accumulate_grad_batches=1", "--trainer.enable_progress_bar=false"]
+    small += ["--trainer.precision=32-true"]
+    fit(f"--model.policy={tied_model}", "--rollout.sampler=HFSampler", *small, config="own.yaml")
+    metrics = read_metrics(Path("runs/own/version_0/metrics.csv"))
+    assert metrics["rollout/reward/short_enough"][1] == [1.0]
+    assert metrics["rollout/reward"][1] == [pytest.approx(0.1)]
 
 
 @pytest.mark.parametrize(("word", "hint"), [("fti", "did you mean fit"), ("zzzz", "fit, validate")])

@@ -28,6 +28,7 @@ CHECKED = {"fit", "validate", "check"}
 ELSEWHERE = {
     "configs": "tests/test_packaging.py",
     "export": "tests/models/test_export.py",
+    "new": "tests/test_cli.py",
     "predict": "tests/callbacks/test_completion_log.py",
     "report": "tests/report/",
 }
