@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from prl_lightning.models.sharding import (
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.objective import Objective
 from prl_lightning.references import Reference
-from prl_lightning.runs.hyperparameters import plain
+from prl_lightning.runs.hyperparameters import make_plain
 from prl_lightning.types import RolloutBatch
 
 
@@ -69,6 +68,7 @@ class PRLModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        make_plain(self)
         self.policy_name = policy
         self.reference_name = reference or policy
         # The short form, for messages if there are references by name as well.
@@ -109,11 +109,6 @@ class PRLModule(LightningModule):
         sharding = sharding_of(self)
         self.policy = load_on_ranks(policy, sharding, keep_root=True)
         self.references.load(sharding, self.compile_blocks)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the arguments, for ``load_from_checkpoint`` and ``prl export``."""
-        defaults = {k: v.default for k, v in signature(type(self)).parameters.items()}
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain(self.hparams, defaults)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record its step, and warn if it is a checkpoint of another policy."""

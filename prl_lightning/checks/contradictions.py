@@ -22,6 +22,7 @@ from prl_lightning.models.loading import (
     load_tokenizer,
     max_model_tokens,
     stop_token_ids,
+    why_unreadable,
 )
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.models.vocabulary import check_vocabulary
@@ -176,7 +177,8 @@ def _read_config(name: str) -> None:
     try:
         load_config(name)
     except OSError as error:
-        raise OSError(f"model.policy={name!r} cannot be read: {error}") from error
+        why = why_unreadable(name, error)
+        raise OSError(f"model.policy={name!r} cannot be read: {why}") from error
 
 
 def _of_rewards(data: PromptDataModule, rollout: RolloutSettings) -> Iterator[str]:

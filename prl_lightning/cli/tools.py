@@ -14,12 +14,16 @@ from prl_lightning.runs.files import refuse_existing
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 _COMPILED = shutil.ignore_patterns("__pycache__")
-# The line of configs/own.yaml that `prl new` replaces.
-OWN_REWARD = (
-    "  rewards: [prl_lightning.rewards.MathReward]  # looks at the box alone\n",
-    "  rewards: [prl_lightning.rewards.MathReward, my_rewards.short_enough]\n"
+# What `prl new` replaces in configs/own.yaml: rewards, and sizes for ten problems.
+REPLACED = {
+    "configs/own.yaml": "own.yaml",
+    "  rewards: [prl_lightning.rewards.MathReward]  # looks at the box alone\n": "  rewards: "
+    "[prl_lightning.rewards.MathReward, my_rewards.short_enough]\n"
     "  reward_weights: [1.0, 0.1]                  # a completion is right from a sum of 0.5 on\n",
-)
+    "prompts_per_epoch: 64": "prompts_per_epoch: 8                        # of ten; 64 with more",
+    "accumulate_grad_batches: 64": "accumulate_grad_batches: 8 ",
+    "of 64 prompts x": "of 8 prompts x",
+}
 
 
 def export_checkpoint(ckpt_path: str, out: str, dtype: str | None = None) -> None:
@@ -59,9 +63,11 @@ def new_project(folder: Path) -> None:
         FileExistsError: it exists.
     """
     refuse_existing(folder, "folder")
-    config = (CONFIGS / "own.yaml").read_text().replace("configs/own.yaml", "own.yaml")
+    config = (CONFIGS / "own.yaml").read_text()
+    for old, new in REPLACED.items():
+        config = config.replace(old, new)
     shutil.copytree(Path(__file__).with_name("project"), folder, ignore=_COMPILED)
-    (folder / "own.yaml").write_text(config.replace(*OWN_REWARD))
+    (folder / "own.yaml").write_text(config)
     print(f"cd {folder}; prl check --config own.yaml; prl fit --config own.yaml")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
+from inspect import signature
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -14,26 +15,27 @@ INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 PLAIN = (bool, int, float, str, dict, list, tuple)
 
 
-def plain(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments in the form of a configuration, for ``load_from_checkpoint``.
+def make_plain(module: LightningModule) -> None:
+    """Replace a module's hyperparameters by the form of a configuration, which checkpoints hold.
+
+    A function becomes the name of one that raises when it is called, unless it is the default.
+    Other objects, which only a subclass can have, are left out: a resumed run could not read them.
 
     Args:
-        arguments: of the command they are plain already, of a Python program they are objects.
-        defaults: a function that is one is left out.
-
-    Returns:
-        Plain data. A function becomes the name of one that raises when it is called. Other objects,
-        which only a subclass can have, are left out: a resumed run could not read the file.
+        module: has called ``save_hyperparameters``. The command's values are plain already, those
+            of a Python program are objects.
     """
-    saved: dict[str, Any] = {"_instantiator": INSTANTIATOR}
+    defaults = {k: v.default for k, v in signature(type(module)).parameters.items()}
+    arguments, hparams = dict(module.hparams), module.hparams
+    hparams.clear()
+    hparams["_instantiator"] = INSTANTIATOR
     for name, value in arguments.items():
         if is_dataclass(value) and not isinstance(value, type):
-            saved[name] = asdict(value)
+            hparams[name] = asdict(value)
         elif value is None or isinstance(value, PLAIN):
-            saved[name] = value
+            hparams[name] = value
         elif callable(value) and value is not defaults.get(name):
-            saved[name] = f"{__name__}.unsaved_{name}"
-    return saved
+            hparams[name] = f"{__name__}.unsaved_{name}"
 
 
 # jsonargparse wants functions that return what the arguments do.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities.parsing import clean_namespace
 
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
@@ -27,6 +28,7 @@ def saved(module: PRLModule, file: Path) -> Path:
                 parameter += 1
     trainer = PRLTrainer(logger=False, accelerator="cpu", enable_progress_bar=False)
     trainer.strategy.connect(module)
+    clean_namespace(module.hparams)  # as a run does: it drops what cannot be pickled
     trainer.save_checkpoint(file)
     return file
 
