@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
 
+from prl_lightning.checks.lightning_options import refuse_hardware
 from prl_lightning.models.mesh import hybrid_mesh
 from prl_lightning.runs.folders import claim_folders, keep_metrics
 from prl_lightning.runs.unpickling import refuse_code
@@ -104,6 +105,7 @@ class PRLTrainer(Trainer):
         enable_model_summary: bool | None = False,
         **kwargs: Any,
     ) -> None:
+        refuse_hardware(kwargs.get("accelerator"), kwargs.get("strategy"))
         super().__init__(
             num_sanity_val_steps=num_sanity_val_steps,
             log_every_n_steps=log_every_n_steps,

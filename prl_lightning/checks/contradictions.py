@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from prl_lightning.checks.lightning_options import lightning_errors, replica_errors
+from prl_lightning.checks.lightning_options import lightning_errors, strategy_errors
 from prl_lightning.data import PromptDataModule
 from prl_lightning.models.loading import (
     load_config,
@@ -85,7 +85,7 @@ def contradictions(
         *_of_tasks(data, rollout, trains),
         *_of_limits(rollout.limits),
         *_of_engine(trainer, rollout),
-        *replica_errors(trainer),
+        *strategy_errors(trainer),
     ]
     if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO) and trains:
         errors.append(

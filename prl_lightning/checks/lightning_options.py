@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
@@ -27,6 +28,13 @@ UNUSABLE: dict[type[Callback], str] = {
     "model.optimizer",
     StochasticWeightAveraging: "which copies the model before it is loaded and would average "
     "nothing. Use WeightAveraging or EMAWeightAveraging",
+}
+# Parts of the names of strategies and accelerators, with the reason and the fix.
+UNSUPPORTED = {
+    "deepspeed": "DeepSpeed keeps weights and gradients in partitions of its own, which the engine "
+    "and the update guard do not read. Use ddp, fsdp or fsdp2",
+    "xla": "no engine here samples on XLA devices. Use a GPU or a CPU",
+    "tpu": "no engine here samples on TPUs. Use a GPU or a CPU",
 }
 
 
@@ -89,11 +97,42 @@ def _of_uploads(trainer: Trainer) -> Iterator[str]:
             )
 
 
-def replica_errors(trainer: Trainer) -> Iterator[str]:
-    """Yield an error if the ranks cannot be divided among the copies of an FSDP2Strategy."""
-    replicas = getattr(trainer.strategy, "replicas", 1)
+def refuse_hardware(accelerator: Any, strategy: Any) -> None:
+    """Refuse what Lightning has and this package cannot serve, before Lightning asks to install it.
+
+    Args:
+        accelerator: of the Trainer, a name or an object.
+        strategy: likewise.
+
+    Raises:
+        ValueError: it cannot work here.
+    """
+    for option, value in (("accelerator", accelerator), ("strategy", strategy)):
+        name = value if isinstance(value, str) else type(value).__name__
+        for part, why in UNSUPPORTED.items():
+            if part in name.lower():
+                raise ValueError(f"trainer.{option}={name!r}: {why}.")
+
+
+def strategy_errors(trainer: Trainer) -> Iterator[str]:
+    """Find ranks that cannot be divided as a strategy is told to.
+
+    Args:
+        trainer: not started.
+
+    Yields:
+        One message per error.
+    """
+    strategy = trainer.strategy
+    replicas = getattr(strategy, "replicas", 1)
     if replicas < 1 or trainer.world_size % replicas:
         yield (
             f"trainer.strategy.replicas={replicas}, but the trainer has {trainer.world_size} ranks "
             "(trainer.devices x num_nodes). Use a divisor of them, such as num_nodes."
+        )
+    size = getattr(strategy, "_tensor_parallel_size", 1)
+    if (trainer.num_devices if size == "auto" else size) > 1:
+        yield (
+            f"trainer.strategy.tensor_parallel_size={size}: models are sharded over data-parallel "
+            "ranks only. Use `strategy: fsdp2`."
         )

@@ -110,6 +110,12 @@ def test_check_takes_what_fit_takes_and_what_it_has_written(
             "--trainer={strategy: fsdp2, callbacks: [EMAWeightAveraging]}",
             r"trainer\.callbacks has EMAWeightAveraging.*trainer\.strategy=FSDP2Strategy",
         ),
+        ("--trainer.strategy=deepspeed_stage_3", r"trainer\.strategy='deepspeed_stage_3'.*fsdp2"),
+        ("--trainer.strategy=xla", r"trainer\.strategy='xla'.*GPU"),
+        (
+            "--trainer={strategy: {class_path: ModelParallelStrategy}, devices: 2}",
+            r"trainer\.strategy\.tensor_parallel_size=auto.*fsdp2",
+        ),
         ("--model.lora={init_lora_weights: pissa}", r"model\.lora\.init_lora_weights='pissa'"),
         ("--model.lora={target_modules: [embed_tokens]}", r"model\.lora.*model\.embed_tokens"),
         ("--trainer.plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO", "AsyncCheckpointIO"),

@@ -22,10 +22,10 @@ pytestmark = pytest.mark.process
 
 
 class Mesh(dict[str, Any]):
-    """Two data-parallel ranks, and this number of tensor-parallel ones."""
+    """Two data-parallel ranks."""
 
-    def __init__(self, tensor_parallel: int = 1) -> None:
-        sizes = {"data_parallel": 2, "tensor_parallel": tensor_parallel}
+    def __init__(self) -> None:
+        sizes = {"data_parallel": 2, "tensor_parallel": 1}
         super().__init__({k: SimpleNamespace(size=lambda n=n: n) for k, n in sizes.items()})
 
 
@@ -82,11 +82,6 @@ def test_fsdp1_rounds_neither_buffers_nor_sums(precision: Any) -> None:
     ):
         assert config is not None
         assert (config.param_dtype, config.reduce_dtype, config.buffer_dtype) == dtypes
-
-
-def test_tensor_parallelism_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"trainer\.strategy\.tensor_parallel_size=2"):
-        sharding_of(attached(MetaFSDP2(), mesh=Mesh(tensor_parallel=2)))
 
 
 @pytest.mark.parametrize("strategy", [MetaDDP, MetaFSDP1, MetaFSDP2])
