@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from prl_lightning.data import PromptDataModule
+from prl_lightning.evaluation import Evaluation
 from prl_lightning.models.sharding import is_sharding
 
 # Callbacks that cannot work here, with the reason and the fix.
@@ -29,6 +31,7 @@ UNUSABLE: dict[type[Callback], str] = {
     StochasticWeightAveraging: "which copies the model before it is loaded and would average "
     "nothing. Use WeightAveraging or EMAWeightAveraging",
 }
+METRIC = re.compile(r"val/.+/(mean|pass|maj)@\d+")  # of an evaluation set
 # Parts of the names of strategies and accelerators, with the reason and the fix.
 UNSUPPORTED = {
     "deepspeed": "DeepSpeed keeps weights and gradients in partitions of its own, which the engine "
@@ -68,7 +71,20 @@ def lightning_errors(trainer: Trainer, data: PromptDataModule) -> Iterator[str]:
                 f"trainer.strategy={type(trainer.strategy).__name__} shards. Use `strategy: ddp`, "
                 "or leave the callback out."
             )
+    yield from _of_monitors(trainer, data.evaluation)
     yield from _of_uploads(trainer)
+
+
+def _of_monitors(trainer: Trainer, evaluation: Evaluation) -> Iterator[str]:
+    """A misspelled metric would end the run after its first iteration and evaluation."""
+    known = [f"val/{name}/{metric}" for name in evaluation.sets for metric in evaluation.metrics]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None) or ""
+        if METRIC.fullmatch(monitor) and monitor not in known:
+            yield (
+                f"trainer.callbacks has {type(callback).__name__}(monitor={monitor!r}), but the "
+                f"evaluation logs {known}. Use one of these, or change evaluation."
+            )
 
 
 def _of_uploads(trainer: Trainer) -> Iterator[str]:
