@@ -34,6 +34,7 @@ from prl_lightning.models.sharding import (
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.objective import Objective
 from prl_lightning.references import MeanKL, Reference
+from prl_lightning.runs.hyperparameters import make_plain
 from prl_lightning.types import RolloutBatch
 
 
@@ -67,6 +68,8 @@ class PRLModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
+        make_plain(self)
         self.policy_name = policy
         self.reference_name = reference or policy
         # The short form, for messages if there are references by name as well.
@@ -110,8 +113,7 @@ class PRLModule(LightningModule):
         self.references.load(sharding, self.compile_blocks)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record which model the weights belong to, for ``prl export``, and steered betas."""
-        checkpoint["policy_origin"] = {"name": self.policy_name, "lora": self.lora}
+        """Record the betas that follow a target."""
         checkpoint["steered_betas"] = self.objective.steered_betas
         checkpoint["kl_totals"] = self.mean_kl.totals
 
@@ -122,12 +124,13 @@ class PRLModule(LightningModule):
         totals = checkpoint.get("kl_totals", [])
         if len(totals) == len(self.objective.named_references) + 1:  # else there were others
             self.mean_kl.totals = totals
-        origin = checkpoint.get("policy_origin")
-        if origin and origin != {"name": self.policy_name, "lora": self.lora}:
+        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        theirs = saved and (saved["policy"], saved["lora"])
+        if theirs and theirs != (self.policy_name, self.lora):
             rank_zero_warn(
                 f"model.policy={self.policy_name}, model.lora={self.lora}, but the checkpoint has "
-                f"policy={origin['name']}, lora={origin['lora']}. If these are different models, "
-                "give this run another trainer.default_root_dir."
+                f"policy={theirs[0]}, lora={theirs[1]}. If these are different models, give this "
+                "run another trainer.default_root_dir."
             )
 
     def configure_optimizers(self) -> Any:

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -16,11 +17,17 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
 
+from prl_lightning.checks.lightning_options import refuse_hardware
 from prl_lightning.models.mesh import hybrid_mesh
 from prl_lightning.runs.folders import claim_folders, keep_metrics
 from prl_lightning.runs.unpickling import refuse_code
 
 OFFLOADING_BACKEND = "cpu:gloo,cuda:nccl"
+OUT_OF_MEMORY = (
+    "Raise trainer.accumulate_grad_batches (fewer completions in a micro-batch), set "
+    "model.gradient_checkpointing=true, lower rollout.max_new_tokens, or give the engine less. "
+    "`prl check` estimates each part; docs/strategies.md has more."
+)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -111,6 +118,7 @@ class PRLTrainer(Trainer):
         enable_model_summary: bool | None = False,
         **kwargs: Any,
     ) -> None:
+        refuse_hardware(kwargs.get("accelerator"), kwargs.get("strategy"))
         super().__init__(
             num_sanity_val_steps=num_sanity_val_steps,
             log_every_n_steps=log_every_n_steps,
@@ -143,7 +151,11 @@ class PRLTrainer(Trainer):
             claim_folders(self.loggers)
             is_new = self.state.fn == TrainerFn.FITTING and ckpt_path is None
             keep_metrics(self.loggers, is_new)
-        return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
+        try:
+            return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
+        except torch.OutOfMemoryError as error:
+            error.add_note(OUT_OF_MEMORY)
+            raise
 
     def save_checkpoint(
         self,

@@ -19,6 +19,7 @@ from prl_lightning.cli import main, run_command
 from prl_lightning.cli.lightning import CheckCLI, command_line
 from prl_lightning.cli.tools import TOOLS
 from prl_lightning.data import DataError
+from prl_lightning.runs.files import read_metrics
 from tiny_runs import ARITHMETIC, fit, metrics_of, summary_line, tiny_overrides
 
 pytestmark = pytest.mark.process
@@ -330,6 +331,39 @@ def test_empty_training_set_is_an_error(tied_model: str, tmp_path: Path) -> None
         fit(*overrides, f"--data.train={tmp_path / 'empty.json'}")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--model.policy=../nowhere", r"model\.policy='\.\./nowhere'.*no such folder"),
+        ("--model.policy=some/gated", r"model\.policy='some/gated'.*no entry.*hf auth login"),
+        ("--data.train=some/rows", r"data: 'some/rows'.*no network.*Check.*connection"),
+        ("--ckpt_path=nowhere.ckpt", r"--ckpt_path nowhere\.ckpt: there is no such.*last"),
+        ("--trainer.accelerator=mps", r"trainer=.*'accelerator': 'mps'"),
+        (None, r"no configuration.*--config FILE"),
+    ],
+)
+def test_an_error_of_the_first_evening_is_one_line(
+    change: str | None,
+    message: str,
+    tied_model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gated(*_: Any, **__: Any) -> None:
+        raise OSError("no entry for you\nMake sure to have access to it")
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("prl_lightning.data.sources.load_dataset_builder", offline)
+    if change and "gated" in change:
+        monkeypatch.setattr("transformers.AutoConfig.from_pretrained", gated)
+    run = ["--config", str(ARITHMETIC), *without_rewards(tied_model, tmp_path)] if change else []
+    said = refused(monkeypatch, tmp_path, "fit", *run, *([change] if change else []))
+    assert re.search(message, said)
+    assert len(said.removeprefix("prl: The configuration cannot work:\n").splitlines()) == 1
+
+
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
 def test_the_overview_has_every_command(
     words: list[str], capsys: pytest.CaptureFixture[str]
@@ -338,6 +372,24 @@ def test_the_overview_has_every_command(
     lines = capsys.readouterr().out.splitlines()
     named = [line.split()[0] for line in lines if line.startswith("  ")]
     assert sorted(named) == sorted([*LightningCLI.subcommands(), *TOOLS, "check"])
+
+
+def test_a_new_project_trains_with_its_own_reward(
+    tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `prl new` wrote it, with a tiny model and no engine."""
+    monkeypatch.chdir(tmp_path)
+    main(["new", "mine"])
+    with pytest.raises(FileExistsError, match="folder=mine"):
+        main(["new", "mine"])
+    assert len(Path("mine/train.jsonl").read_text().splitlines()) == 10
+    monkeypatch.chdir("mine")
+    small = ["--rollout.max_new_tokens=4", "--trainer.max_epochs=1", "--evaluation.samples=8"]
+    small += ["--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
+    fit(f"--model.policy={tied_model}", "--rollout.sampler=HFSampler", *small, config="own.yaml")
+    metrics = read_metrics(Path("runs/own/version_0/metrics.csv"))
+    assert metrics["rollout/reward/short_enough"][1] == [1.0]
+    assert metrics["rollout/reward"][1] == [pytest.approx(0.1)]
 
 
 @pytest.mark.parametrize(("word", "hint"), [("fti", "did you mean fit"), ("zzzz", "fit, validate")])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.fabric import Fabric
 from lightning.pytorch.loggers import CSVLogger
 
 from prl_lightning.cli import main
@@ -27,6 +28,7 @@ CHECKED = {"fit", "validate", "check"}
 ELSEWHERE = {
     "configs": "tests/test_packaging.py",
     "export": "tests/models/test_export.py",
+    "new": "tests/test_cli.py",
     "predict": "tests/callbacks/test_completion_log.py",
     "report": "tests/report/",
 }
@@ -138,6 +140,14 @@ def test_the_python_program_trains(tied_model: str, tmp_path: Path) -> None:
     assert len(metrics["train/loss"]) == 2
     assert "val/heldout/mean@16" in metrics
     assert (tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_the_fabric_program_learns() -> None:
+    program: dict[str, Any] = {}
+    exec(python_block("Fabric()"), program)
+    rewards = program["train"](Fabric(accelerator="cpu", devices=1), updates=40)
+    assert sum(rewards[:5]) / 5 < 0.3
+    assert sum(rewards[-5:]) / 5 > 0.5
 
 
 def test_a_custom_reward_and_divergence_are_found_in_the_working_folder(

@@ -64,7 +64,7 @@ def sharded(folder: Path, learning_rate: Any) -> Path:
     """A checkpoint as strategies that shard write it: tensors, and an optimizer's options."""
     state = {"state_dict": {"w": torch.ones(2)}, "optimizer_0": {"lr": learning_rate}}
     save(state, checkpoint_id=folder, no_dist=True)
-    torch.save({"policy_origin": {"name": "none", "lora": None}}, folder / "meta.pt")
+    torch.save({"hyper_parameters": {"policy": "none", "lora": None}}, folder / "meta.pt")
     return folder
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.data import DataLoader
@@ -302,3 +302,13 @@ def test_a_state_of_tensor_subclasses_is_resumed(
     (state,) = resumed.optimizers[0].state.values()
     assert isinstance(state["moment"], TwoTensor)
     assert state["moment"].a == 4  # two steps before and two after
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path: Path) -> None:
+    class Full(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        fitted(tmp_path, callbacks=[Full()])
+    assert "trainer.accumulate_grad_batches" in error.value.__notes__[0]

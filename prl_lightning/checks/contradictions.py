@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from prl_lightning.checks.lightning_options import lightning_errors, replica_errors
+from prl_lightning.checks.lightning_options import lightning_errors, strategy_errors
 from prl_lightning.data import PromptDataModule
 from prl_lightning.models.loading import (
     load_config,
@@ -22,6 +22,7 @@ from prl_lightning.models.loading import (
     load_tokenizer,
     max_model_tokens,
     stop_token_ids,
+    why_unreadable,
 )
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.models.vocabulary import check_vocabulary
@@ -85,7 +86,7 @@ def contradictions(
         *_of_environments(data, rollout),
         *_of_limits(rollout.limits),
         *_of_engine(trainer, rollout),
-        *replica_errors(trainer),
+        *strategy_errors(trainer),
     ]
     if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO) and trains:
         errors.append(
@@ -178,7 +179,8 @@ def _read_config(name: str) -> None:
     try:
         load_config(name)
     except OSError as error:
-        raise OSError(f"model.policy={name!r} cannot be read: {error}") from error
+        why = why_unreadable(name, error)
+        raise OSError(f"model.policy={name!r} cannot be read: {why}") from error
 
 
 def _of_rewards(data: PromptDataModule, rollout: RolloutSettings) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
@@ -14,6 +16,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from prl_lightning.data import PromptDataModule
+from prl_lightning.evaluation import Evaluation
 from prl_lightning.models.sharding import is_sharding
 
 # Callbacks that cannot work here, with the reason and the fix.
@@ -27,6 +30,14 @@ UNUSABLE: dict[type[Callback], str] = {
     "model.optimizer",
     StochasticWeightAveraging: "which copies the model before it is loaded and would average "
     "nothing. Use WeightAveraging or EMAWeightAveraging",
+}
+METRIC = re.compile(r"val/.+/(mean|pass|maj)@\d+")  # of an evaluation set
+# Parts of the names of strategies and accelerators, with the reason and the fix.
+UNSUPPORTED = {
+    "deepspeed": "DeepSpeed keeps weights and gradients in partitions of its own, which the engine "
+    "and the update guard do not read. Use ddp, fsdp or fsdp2",
+    "xla": "no engine here samples on XLA devices. Use a GPU or a CPU",
+    "tpu": "no engine here samples on TPUs. Use a GPU or a CPU",
 }
 
 
@@ -60,7 +71,20 @@ def lightning_errors(trainer: Trainer, data: PromptDataModule) -> Iterator[str]:
                 f"trainer.strategy={type(trainer.strategy).__name__} shards. Use `strategy: ddp`, "
                 "or leave the callback out."
             )
+    yield from _of_monitors(trainer, data.evaluation)
     yield from _of_uploads(trainer)
+
+
+def _of_monitors(trainer: Trainer, evaluation: Evaluation) -> Iterator[str]:
+    """A misspelled metric would end the run after its first iteration and evaluation."""
+    known = [f"val/{name}/{metric}" for name in evaluation.sets for metric in evaluation.metrics]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None) or ""
+        if METRIC.fullmatch(monitor) and monitor not in known:
+            yield (
+                f"trainer.callbacks has {type(callback).__name__}(monitor={monitor!r}), but the "
+                f"evaluation logs {known}. Use one of these, or change evaluation."
+            )
 
 
 def _of_uploads(trainer: Trainer) -> Iterator[str]:
@@ -89,11 +113,42 @@ def _of_uploads(trainer: Trainer) -> Iterator[str]:
             )
 
 
-def replica_errors(trainer: Trainer) -> Iterator[str]:
-    """Yield an error if the ranks cannot be divided among the copies of an FSDP2Strategy."""
-    replicas = getattr(trainer.strategy, "replicas", 1)
+def refuse_hardware(accelerator: Any, strategy: Any) -> None:
+    """Refuse what Lightning has and this package cannot serve, before Lightning asks to install it.
+
+    Args:
+        accelerator: of the Trainer, a name or an object.
+        strategy: likewise.
+
+    Raises:
+        ValueError: it cannot work here.
+    """
+    for option, value in (("accelerator", accelerator), ("strategy", strategy)):
+        name = value if isinstance(value, str) else type(value).__name__
+        for part, why in UNSUPPORTED.items():
+            if part in name.lower():
+                raise ValueError(f"trainer.{option}={name!r}: {why}.")
+
+
+def strategy_errors(trainer: Trainer) -> Iterator[str]:
+    """Find ranks that cannot be divided as a strategy is told to.
+
+    Args:
+        trainer: not started.
+
+    Yields:
+        One message per error.
+    """
+    strategy = trainer.strategy
+    replicas = getattr(strategy, "replicas", 1)
     if replicas < 1 or trainer.world_size % replicas:
         yield (
             f"trainer.strategy.replicas={replicas}, but the trainer has {trainer.world_size} ranks "
             "(trainer.devices x num_nodes). Use a divisor of them, such as num_nodes."
+        )
+    size = getattr(strategy, "_tensor_parallel_size", 1)
+    if (trainer.num_devices if size == "auto" else size) > 1:
+        yield (
+            f"trainer.strategy.tensor_parallel_size={size}: models are sharded over data-parallel "
+            "ranks only. Use `strategy: fsdp2`."
         )

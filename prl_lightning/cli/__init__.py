@@ -16,6 +16,7 @@ TOOL_COMMANDS = {
     "report": "write a run as one HTML file",
     "export": "write a checkpoint as a Hugging Face folder",
     "configs": "copy the package's configurations into a folder",
+    "new": "create a folder for data and rewards of your own",
 }
 COMMANDS = {
     **TRAINER_COMMANDS,
@@ -68,6 +69,7 @@ def overview() -> str:
         "",
         "prl COMMAND --help has the options of a command.",
         "A first run: prl configs, then prl fit --config configs/arithmetic.yaml",
+        "Your own: prl new my-project",
     ])  # fmt: skip
 
 

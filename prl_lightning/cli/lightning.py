@@ -136,6 +136,9 @@ class PRLCLI(LightningCLI):
         every = LightningCLI.subcommands()
         return {k: v for k, v in every.items() if k == self._first_word} or every
 
+    def _parse_ckpt_path(self) -> None:
+        """Keep the configuration: Lightning would replace its model section by the checkpoint's."""
+
     def add_arguments_to_parser(self, parser: Parser) -> None:  # type: ignore[override]
         """Add the sections, and link what two of them share."""
         parser.add_class_arguments(Evaluation, "evaluation")
@@ -154,7 +157,11 @@ class PRLCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except (ValueError, OSError, ImportError, MisconfigurationException) as error:
+        except MisconfigurationException as error:
+            config = self.config[self.subcommand] if self.subcommand else self.config
+            kept = {name: config.trainer[name] for name in ("accelerator", "devices", "strategy")}
+            raise ConfigurationError(f"trainer={kept}: {error}") from error
+        except (ValueError, OSError, ImportError) as error:
             raise ConfigurationError(str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -181,6 +188,7 @@ class PRLCLI(LightningCLI):
         errors += file_errors(self.model, self.datamodule, self.rollout, trains)
         if self.subcommand is not None:  # `prl check` may run on another machine
             errors += self.rollout.sampler.missing_requirements()
+            errors += self._missing_checkpoint()
         return errors
 
     @property
@@ -222,6 +230,12 @@ class PRLCLI(LightningCLI):
     before_test = before_validate
     before_predict = before_validate
 
+    def _missing_checkpoint(self) -> list[str]:
+        path = self.config_init[self.subcommand]["ckpt_path"] or "last"
+        if not path.endswith(".ckpt") or "://" in path or Path(path).exists():
+            return []
+        return [f"--ckpt_path {path}: there is no such checkpoint. `last` finds the newest one."]
+
     def _resolve_last(self) -> bool:
         """Replace "last" by the path of the newest checkpoint; False if there is none."""
         options = self.config_init[self.subcommand]
@@ -252,7 +266,15 @@ def run(args: list[str] | None) -> None:
 
     Args:
         args: command line, by default the process's.
+
+    Raises:
+        ConfigurationError: there is no configuration, or it cannot work.
     """
+    if len(sys.argv[1:] if args is None else args) == 1:
+        raise ConfigurationError(
+            "there is no configuration: name one with --config FILE. `prl new FOLDER` writes one "
+            "for data of your own, `prl configs` copies the package's."
+        )
     _prepare()
     command_line(args)
 
@@ -308,7 +330,6 @@ def command_line(args: list[str] | None, kind: type[PRLCLI] = PRLCLI, run: bool 
         },
         auto_configure_optimizers=False,
         parser_class=Parser,
-        load_from_checkpoint_support=False,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         trainer_class=PRLTrainer,

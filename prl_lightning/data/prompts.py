@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import ConcatDataset
 
 from prl_lightning.data.difficulty import Difficulty
-from prl_lightning.data.format import PromptFormat
+from prl_lightning.data.format import DataError, PromptFormat
 from prl_lightning.data.generated import GeneratedPrompts, problem_of
 from prl_lightning.data.loader import RolloutLoader
 from prl_lightning.data.messages import appended
@@ -142,7 +142,7 @@ class PromptDataModule(LightningDataModule):
         sets = [self._prompt_set(source, "data.train", held_out) for source in self.train_sources]
         prompts: ConcatDataset[Prompt] = ConcatDataset(sets)
         if len(prompts) < self.prompts_per_epoch:
-            raise ValueError(
+            raise DataError(
                 f"data.prompts_per_epoch={self.prompts_per_epoch}, but data.train has "
                 f"{len(prompts)} prompts. Lower it, or add prompts."
             )

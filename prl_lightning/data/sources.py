@@ -14,6 +14,7 @@ from datasets.packaged_modules.json.json import Json
 
 from prl_lightning.data.format import DataError
 from prl_lightning.data.rows import Rows, join_rows, json_rows
+from prl_lightning.models.loading import why_unreadable
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -79,7 +80,10 @@ class Source:
                 f"data: {self.path}:{self.split} names a split, but a file has none. Leave it out."
             )
         elif not file.is_file():
-            raise FileNotFoundError(f"data: there is no file {self.path!r}.")
+            raise FileNotFoundError(
+                f"data: there is no file {self.path!r} under {Path.cwd()}. Correct data.train or "
+                "evaluation.sets."
+            )
 
     def load(self) -> Rows:
         """Read the rows.
@@ -103,6 +107,9 @@ class Source:
                 f"data: {self.path!r} has no rows that can be read as {form or 'a dataset'}: "
                 f"{' '.join(str(reason).split()).rstrip('.') or repr(reason)}."
             ) from error
+        except OSError as error:
+            why = why_unreadable(self.path, error)
+            raise DataError(f"data: {self.path!r} cannot be read: {why}") from error
         if len(rows) == 0:
             raise DataError(f"data: {self.path!r} has no rows.")
         if any(map(_has_twins, rows.table.features.arrow_schema.types)):

@@ -53,6 +53,12 @@ class Evaluation:
                 raise ValueError(f"evaluation.{name}={getattr(self, name)}: {wanted}.")
 
     @property
+    def metrics(self) -> list[str]:
+        """Names of what is logged of each set; maj@n needs a reward that compares answers."""
+        passes = [f"pass@{k}" for k in self.pass_at]
+        return [f"mean@{self.samples}", *passes, f"maj@{self.samples}"]
+
+    @property
     def caution(self) -> str:
         """What a reader of the metrics has to know about the sampling; empty if nothing."""
         if self.temperature or self.samples == 1:

@@ -44,12 +44,12 @@ def export_checkpoint(ckpt_path: str, out: str, dtype: str | None = None) -> Non
     checkpoint: dict[str, Any] = torch.load(
         path / "meta.pt" if is_sharded else path, map_location="cpu", weights_only=True, mmap=True
     )
-    origin = checkpoint.get("policy_origin")
-    if origin is None:
+    saved = checkpoint.get("hyper_parameters", {})
+    if "policy" not in saved:
         raise ValueError(
-            f"ckpt_path={ckpt_path} has no policy_origin. Use a checkpoint written by `prl fit`."
+            f"ckpt_path={ckpt_path} has no policy. Use a checkpoint that `prl fit` wrote."
         )
-    policy = load_policy(origin["name"], origin["lora"])
+    policy = load_policy(saved["policy"], saved["lora"])
     trained = {POLICY + name: p.data for name, p in policy.named_parameters() if p.requires_grad}
     if is_sharded:
         # Read the trained weights into the policy's tensors; skip the rest of the checkpoint.
@@ -57,7 +57,7 @@ def export_checkpoint(ckpt_path: str, out: str, dtype: str | None = None) -> Non
     else:
         for name, tensor in trained.items():
             tensor.copy_(checkpoint["state_dict"][name])
-    save_policy(dict(named_weights(policy)), origin["name"], Path(out), dtype)
+    save_policy(dict(named_weights(policy)), saved["policy"], Path(out), dtype)
     print(f"{out}: the policy of {ckpt_path}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,21 @@ def load_config(name_or_path: str) -> PretrainedConfig:
         ValueError: the architecture needs remote code.
     """
     return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+
+
+def why_unreadable(name: str, error: Exception) -> str:
+    """Say in one line why a model or dataset cannot be read, and what to do.
+
+    Args:
+        name: id of the Hub or folder.
+        error: of a library, whose first line is kept.
+    """
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        return f"there is no such folder or file under {Path.cwd()}. Correct the path."
+    return (
+        f"{str(error).partition(chr(10))[0].rstrip('.')}. Check the name and the connection; for "
+        "what is private or gated, ask for access on its page and run `hf auth login`."
+    )
 
 
 def load_causal_lm(name_or_path: str) -> PreTrainedModel:

@@ -65,19 +65,11 @@ def sharding_of(module: LightningModule) -> Sharding | None:
 
     Args:
         module: with or without a Trainer.
-
-    Raises:
-        ValueError: the strategy uses tensor parallelism.
     """
     trainer = module._trainer
     if trainer is None or not is_sharding(trainer.strategy):
         return None
     strategy, mesh = trainer.strategy, module.device_mesh
-    if mesh is not None and mesh["tensor_parallel"].size() > 1:
-        raise ValueError(
-            f"trainer.strategy.tensor_parallel_size={mesh['tensor_parallel'].size()}: models are "
-            "sharded over data-parallel ranks only. Use `strategy: fsdp2`."
-        )
     policy, fsdp1_precision = MixedPrecisionPolicy(), None
     if trainer.precision == "bf16-mixed":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import sys
 import traceback
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, parent_process
 from multiprocessing.process import BaseProcess
 from threading import Thread
+from types import ModuleType
 from typing import Any
 
+import cloudpickle
 import torch
 from torch import Tensor, multiprocessing
 
@@ -96,8 +99,10 @@ class SubprocessSampler(Sampler):
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(self.sampler, environment, theirs))
-        process.start()
+        sampler = cloudpickle.dumps(self.sampler)  # with classes that only the program has
+        process = context.Process(target=_serve, args=(sampler, environment, theirs))
+        with _hidden_program():
+            process.start()
         self._process = process
         atexit.register(self.stop)  # multiprocessing would wait for the subprocess at exit
         theirs.close()  # only the subprocess holds this end now, so its death is an EOF here
@@ -148,9 +153,23 @@ class SubprocessSampler(Sampler):
             ) from error
 
 
-def _serve(sampler: Sampler, environment: dict[str, str], pipe: connection.Connection) -> None:
+@contextmanager
+def _hidden_program() -> Iterator[None]:
+    """Keep a subprocess from running the program again to find the classes that it defines.
+
+    A program from stdin is no file, and one without ``if __name__ == "__main__"`` would train.
+    """
+    program, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
+
+
+def _serve(pickled: bytes, environment: dict[str, str], pipe: connection.Connection) -> None:
     """Answer requests until the parent process ends; runs in the subprocess."""
     os.environ.update(environment)
+    sampler: Sampler = cloudpickle.loads(pickled)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer handles Ctrl-C
     Thread(target=_exit_with_parent, daemon=True).start()
     with suppress(EOFError):

@@ -110,6 +110,21 @@ def test_check_takes_what_fit_takes_and_what_it_has_written(
             "--trainer={strategy: fsdp2, callbacks: [EMAWeightAveraging]}",
             r"trainer\.callbacks has EMAWeightAveraging.*trainer\.strategy=FSDP2Strategy",
         ),
+        (
+            "--trainer.callbacks+={class_path: EarlyStopping, init_args: {monitor: val/a/pass@2}}",
+            r"EarlyStopping\(monitor='val/a/pass@2'\).*'val/tiny/pass@2'",
+        ),
+        (
+            "--trainer.callbacks+={class_path: ModelCheckpoint, "
+            "init_args: {monitor: val/tiny/pass@3}}",
+            r"ModelCheckpoint\(monitor='val/tiny/pass@3'\).*'val/tiny/pass@2'",
+        ),
+        ("--trainer.strategy=deepspeed_stage_3", r"trainer\.strategy='deepspeed_stage_3'.*fsdp2"),
+        ("--trainer.strategy=xla", r"trainer\.strategy='xla'.*GPU"),
+        (
+            "--trainer={strategy: {class_path: ModelParallelStrategy}, devices: 2}",
+            r"trainer\.strategy\.tensor_parallel_size=auto.*fsdp2",
+        ),
         ("--model.lora={init_lora_weights: pissa}", r"model\.lora\.init_lora_weights='pissa'"),
         ("--model.lora={target_modules: [embed_tokens]}", r"model\.lora.*model\.embed_tokens"),
         ("--trainer.plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO", "AsyncCheckpointIO"),

@@ -24,12 +24,12 @@ pytestmark = pytest.mark.process
 
 
 class Mesh(dict[str, Any]):
-    """Two data-parallel ranks, and this number of tensor-parallel ones."""
+    """Two data-parallel ranks."""
 
     mesh_dim_names = ("data_parallel", "tensor_parallel")
 
-    def __init__(self, tensor_parallel: int = 1) -> None:
-        sizes = {"data_parallel": 2, "tensor_parallel": tensor_parallel}
+    def __init__(self) -> None:
+        sizes = {"data_parallel": 2, "tensor_parallel": 1}
         super().__init__({k: SimpleNamespace(size=lambda n=n: n) for k, n in sizes.items()})
 
 
@@ -136,11 +136,6 @@ def test_offloading_from_a_gpu_needs_collectives_in_main_memory(
     strategy.parallel_devices = [torch.device(device)]
     strategy.setup_environment()
     assert strategy.process_group_backend == backend
-
-
-def test_tensor_parallelism_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"trainer\.strategy\.tensor_parallel_size=2"):
-        sharding_of(attached(MetaFSDP2(), mesh=Mesh(tensor_parallel=2)))
 
 
 @pytest.mark.parametrize("strategy", [MetaDDP, MetaFSDP1, MetaFSDP2])

@@ -129,37 +129,37 @@ def test_gpus_that_do_not_exist_for_a_rank(
         SubprocessSampler(Telling(), gpus=gpus).start("model", 8)
 
 
-TRAINER = """
-import sys
+PROGRAM = """
 from prl_lightning.sampling import SubprocessSampler
 from sampling.test_subprocess import Telling, tokens
 
-if __name__ == "__main__":
-    sampler = SubprocessSampler(Telling())
-    sampler.start("model", 8)
-    print(tokens(sampler)[0], flush=True)
-    sys.stdin.read()
+class Own(Telling):
+    pass
+
+sampler = SubprocessSampler(Own())
+sampler.start("model", 8)
+print(tokens(sampler)[0], flush=True)
 """
 
 
 def test_the_process_ends_when_the_trainer_is_killed_or_exits(tmp_path: Path) -> None:
-    (tmp_path / "trainer.py").write_text(TRAINER)
+    """Programs without ``if __name__ == "__main__"``, as a file and from stdin."""
+    (tmp_path / "trainer.py").write_text(PROGRAM + "import time; time.sleep(600)")
     killed, exits = (
         subprocess.Popen(
-            [sys.executable, str(tmp_path / "trainer.py")],
+            [sys.executable, program],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": "0"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
-        for _ in range(2)
+        for program in (str(tmp_path / "trainer.py"), "-")
     )  # fmt: skip
     with killed, exits:
+        said, _ = exits.communicate(PROGRAM, timeout=300)
         assert killed.stdout is not None
-        assert exits.stdout is not None
-        engines = [psutil.Process(int(file.readline())) for file in (killed.stdout, exits.stdout)]
+        engines = [int(killed.stdout.readline()), int(said)]
         killed.kill()
-        exits.communicate(timeout=300)
     assert exits.returncode == 0
     for engine in engines:
         with suppress(psutil.NoSuchProcess):
-            while engine.status() != psutil.STATUS_ZOMBIE:
+            while psutil.Process(engine).status() != psutil.STATUS_ZOMBIE:
                 time.sleep(0.05)

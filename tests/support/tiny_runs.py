@@ -47,7 +47,7 @@ def tiny_overrides(model: str, folder: Path, sampler: str = "HFSampler") -> list
     ]
 
 
-def fit(*args: str, config: Path = ARITHMETIC) -> None:
+def fit(*args: str, config: Path | str = ARITHMETIC) -> None:
     main(["fit", "--config", str(config), *args])
 
 
