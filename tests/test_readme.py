@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
+import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -14,8 +17,9 @@ from lightning.fabric import Fabric
 from lightning.pytorch.loggers import CSVLogger
 
 from prl_lightning.cli import main
+from prl_lightning.cli.lightning import CheckCLI, command_line
 from prl_lightning.sampling import HFSampler
-from tiny_runs import fit, metrics_of, tiny_overrides, write_prompts
+from tiny_runs import ARITHMETIC, fit, metrics_of, tiny_overrides, write_prompts
 
 pytestmark = pytest.mark.process
 
@@ -116,6 +120,31 @@ def test_a_command_is_understood(
             f"--trainer.default_root_dir={tmp_path / 'run'}",
         ]
     )
+
+
+@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "yaml"])
+def test_a_configuration_is_understood(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sections, names and types, on top of a configuration of ours."""
+    for module, name in re.findall(r"\b(my_\w+)\.(\w+)", block):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        with (tmp_path / f"{module}.py").open("a") as file:
+            file.write(f"def {name}(*args, **kwargs): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "block.yaml").write_text(block)
+    over = ["--config", str(ARITHMETIC), "--config", str(tmp_path / "block.yaml")]
+    config = command_line([*over, "--trainer.accelerator=cpu"], CheckCLI, run=False).config
+    for section, values in yaml.safe_load(block).items():
+        assert set(values) <= set(vars(config[section]))
+
+
+@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "python"])
+def test_a_program_is_python_and_imports_what_exists(block: str) -> None:
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("prl_lightning"):
+            for alias in node.names:
+                resolve_name(f"{node.module}:{alias.name}")
 
 
 def test_the_python_program_trains(tied_model: str, tmp_path: Path) -> None:
