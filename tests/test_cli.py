@@ -178,7 +178,7 @@ def test_what_is_refused_is_a_message_and_no_traceback(tied_model: str, tmp_path
         (["validate", "--ckpt_path=last"], "--ckpt_path last: no complete checkpoint"),
         # What a constructor refuses,
         (["fit", "--guard.max_skipped=-1"], "guard.max_skipped=-1"),
-        (["fit", "--trainer.accelerator=tpu"], "torch_xla"),
+        (["fit", "--trainer.accelerator=tpu"], "trainer.accelerator='tpu'"),
         (["fit", "--model.objective={kl: loss, steps: 256}"], "model.objective.steps=256"),
         (["validate", "--rollout.limits.seconds=-1"], "limits.seconds=-1.0"),
         (["fit", "--data.format.template=nothing"], "data.format.template='nothing'"),
@@ -338,7 +338,7 @@ def test_empty_training_set_is_an_error(tied_model: str, tmp_path: Path) -> None
         ("--model.policy=some/gated", r"model\.policy='some/gated'.*no entry.*hf auth login"),
         ("--data.train=some/rows", r"data: 'some/rows'.*no network.*Check.*connection"),
         ("--ckpt_path=nowhere.ckpt", r"--ckpt_path nowhere\.ckpt: there is no such.*last"),
-        ("--trainer.accelerator=mps", r"trainer=.*'accelerator': 'mps'"),
+        ("--trainer.accelerator=gpu", r"trainer\.accelerator='gpu'.*no GPU.*cpu"),
         (None, r"no configuration.*--config FILE"),
     ],
 )
@@ -355,6 +355,7 @@ def test_an_error_of_the_first_evening_is_one_line(
     def offline(*_: Any, **__: Any) -> None:
         raise ConnectionError("no network")
 
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("prl_lightning.data.sources.load_dataset_builder", offline)
     if change and "gated" in change:
         monkeypatch.setattr("transformers.AutoConfig.from_pretrained", gated)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -128,6 +129,12 @@ def refuse_hardware(accelerator: Any, strategy: Any) -> None:
         for part, why in UNSUPPORTED.items():
             if part in name.lower():
                 raise ValueError(f"trainer.{option}={name!r}: {why}.")
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if accelerator in ("gpu", "cuda") and not has_gpu:
+        raise ValueError(
+            f"trainer.accelerator={accelerator!r}, but torch {torch.__version__} sees no GPU. Use "
+            "auto or cpu, or install a build of torch for this GPU and its driver (`nvidia-smi`)."
+        )
 
 
 def strategy_errors(trainer: Trainer) -> Iterator[str]:

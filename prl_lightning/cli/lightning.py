@@ -158,9 +158,7 @@ class PRLCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except MisconfigurationException as error:
-            config = self.config[self.subcommand] if self.subcommand else self.config
-            kept = {name: config.trainer[name] for name in ("accelerator", "devices", "strategy")}
-            raise ConfigurationError(f"trainer={kept}: {error}") from error
+            raise ConfigurationError(f"trainer: {error}") from error
         except (ValueError, OSError, ImportError) as error:
             raise ConfigurationError(str(error)) from error
 
