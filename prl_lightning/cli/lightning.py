@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -186,7 +186,7 @@ class PRLCLI(LightningCLI):
         errors += file_errors(self.model, self.datamodule, self.rollout, trains)
         if self.subcommand is not None:  # `prl check` may run on another machine
             errors += self.rollout.sampler.missing_requirements()
-            errors += self._missing_checkpoint()
+            errors += self._path_errors()
         return errors
 
     @property
@@ -228,11 +228,17 @@ class PRLCLI(LightningCLI):
     before_test = before_validate
     before_predict = before_validate
 
-    def _missing_checkpoint(self) -> list[str]:
+    def _path_errors(self) -> Iterator[str]:
+        """A checkpoint that does not exist, and a folder that cannot be created."""
         path = self.config_init[self.subcommand]["ckpt_path"] or "last"
-        if not path.endswith(".ckpt") or "://" in path or Path(path).exists():
-            return []
-        return [f"--ckpt_path {path}: there is no such checkpoint. `last` finds the newest one."]
+        is_name = path in ("last", "best", "hpc") or path.startswith("registry") or "://" in path
+        if not (is_name or Path(path).is_file() or (Path(path) / ".metadata").is_file()):
+            yield f"--ckpt_path {path}: there is no such checkpoint. `last` finds the newest one."
+        root = self.trainer.default_root_dir
+        if "://" not in root:
+            folder = next(at for at in (Path(root), *Path(root).parents) if at.exists())
+            if not (folder.is_dir() and os.access(folder, os.W_OK)):
+                yield f"trainer.default_root_dir={root}: {folder} cannot be written. Name another."
 
     def _resolve_last(self) -> bool:
         """Replace "last" by the path of the newest checkpoint; False if there is none."""
