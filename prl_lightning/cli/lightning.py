@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -44,24 +43,9 @@ from prl_lightning.data import PromptDataModule
 from prl_lightning.evaluation import Evaluation
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.settings import RolloutSettings
+from prl_lightning.runs.warnings import hide_irrelevant_warnings
 from prl_lightning.trainer import PRLTrainer, last_checkpoint
 from prl_lightning.trainer_access import csv_logger
-
-# Warnings that are not about the user's run, with the reason.
-IRRELEVANT_WARNINGS = (
-    # vLLM has its own process group; the values logged here are already reduced over ranks.
-    r"It is recommended to use `self\.log\(.*sync_dist=True\)`",
-    # On purpose: dropout in the trainer but not in the engine would make two policies.
-    r"Found \d+ module\(s\) in eval mode at the start of training",
-    # `prl check` passes its own arguments to the parser.
-    r"LightningCLI's args parameter is intended to run from within Python",
-    # An internal matter of Lightning and torch.
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    # In packages that reasoning-gym imports.
-    r'"is" with a literal',
-    # Of vLLM, about itself.
-    r"`torch\.distributed\.reduce_op` is deprecated",
-)
 
 # Options that take one object or a list of them.
 OBJECTS = ("trainer.callbacks", "trainer.logger", "trainer.plugins", "rollout.rewards")
@@ -304,8 +288,7 @@ def check(args: list[str]) -> None:
 
 
 def _prepare() -> None:
-    for message in IRRELEVANT_WARNINGS:
-        warnings.filterwarnings("ignore", message)
+    hide_irrelevant_warnings()
     _import_from(Path.cwd())
 
 
