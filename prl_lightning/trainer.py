@@ -21,6 +21,7 @@ from prl_lightning.checks.lightning_options import refuse_hardware
 from prl_lightning.models.mesh import hybrid_mesh
 from prl_lightning.runs.folders import claim_folders, keep_metrics
 from prl_lightning.runs.unpickling import refuse_code
+from prl_lightning.runs.warnings import hide_irrelevant_warnings
 
 OFFLOADING_BACKEND = "cpu:gloo,cuda:nccl"
 OUT_OF_MEMORY = (
@@ -118,6 +119,7 @@ class PRLTrainer(Trainer):
         enable_model_summary: bool | None = False,
         **kwargs: Any,
     ) -> None:
+        hide_irrelevant_warnings()
         refuse_hardware(kwargs.get("accelerator"), kwargs.get("strategy"))
         super().__init__(
             num_sanity_val_steps=num_sanity_val_steps,

@@ -338,6 +338,8 @@ def test_empty_training_set_is_an_error(tied_model: str, tmp_path: Path) -> None
         ("--model.policy=some/gated", r"model\.policy='some/gated'.*no entry.*hf auth login"),
         ("--data.train=some/rows", r"data: 'some/rows'.*no network.*Check.*connection"),
         ("--ckpt_path=nowhere.ckpt", r"--ckpt_path nowhere\.ckpt: there is no such.*last"),
+        ("--ckpt_path=.", r"--ckpt_path \.: there is no such.*last"),
+        ("--trainer.default_root_dir=train.jsonl/a/b", r"default_root_dir=.*jsonl cannot be writ"),
         ("--trainer.accelerator=gpu", r"trainer\.accelerator='gpu'.*no GPU.*cpu"),
         (None, r"no configuration.*--config FILE"),
     ],

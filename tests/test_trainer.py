@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -312,3 +313,12 @@ def test_out_of_memory_says_what_to_lower(tmp_path: Path) -> None:
     with pytest.raises(torch.OutOfMemoryError) as error:
         fitted(tmp_path, callbacks=[Full()])
     assert "trainer.accumulate_grad_batches" in error.value.__notes__[0]
+
+
+def test_a_program_sees_no_warnings_that_are_not_about_it() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        PRLTrainer(logger=False, accelerator="cpu")
+        warnings.warn("Found 3 module(s) in eval mode at the start of training", stacklevel=1)
+        warnings.warn("something of the run", stacklevel=1)
+    assert [str(one.message) for one in seen] == ["something of the run"]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,24 +43,9 @@ from prl_lightning.data import PromptDataModule
 from prl_lightning.evaluation import Evaluation
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.settings import RolloutSettings
+from prl_lightning.runs.warnings import hide_irrelevant_warnings
 from prl_lightning.trainer import PRLTrainer, last_checkpoint
 from prl_lightning.trainer_access import csv_logger
-
-# Warnings that are not about the user's run, with the reason.
-IRRELEVANT_WARNINGS = (
-    # vLLM has its own process group; the values logged here are already reduced over ranks.
-    r"It is recommended to use `self\.log\(.*sync_dist=True\)`",
-    # On purpose: dropout in the trainer but not in the engine would make two policies.
-    r"Found \d+ module\(s\) in eval mode at the start of training",
-    # `prl check` passes its own arguments to the parser.
-    r"LightningCLI's args parameter is intended to run from within Python",
-    # An internal matter of Lightning and torch.
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    # In packages that reasoning-gym imports.
-    r'"is" with a literal',
-    # Of vLLM, about itself.
-    r"`torch\.distributed\.reduce_op` is deprecated",
-)
 
 # Options that take one object or a list of them.
 OBJECTS = ("trainer.callbacks", "trainer.logger", "trainer.plugins", "rollout.rewards")
@@ -186,7 +170,7 @@ class PRLCLI(LightningCLI):
         errors += file_errors(self.model, self.datamodule, self.rollout, trains)
         if self.subcommand is not None:  # `prl check` may run on another machine
             errors += self.rollout.sampler.missing_requirements()
-            errors += self._missing_checkpoint()
+            errors += self._path_errors()
         return errors
 
     @property
@@ -228,11 +212,17 @@ class PRLCLI(LightningCLI):
     before_test = before_validate
     before_predict = before_validate
 
-    def _missing_checkpoint(self) -> list[str]:
+    def _path_errors(self) -> Iterator[str]:
+        """A checkpoint that does not exist, and a folder that cannot be created."""
         path = self.config_init[self.subcommand]["ckpt_path"] or "last"
-        if not path.endswith(".ckpt") or "://" in path or Path(path).exists():
-            return []
-        return [f"--ckpt_path {path}: there is no such checkpoint. `last` finds the newest one."]
+        is_name = path in ("last", "best", "hpc") or path.startswith("registry") or "://" in path
+        if not (is_name or Path(path).is_file() or (Path(path) / ".metadata").is_file()):
+            yield f"--ckpt_path {path}: there is no such checkpoint. `last` finds the newest one."
+        root = self.trainer.default_root_dir
+        if "://" not in root:
+            folder = next(at for at in (Path(root), *Path(root).parents) if at.exists())
+            if not (folder.is_dir() and os.access(folder, os.W_OK)):
+                yield f"trainer.default_root_dir={root}: {folder} cannot be written. Name another."
 
     def _resolve_last(self) -> bool:
         """Replace "last" by the path of the newest checkpoint; False if there is none."""
@@ -298,8 +288,7 @@ def check(args: list[str]) -> None:
 
 
 def _prepare() -> None:
-    for message in IRRELEVANT_WARNINGS:
-        warnings.filterwarnings("ignore", message)
+    hide_irrelevant_warnings()
     _import_from(Path.cwd())
 
 

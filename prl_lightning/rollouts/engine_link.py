@@ -293,9 +293,15 @@ class EngineLink:
         try:
             yield
         except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).rstrip('.')}."
+            if "memory" in reason.lower():
+                reason += (
+                    " The engine's part is set by rollout.sampler.cache_gib on a CPU and by "
+                    "rollout.sampler.gpu_memory_utilization on a GPU."
+                )
             raise RuntimeError(
-                f"{type(self.sampler).__name__} {what}: {type(error).__name__}: {error}. In "
-                "training, --ckpt_path last continues from the last checkpoint."
+                f"{type(self.sampler).__name__} {what}: {reason} In training, --ckpt_path last "
+                "continues from the last checkpoint."
             ) from error
 
 

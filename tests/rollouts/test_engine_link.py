@@ -90,3 +90,12 @@ def test_callbacks_may_swap_weights_for_the_evaluation(
     # The average begins as the policy after the first update, and then differs.
     assert not torch.equal(sampler.drawn[3], sampler.drawn[4])
     assert max(expected.gaps) < 1e-5
+
+
+def test_an_engine_without_memory_says_what_to_set(tied_model: str, tmp_path: Path) -> None:
+    class Large(HFSampler):
+        def start(self, model: str, max_model_tokens: int) -> None:
+            raise ValueError("No available memory for the cache blocks.")
+
+    with pytest.raises(RuntimeError, match=r"Large.*cache blocks\. .*gpu_memory_utilization"):
+        train(tied_model, tmp_path, sampler=Large())
