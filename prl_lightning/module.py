@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -34,7 +35,7 @@ from prl_lightning.models.sharding import (
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.objective import Objective
 from prl_lightning.references import MeanKL, Reference
-from prl_lightning.runs.hyperparameters import make_plain
+from prl_lightning.runs.hyperparameters import arguments_of, make_plain
 from prl_lightning.types import RolloutBatch
 
 
@@ -95,6 +96,30 @@ class PRLModule(LightningModule):
         exclude_frozen(self, but=f"references.models.{MOVING}")
 
     # Loading
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **arguments: Any
+    ) -> Self:
+        """Make a module from a checkpoint, with its weights. No code of the file is run.
+
+        Args:
+            checkpoint_path: one file. Of a folder, which strategies that shard write, ``prl
+                export`` makes a model.
+            map_location: the device.
+            arguments: replace the checkpoint's.
+
+        Raises:
+            ValueError: the optimizer or the schedule is none that the program has imported.
+        """
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+        saved = checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY]
+        kept = {name: value for name, value in saved.items() if name not in arguments}
+        module = cls(**arguments_of(kept), **arguments)
+        module.configure_model()
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module.to(map_location)
 
     def configure_model(self) -> None:
         """Load policy and reference, sharded if the strategy shards."""

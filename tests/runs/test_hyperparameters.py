@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,3 +83,36 @@ def test_a_run_of_the_command_needs_nothing_else_and_obeys_its_configuration(
     fit(*run, "--model.objective.beta=0.25", f"--ckpt_path={checkpoint}")
     resumed = tmp_path / "run" / "version_1" / "checkpoints" / "last.ckpt"
     assert PRLModule.load_from_checkpoint(resumed).objective.beta == 0.25
+
+
+EVIL = {"class_path": "os.system", "init_args": {"command": "touch trace"}}
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"optimizer": EVIL},
+        {"optimizer": "os.system"},
+        {"lr_scheduler": {"class_path": "evil.Schedule"}},
+        {"lora": {"r": EVIL}},
+        {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": EVIL}}},
+        {"objective": EVIL, "_instantiator": "lightning.pytorch.cli.instantiate_module"},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_calls_nothing_that_it_names(
+    hostile: dict[str, Any], tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """jsonargparse calls any function of a class_path; Lightning hands it what a file says."""
+    file = saved(PRLModule(tied_model), tmp_path / "a.ckpt")
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["hyper_parameters"] |= hostile
+    torch.save(checkpoint, file)
+    monkeypatch.chdir(tmp_path)
+    Path("evil.py").write_text("open('trace', 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises((ValueError, TypeError)):
+        PRLModule.load_from_checkpoint(file).configure_optimizers()
+    with contextlib.suppress(ValueError, RuntimeError):  # of another policy, or without callbacks
+        fit(*tiny_overrides(tied_model, tmp_path), f"--ckpt_path={file}")
+    assert not Path("trace").exists()
