@@ -382,6 +382,7 @@ def test_a_new_project_trains_with_its_own_reward(
 ) -> None:
     """As `prl new` wrote it, with a tiny model and no engine."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # of another test
     main(["new", "mine"])
     with pytest.raises(FileExistsError, match="folder=mine"):
         main(["new", "mine"])

@@ -185,6 +185,7 @@ def test_a_custom_reward_and_divergence_are_found_in_the_working_folder(
     program = python_block("def short_enough") + python_block("register_divergence(")
     (tmp_path / "my_rewards.py").write_text(program)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # of another test
     fit(
         *tiny_overrides(tied_model, tmp_path),
         "--rollout.rewards=[sample_rewards.even_digits, my_rewards.short_enough]",

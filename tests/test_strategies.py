@@ -49,7 +49,7 @@ RUNS = OBJECTIVES | HALF_PRECISION
 # By strategy: ddp has the model as one rank has it, so it is tried with less.
 COMPARED = [
     *(("fsdp2", objective) for objective in OBJECTIVES),
-    *(("ddp", objective) for objective in ("token_mean", "several_updates")),
+    *(("ddp", objective) for objective in ("token_mean", "several_updates", "lora")),
     *(("fsdp2_offload", objective) for objective in ("token_mean", "lora")),
 ]
 HALVED = [("ddp", "bf16_mixed"), *(("fsdp2", precision) for precision in HALF_PRECISION)]
