@@ -27,7 +27,7 @@ from turns import in_turn
 from work import matmul_rate
 
 from prl_lightning.callbacks import RolloutCallback
-from prl_lightning.data import PromptDataModule, ReasoningGym
+from prl_lightning.data import GymTask, PromptDataModule, ReasoningGym
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
 from prl_lightning.rewards import completion_text
@@ -35,7 +35,7 @@ from prl_lightning.sampling import VLLMSampler
 from prl_lightning.trainer import PRLTrainer
 from report import publish
 
-TASKS = {"chain_sum": {"config": {"min_terms": 2, "max_terms": 2}}}
+TASKS = {"chain_sum": GymTask(config={"min_terms": 2, "max_terms": 2})}
 TEMPERATURE, BETA, WARM_UP = 0.7, 0.01, 1
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 SIZES = {"prompts": 4, "group": 8, "max_new_tokens": 64, "iterations": 3}
