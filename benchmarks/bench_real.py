@@ -16,21 +16,18 @@ import json
 import resource
 import statistics
 import tempfile
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench_step import Stopwatch
-from bench_trl import StepTimes, compare
+from bench_trl import StepTimes, compare, config_of
 from turns import in_turn
-from work import matmul_rate
+from work import matmul_rate, reward
 
 from prl_lightning.callbacks import RolloutCallback
 from prl_lightning.data import GymTask, PromptDataModule, ReasoningGym
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
-from prl_lightning.rewards import completion_text
 from prl_lightning.sampling import VLLMSampler
 from prl_lightning.trainer import PRLTrainer
 from report import publish
@@ -39,11 +36,6 @@ TASKS = {"chain_sum": GymTask(config={"min_terms": 2, "max_terms": 2})}
 TEMPERATURE, BETA, WARM_UP = 0.7, 0.01, 1
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 SIZES = {"prompts": 4, "group": 8, "max_new_tokens": 64, "iterations": 3}
-
-
-def reward(completions: Sequence[Any], **columns: object) -> list[float]:
-    """Cheap, and different within a group."""
-    return [float(zlib.crc32(completion_text(one).encode()) % 5 == 0) for one in completions]
 
 
 def source(args: argparse.Namespace) -> ReasoningGym:
@@ -97,34 +89,20 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
 def run_trl(args: argparse.Namespace, tuned: bool) -> dict[str, Any]:
     from datasets import Dataset
     from peft import LoraConfig
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     problems = source(args)
     rows = [problems.row(position, 0)["prompt"] for position in range(len(problems))]
-    batch = args.prompts * args.group
-    micro_batch = 8 if tuned else batch
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
+        config = config_of(
+            args, Path(folder), 8 if tuned else None,
+            max_steps=WARM_UP + args.iterations, temperature=TEMPERATURE,
+        )  # fmt: skip
         trainer = GRPOTrainer(
             args.model,
             reward_funcs=reward,
-            args=GRPOConfig(
-                output_dir=folder,
-                per_device_train_batch_size=micro_batch,
-                gradient_accumulation_steps=batch // micro_batch,
-                num_generations=args.group,
-                max_completion_length=args.max_new_tokens,
-                temperature=TEMPERATURE,
-                max_steps=WARM_UP + args.iterations,
-                beta=BETA,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                report_to="none",
-                save_strategy="no",
-                disable_tqdm=True,
-                cache_implementation="static" if tuned else None,
-            ),
+            args=config,
             train_dataset=Dataset.from_list(
                 [{"prompt": [{"role": "user", "content": text}]} for text in rows]
             ),

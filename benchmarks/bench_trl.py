@@ -61,21 +61,25 @@ class StepTimes(TrainerCallback):
         self._start = now
 
 
-def run_trl(work: Work, iterations: int, tuned: bool, folder: Path) -> dict[str, Any]:
-    from datasets import load_dataset
-    from trl import GRPOConfig, GRPOTrainer
+def config_of(sizes: Any, folder: Path, tuned: int | None, **options: Any) -> Any:
+    """TRL's configuration of an update with a reference.
 
-    steps = WARM_UP + iterations
-    make(work, folder, steps)
-    batch = work.prompts * work.group
-    micro_batch = min(16, batch) if tuned else batch
-    config = GRPOConfig(
+    Args:
+        sizes: have ``prompts``, ``group`` and ``max_new_tokens``.
+        folder: for its files.
+        tuned: completions of a micro-batch, with a static cache; None takes the whole batch.
+        options: further ones.
+    """
+    from trl import GRPOConfig
+
+    batch = sizes.prompts * sizes.group
+    micro_batch = min(tuned or batch, batch)
+    return GRPOConfig(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=batch // micro_batch,
-        num_generations=work.group,
-        max_completion_length=work.max_new_tokens,
-        max_steps=steps,
+        num_generations=sizes.group,
+        max_completion_length=sizes.max_new_tokens,
         beta=0.01,
         gradient_checkpointing=False,
         bf16=False,
@@ -84,7 +88,17 @@ def run_trl(work: Work, iterations: int, tuned: bool, folder: Path) -> dict[str,
         save_strategy="no",
         disable_tqdm=True,
         cache_implementation="static" if tuned else None,
+        **options,
     )
+
+
+def run_trl(work: Work, iterations: int, tuned: bool, folder: Path) -> dict[str, Any]:
+    from datasets import load_dataset
+    from trl import GRPOTrainer
+
+    steps = WARM_UP + iterations
+    make(work, folder, steps)
+    config = config_of(work, folder, 16 if tuned else None, max_steps=steps)
     times = StepTimes()
     trainer = GRPOTrainer(
         str(folder / "model"),

@@ -13,15 +13,17 @@ import random
 import string
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prl_lightning.arithmetic.tokenizer import make_tokenizer
+from prl_lightning.rewards import completion_text
 
 # The share of the limit that a completion of lognormal length has on the mean, and its spread.
 MEAN_SHARE, SIGMA = 0.35, 0.8
@@ -139,6 +141,6 @@ def matmul_rate(seconds: float = 0.5, size: int = 1024) -> float:
     return 2 * size**3 * products / passed
 
 
-def reward(completions: list[str], **columns: object) -> list[float]:
+def reward(completions: Sequence[Any], **columns: object) -> list[float]:
     """Cheap, and different within a group."""
-    return [float(zlib.crc32(text.encode()) % 5 == 0) for text in completions]
+    return [float(zlib.crc32(completion_text(one).encode()) % 5 == 0) for one in completions]
