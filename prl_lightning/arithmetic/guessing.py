@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 
+def hint(number: int, secret: int) -> str:
+    """Return "+" if the number to find is higher than a guess, "-" if lower, "=" if this is it."""
+    return "=" if number == secret else "+" if number < secret else "-"
+
+
 class GuessingGame:
     """An environment with one tool, ``guess``; its reward is 1 if the number was found.
 
@@ -37,7 +42,7 @@ class GuessingGame:
             "+" if the number to find is higher, "-" if it is lower, "=" if this is it.
         """
         self.done = number == self._secret
-        return "=" if self.done else "+" if number < self._secret else "-"
+        return hint(number, self._secret)
 
     def get_reward(self) -> float:
         """Return 1 if the number was found, else 0."""
@@ -79,7 +84,7 @@ class Game:
         for _ in range(self.turns):
             is_blind = rng.random() < error_rate
             guess = rng.randint(1, self.largest) if is_blind else (low + high) // 2
-            answer = "=" if guess == self.secret else "+" if guess < self.secret else "-"
+            answer = hint(guess, self.secret)
             lines.append(f"{guess}?{answer}\n")
             if answer == "=":
                 break

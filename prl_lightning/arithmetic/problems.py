@@ -83,7 +83,7 @@ class Problem:
         value, lines = self.digits[0], []
         for op, digit in zip(self.operators, self.digits[1:], strict=True):
             result = OPERATIONS[op](value, digit) % self.modulus
-            asks = rng.random() < call_rate if call_rate else False
+            asks = call_rate > 0 and rng.random() < call_rate  # no draw if nothing is asked
             if not asks and rng.random() < error_rate:
                 result = (result + rng.randint(1, self.modulus - 1)) % self.modulus
             lines.append(f"{value}{op}{digit}{'?' if asks else ''}={result}")

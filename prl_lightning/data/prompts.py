@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import ConcatDataset
 
 from prl_lightning.data.difficulty import Difficulty
-from prl_lightning.data.format import DataError, PromptFormat
+from prl_lightning.data.format import DataError, PromptFormat, ToolsOf
 from prl_lightning.data.generated import GeneratedPrompts, problem_of
 from prl_lightning.data.loader import RolloutLoader
 from prl_lightning.data.messages import appended
@@ -169,8 +169,7 @@ class PromptDataModule(LightningDataModule):
     def _prompt_set(
         self, source: Source | PromptSource, where: str, excluded: Collection[str] = ()
     ) -> PromptSet | GeneratedPrompts:
-        tools_of = None if self.environments is None else self.environments.schemas
-        rest = self.format, self.tokenizer, self.max_prompt_tokens, where, tools_of
+        rest = self.format, self.tokenizer, self.max_prompt_tokens, where, self._tools_of
         prompts = (
             GeneratedPrompts(source, *rest, excluded)
             if isinstance(source, PromptSource)
@@ -178,6 +177,10 @@ class PromptDataModule(LightningDataModule):
         )
         self.reward_columns[prompts.where] = prompts.columns
         return prompts
+
+    @property
+    def _tools_of(self) -> ToolsOf | None:
+        return None if self.environments is None else self.environments.schemas
 
     def with_text(self, prompt: Prompt, text: str) -> Prompt:
         """Return a prompt with a text at its end: of a chat, at the end of the user's last message.
@@ -189,7 +192,7 @@ class PromptDataModule(LightningDataModule):
         if not text:
             return prompt
         source = appended(prompt.source, text)
-        tools = None if self.environments is None else self.environments.schemas(prompt.columns)
+        tools = self._tools_of and self._tools_of(prompt.columns)
         token_ids = self.format.render(source, self.tokenizer, tools)
         return replace(prompt, source=source, token_ids=token_ids)
 

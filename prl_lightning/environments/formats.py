@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
 
 from prl_lightning.sampling.stops import turn_end
+from prl_lightning.types import Message
 
 _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
 _MARK = "last-argument"  # found again in what the chat template makes of a call
@@ -148,8 +149,8 @@ class ChatTools(ToolFormat):
         """See ``ToolFormat.reply``; special tokens in a result are left out."""
         special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
         marked = [*calls[:-1], ToolCall(calls[-1].name, {"x": _MARK})]
-        told = [special.sub("", result) for result in results]
-        text = _render(tokenizer, template_args, marked, told)
+        cleared = [special.sub("", result) for result in results]
+        text = _render(tokenizer, template_args, marked, cleared)
         end, _ = turn_end(tokenizer, template_args) or ("", [])
         return text.partition(_MARK)[2].partition(end)[2]
 
@@ -209,24 +210,35 @@ class TextTools(ToolFormat):
         return "".join(self.result.replace("{result}", result) for result in results)
 
 
+def turn_message(text: str, calls: Sequence[ToolCall]) -> Message:
+    """Return a turn as a chat message.
+
+    Args:
+        text: of the turn.
+        calls: in it.
+    """
+    written = [
+        {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in calls
+    ]
+    return {"role": "assistant", "content": text} | ({"tool_calls": written} if calls else {})
+
+
+def told(calls: Sequence[ToolCall], results: Sequence[str]) -> list[Message]:
+    """Return the results of calls as chat messages."""
+    return [
+        {"role": "tool", "name": call.name, "content": result}
+        for call, result in zip(calls, results, strict=True)
+    ]
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase,
     template_args: Mapping[str, Any],
     calls: Sequence[ToolCall],
     results: Sequence[str],
 ) -> str:
-    written = [
-        {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-        for call in calls
-    ]
-    chat = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": "", "tool_calls": written},
-        *(
-            {"role": "tool", "name": call.name, "content": result}
-            for call, result in zip(calls, results, strict=True)
-        ),
-    ]
+    chat = [{"role": "user", "content": "?"}, turn_message("", calls), *told(calls, results)]
     text: str = tokenizer.apply_chat_template(
         chat, tokenize=False, add_generation_prompt=True, **template_args
     )

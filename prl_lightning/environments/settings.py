@@ -52,15 +52,16 @@ class Environments:
         turn_tokens: int | None = None,
         result_tokens: int = 256,
     ) -> None:
-        is_one = not isinstance(environments, Mapping)
-        self.factories: dict[str, Factory] = {ONLY: environments} if is_one else dict(environments)  # type: ignore[dict-item, arg-type]
+        self.factories: dict[str, Factory] = {}
+        if isinstance(environments, Mapping):
+            self.factories |= environments
+        elif environments is not None:
+            self.factories[ONLY] = environments
         self.tools = tools or []
         self.format = ChatTools() if format is None else format
         self.max_turns = max_turns
         self.turn_tokens = turn_tokens
         self.result_tokens = result_tokens
-        if environments is None:
-            self.factories = {}
         if not self.factories and not self.tools:
             raise ValueError("data.environments has neither environments nor tools: name one.")
         for name, value in (
@@ -102,7 +103,7 @@ class Environments:
         Raises:
             ValueError: it names none of several.
         """
-        if len(self.factories) < 2 and ONLY in (self.factories or [ONLY]):
+        if self.factories.keys() <= {ONLY}:
             return ONLY
         name = columns.get(COLUMN)
         if name not in self.factories:

@@ -18,7 +18,6 @@ from prl_lightning.rewards.protocol import (
     required_columns,
 )
 from prl_lightning.rewards.sandbox.client import Sandbox
-from prl_lightning.rewards.sandbox.cores import usable_cores
 from prl_lightning.rewards.sandbox.limits import Reply, RewardLimits, Task
 from prl_lightning.rewards.votes import GroupAnswers, compare_here, compare_in_sandbox
 
@@ -118,8 +117,7 @@ class RewardSum:
                 if hasattr(function, "warm_up"):
                     function.warm_up()
             return
-        number = self.limits.workers or max(1, usable_cores() // ranks)
-        self._sandbox = Sandbox(self.functions, self.limits, number)
+        self._sandbox = Sandbox(self.functions, self.limits, self.limits.processes(ranks))
         self._sandbox.start()
 
     def stop(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,13 +9,13 @@ from typing import Any
 from prl_lightning.data import PromptDataModule
 from prl_lightning.data.stream import seed_of
 from prl_lightning.distributed import max_over_ranks
-from prl_lightning.environments.formats import ToolCall
+from prl_lightning.environments.formats import ToolCall, told, turn_message
 from prl_lightning.rewards.sandbox.client import Sandbox
-from prl_lightning.rewards.sandbox.cores import usable_cores
 from prl_lightning.rewards.sandbox.limits import Failure, Reply, Task
 from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.sampling import Progress, SamplingConfig
-from prl_lightning.types import Completion, Message, Prompt
+from prl_lightning.sampling.sample_cache import prompt_key
+from prl_lightning.types import Completion, Prompt
 
 Generate = Callable[[list[Prompt], SamplingConfig, Progress | None], list[list[Completion]]]
 
@@ -91,8 +89,7 @@ class Episodes:
         self.turn_tokens = self.settings.tokens_of_turn(settings.max_new_tokens)
         # Ranks that share an engine must call it equally often.
         self._in_step = settings.sampler.ranks_per_engine > 1
-        workers = self.limits.workers or max(1, usable_cores() // ranks)
-        self._sandbox = Sandbox([self.settings.host()], self.limits, workers)
+        self._sandbox = Sandbox([self.settings.host()], self.limits, self.limits.processes(ranks))
         self._sandbox.start()
         self._opened: dict[str, Reply] = {}
 
@@ -114,7 +111,7 @@ class Episodes:
         for prompt, reply in zip(prompts, replies or [Reply()] * len(prompts), strict=True):
             values = reply.values or {}
             opened.append(self.data.with_text(prompt, self._cut(values.get("text", ""))))
-            self._opened[_key(opened[-1])] = reply
+            self._opened[prompt_key(opened[-1])] = reply
         return opened
 
     def sample(
@@ -163,7 +160,7 @@ class Episodes:
         return [_completions(group) for group in groups]
 
     def _begun(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Episode]:
-        reply = self._opened[_key(prompt)]
+        reply = self._opened[prompt_key(prompt)]
         state = (reply.values or {}).get("state", "")
         episodes = [
             Episode(prompt, prompt.seed + number, state, completion)
@@ -215,24 +212,13 @@ class Episodes:
         )
         if not episode.calls:
             episode.end(completion.finished)
-        message: Message = {"role": "assistant", "content": text}
-        if episode.calls:
-            message["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in episode.calls
-            ]
-        episode.completion = replace(
-            episode.completion, messages=[*episode.completion.messages, message]
-        )
+        messages = [*episode.completion.messages, turn_message(text, episode.calls)]
+        episode.completion = replace(episode.completion, messages=messages)
 
     def _note(self, episode: Episode, results: Sequence[str], errors: int) -> None:
-        messages = [
-            {"role": "tool", "name": call.name, "content": result}
-            for call, result in zip(episode.calls, results, strict=True)
-        ]
         episode.completion = replace(
             episode.completion,
-            messages=episode.completion.messages + messages,
+            messages=episode.completion.messages + told(episode.calls, results),
             call_errors=episode.completion.call_errors + errors,
         )
 
@@ -277,7 +263,3 @@ class Episodes:
 
 def _completions(group: Sequence[Episode]) -> list[Completion]:
     return [episode.completion for episode in group]
-
-
-def _key(prompt: Prompt) -> str:
-    return hashlib.sha256(json.dumps([prompt.token_ids, prompt.seed]).encode()).hexdigest()

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from prl_lightning.sampling import SamplingConfig
+from prl_lightning.sampling.sample_cache import prompt_key
 from prl_lightning.types import Completion, Prompt
 
 
@@ -75,7 +76,9 @@ class SamplingQueue:
             RuntimeError: the job failed, or it has other prompts or settings.
         """
         job = self._jobs.popleft()
-        if (_inputs(job.prompts), job.config) != (_inputs(prompts), config):
+        # Of the prompts what the engine reads: columns may hold NaN, which is not equal to itself.
+        asked, queued = (list(map(prompt_key, some)) for some in (prompts, job.prompts))
+        if (queued, job.config) != (asked, config):
             raise RuntimeError(
                 f"rollout.overlap: the {len(prompts)} prompts of an iteration, or their "
                 "SamplingConfig, are not those that were sampled ahead for it. Set "
@@ -99,8 +102,3 @@ class SamplingQueue:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
             self._thread = None
-
-
-def _inputs(prompts: list[Prompt]) -> list[tuple[list[int], int]]:
-    """Return what the engine reads; columns may hold NaN, which is not equal to itself."""
-    return [(prompt.token_ids, prompt.seed) for prompt in prompts]

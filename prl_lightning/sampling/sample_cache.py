@@ -72,11 +72,11 @@ class SampleCache:
 
     def __contains__(self, prompt: Prompt) -> bool:
         """Return whether the prompt's completions are cached."""
-        return _key(prompt) in self._groups
+        return prompt_key(prompt) in self._groups
 
     def __getitem__(self, prompt: Prompt) -> list[Completion]:
         """Return the completions of a prompt."""
-        return self._groups[_key(prompt)]
+        return self._groups[prompt_key(prompt)]
 
     def add(self, prompts: Sequence[Prompt], groups: Sequence[list[Completion]]) -> None:
         """Write completions to a new file.
@@ -85,7 +85,7 @@ class SampleCache:
             prompts: at least one.
             groups: completions of each prompt.
         """
-        keys = [_key(prompt) for prompt in prompts]
+        keys = [prompt_key(prompt) for prompt in prompts]
         rows = [
             {"prompt": key, **asdict(completion), "messages": json.dumps(completion.messages)}
             for key, group in zip(keys, groups, strict=True)
@@ -133,7 +133,7 @@ class SampleCache:
             write()
 
 
-def _key(prompt: Prompt) -> str:
+def prompt_key(prompt: Prompt) -> str:
     """Hash what the completions of a prompt depend on: its tokens and its seed."""
     text = json.dumps([prompt.token_ids, prompt.seed])
     return hashlib.sha256(text.encode()).hexdigest()[:32]

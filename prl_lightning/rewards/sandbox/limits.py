@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from prl_lightning.rewards.sandbox.cores import usable_cores
+
 
 @dataclass(frozen=True)
 class RewardLimits:
@@ -68,6 +70,14 @@ class RewardLimits:
         ):
             if not fits:
                 raise ValueError(f"limits.{name}={getattr(self, name)}: must be {range_}.")
+
+    def processes(self, ranks: int) -> int:
+        """Return how many processes a rank starts.
+
+        Args:
+            ranks: Number of ranks on this machine, which share its cores.
+        """
+        return self.workers or max(1, usable_cores() // ranks)
 
 
 @dataclass(frozen=True)
