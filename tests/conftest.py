@@ -1,5 +1,6 @@
 """Tiny models and rollouts that any test can use."""
 
+import gc
 import os
 import subprocess
 from collections.abc import Callable
@@ -79,6 +80,15 @@ def make_rollout() -> MakeRollout:
         return Rollout(Prompt(prompt, ""), Completion(completion, logprobs, finished=True), text="")
 
     return make
+
+
+def pytest_collection() -> None:
+    gc.disable()  # what the tests import is no garbage
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

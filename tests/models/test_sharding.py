@@ -18,7 +18,8 @@ from prl_lightning.models import sharding as sharding_module
 from prl_lightning.models.sharding import Sharding, sharding_of
 from prl_lightning.module import PRLModule
 from prl_lightning.trainer import FSDP2Strategy
-from ranks import start_two
+from ranks import start_on_ranks
+from sharded_loads import record
 
 pytestmark = pytest.mark.process
 
@@ -166,7 +167,8 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     model.save_pretrained(folder / "model")
     CONFIG.save_pretrained(folder / "without_weights")
     paths = [str(folder / name) for name in ("model", "without_weights", "rank")]
-    start_two([(["sharded_loads", str(rank), *paths], {}) for rank in range(2)])
+    code, output = start_on_ranks(2, record, *paths).finish()
+    assert code == 0, output
     size = sum(p.numel() for p in model.parameters()) * 4 / 2**20
     records = [json.loads((folder / f"rank.{rank}").read_text()) for rank in range(2)]
     return [record | {"size": size} for record in records]
