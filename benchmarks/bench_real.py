@@ -21,9 +21,6 @@ from typing import Any
 
 from bench_step import Stopwatch
 from bench_trl import StepTimes, compare, config_of
-from turns import in_turn
-from work import matmul_rate, reward
-
 from prl_lightning.callbacks import RolloutCallback
 from prl_lightning.data import GymTask, PromptDataModule, ReasoningGym
 from prl_lightning.module import PRLModule
@@ -31,6 +28,8 @@ from prl_lightning.objective import Objective
 from prl_lightning.sampling import VLLMSampler
 from prl_lightning.trainer import PRLTrainer
 from report import publish
+from turns import in_turn
+from work import matmul_rate, reward
 
 TASKS = {"chain_sum": GymTask(config={"min_terms": 2, "max_terms": 2})}
 TEMPERATURE, BETA, WARM_UP = 0.7, 0.01, 1

@@ -12,10 +12,9 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+from report import publish
 from turns import in_turn
 from work import add_arguments, sizes_of, work_of
-
-from report import publish
 
 
 def main() -> None:

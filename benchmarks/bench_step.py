@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from work import Work, add_arguments, make, matmul_rate, reward, work_of
 
 from prl_lightning.callbacks import RolloutCallback
 from prl_lightning.data import PromptDataModule
@@ -27,6 +26,7 @@ from prl_lightning.objective import Objective
 from prl_lightning.sampling import HFSampler, Progress, Sampler, SamplingConfig, VLLMSampler
 from prl_lightning.sampling.vllm_internals import completion_of
 from prl_lightning.types import Completion, Prompt
+from work import Work, add_arguments, make, matmul_rate, reward, work_of
 
 WARM_UP = 1
 

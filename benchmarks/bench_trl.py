@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TrainerCallback
-from turns import in_turn
-from work import Work, add_arguments, make, reward, sizes_of, work_of
 
 from report import publish
+from turns import in_turn
+from work import Work, add_arguments, make, reward, sizes_of, work_of
 
 WARM_UP = 1
 

@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from work import Work, make
 
 from prl_lightning.data import collate
 from prl_lightning.models.causal_lm import LogprobModel
 from prl_lightning.models.loading import load_policy
 from prl_lightning.types import Completion, Prompt, Rollout, RolloutBatch
 from report import publish
+from work import Work, make
 
 BASE = Work(hidden=512, layers=8, heads=8, prompts=2, max_new_tokens=128)
 WORKS = {

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -13,8 +14,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "prl_lightning"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LINK = re.compile(r"(?<=\]\()(?!https?:)([^)#\s]+)")  # without its anchor
+HTML_LINK = re.compile(r'(?<=href=")((?!https?:)[^"#]+)\.(?:md|ipynb)(?=["#])')
 
 
+@event_priority(100)  # before mkdocs-jupyter, which turns the notebooks among the files into pages
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Return the pages, the files that they link, and one API page for each folder of the package.
 
@@ -30,7 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     shown = [path for path in sorted(linked) if path.is_file() and PACKAGE not in path.parents]
     site = [
-        File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path))
+        File(str(path.relative_to(ROOT)), str(ROOT), config.site_dir, config.use_directory_urls)
         for path in dict.fromkeys([*pages, *shown])
     ]
     api = {
@@ -78,3 +81,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{up}prl_lightning{'/' * bool(folder)}{folder}.md#{module}"
 
     return LINK.sub(to_api, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Lead a notebook's links to pages, which mkdocs-jupyter leaves as they are.
+
+    Args:
+        html: of the page.
+        page: the page.
+        config: of the site.
+        files: of the site.
+    """
+    return HTML_LINK.sub(r"\1.html", html) if page.file.src_uri.endswith(".ipynb") else html

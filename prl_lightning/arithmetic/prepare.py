@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from prl_lightning import __version__
 from prl_lightning.arithmetic.guessing import Game
-from prl_lightning.arithmetic.problems import Traced, WithCalls, draw_problems
+from prl_lightning.arithmetic.problems import Problem, Traced, WithCalls, draw_problems
 from prl_lightning.arithmetic.tokenizer import make_tokenizer
+from prl_lightning.runs.progress import hide_library_bars
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class SmallTask(ABC):
         layers: of the base model.
         base_steps: optimizer steps of the base model's training.
         seed: of rows and base model.
+        base_batch_size: traces per step of that training.
+        base_learning_rate: its maximum in that training.
     """
 
     folder: str
@@ -39,6 +43,8 @@ class SmallTask(ABC):
     layers: int = 3
     base_steps: int = 400
     seed: int = 0
+    base_batch_size: int = 128
+    base_learning_rate: float = 2e-3
 
     @abstractmethod
     def draw(self) -> tuple[Sequence[Traced], Sequence[Traced]]:
@@ -64,6 +70,7 @@ class SmallTask(ABC):
         """
         from prl_lightning.arithmetic.base_model import train_base_model
 
+        hide_library_bars()
         folder = Path(self.folder)
         if folder.exists() and any(folder.iterdir()) and not (folder / "task.json").is_file():
             raise FileExistsError(
@@ -75,7 +82,7 @@ class SmallTask(ABC):
         tokenizer = make_tokenizer()
         model = train_base_model(
             train, tokenizer, self.error_rate, self.hidden_size, self.layers, self.base_steps,
-            seed=self.seed,
+            self.base_batch_size, self.base_learning_rate, self.seed,
         )  # fmt: skip
         # Written elsewhere and then renamed: an interrupted run leaves no incomplete folder.
         with TemporaryDirectory(dir=folder.parent) as temporary:
@@ -128,6 +135,34 @@ class ArithmeticTask(SmallTask):
                 f"to {self.max_operations} operations. Lower one, or raise max_operations."
             )
         return [WithCalls(problem, self.call_rate) for problem in train], heldout
+
+
+@dataclass(frozen=True)
+class SumsTask(SmallTask):
+    """Sums a+b-c whose results are digits, so that any model can solve them; made in seconds.
+
+    The rows are as those of ``ArithmeticTask``. The notebooks use it.
+
+    Attributes:
+        heldout_problems: of the 385 sums; the others are trained on, also by the base model.
+    """
+
+    hidden_size: int = 64
+    layers: int = 1
+    base_steps: int = 600
+    base_batch_size: int = 32
+    base_learning_rate: float = 3e-3
+    heldout_problems: int = 64
+
+    def draw(self) -> tuple[Sequence[Traced], Sequence[Traced]]:
+        """See ``SmallTask.draw``; the problems are distinct."""
+        sums = [
+            Problem((a, b, c), ("+", "-"))
+            for a, b, c in product(range(10), repeat=3)
+            if c <= a + b < 10
+        ]
+        random.Random(self.seed).shuffle(sums)
+        return sums[self.heldout_problems :], sums[: self.heldout_problems]
 
 
 @dataclass(frozen=True)

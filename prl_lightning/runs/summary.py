@@ -22,7 +22,8 @@ def summary(folder: Path, heading: str, step: int, checkpoint: str) -> str:
     """Summarize a run.
 
     Args:
-        folder: of the run. Without ``evaluations.jsonl`` there are no results in the text.
+        folder: of the run. Without ``evaluations.jsonl`` there are no results in the text; a run
+            from Python has no ``config.yaml``.
         heading: why the run has ended.
         step: number of updates.
         checkpoint: path of the last one, or empty.
@@ -35,13 +36,18 @@ def summary(folder: Path, heading: str, step: int, checkpoint: str) -> str:
         evaluations, _ = read_evaluations(folder / EVALUATIONS)
         lines += _results(evaluations, step)
         lines += _example(folder, evaluations[-1]["solved_at"]) if evaluations else []
-    lines += ["", f"metrics     {folder / METRICS}", f"config      {folder / CONFIG}"]
+    has_config = (folder / CONFIG).is_file()
+    lines += ["", f"metrics     {folder / METRICS}"]
+    lines += [f"config      {folder / CONFIG}"] * has_config
     if checkpoint:
         lines += [
             f"checkpoint  {checkpoint}",
             "",
             "Next: see curves and completions in one HTML file with",
             f"  prl report {folder}",
+        ]
+    if checkpoint and has_config:
+        lines += [
             "evaluate it again with",
             f"  prl validate --config {folder / CONFIG} --ckpt_path {checkpoint}",
             'or put your own data and model into the config (README, "Your own data").',

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 from prl_lightning.arithmetic import (
     ArithmeticTask,
     Problem,
+    SumsTask,
     base_model,
     draw_problems,
     make_tokenizer,
@@ -185,3 +186,15 @@ def test_training_learns_the_traces() -> None:
         )
         losses.append(model(input_ids=input_ids, labels=labels).loss.item())
     assert losses[1] < losses[0] / 2
+
+
+def test_sums_are_those_of_ordinary_arithmetic(tmp_path: Path, instant: None) -> None:
+    task = SumsTask(str(tmp_path / "sums"))
+    task.make()
+    parts = [rows(task.folder, name) for name in ("train.jsonl", "heldout.jsonl")]
+    assert [len(part) for part in parts] == [321, 64]
+    answers = {row["prompt"]: row["answer"] for part in parts for row in part}
+    assert len(answers) == 385  # each once, in one of the parts
+    for prompt, answer in answers.items():
+        assert str(eval(prompt.rstrip("?"))) == answer
+    assert set(answers.values()) == set("0123456789")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from trained_prompts import lines_of
 
 from interruptions import Command, callback, differing
 from prl_lightning.callbacks import RolloutCallback
@@ -23,6 +22,7 @@ from ranks import read, recorded_run, run_all
 from recorded import _completion
 from sample_rewards import even_digits
 from tiny_runs import fit, tiny_overrides
+from trained_prompts import lines_of
 from trainer_runs import TRAIN_ALONE, train
 
 pytestmark = pytest.mark.process

@@ -99,6 +99,7 @@ def test_a_models_text_has_no_effect_on_a_terminal(text: str, shown: str, tmp_pa
 
 
 def test_a_run_without_evaluations_has_its_files(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
     text = summary(tmp_path, "Done", 1, "")
     assert text.splitlines() == [
         "",
@@ -107,3 +108,10 @@ def test_a_run_without_evaluations_has_its_files(tmp_path: Path) -> None:
         f"metrics     {tmp_path}/metrics.csv",
         f"config      {tmp_path}/config.yaml",
     ]
+
+
+def test_a_run_from_python_has_no_configuration_to_name(tmp_path: Path) -> None:
+    text = summary(tmp_path, "Done", 1, "last.ckpt")
+    assert "last.ckpt" in text
+    assert "prl report" in text
+    assert "config" not in text
