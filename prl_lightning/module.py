@@ -105,7 +105,7 @@ class PRLModule(LightningModule):
         """Make a module from a checkpoint, with its weights. No code of the file is run.
 
         Args:
-            checkpoint_path: one file, or the folder that a strategy which shards writes.
+            checkpoint_path: one file, or the folder that ``fsdp2`` writes.
             map_location: the device.
             arguments: replace the checkpoint's.
 

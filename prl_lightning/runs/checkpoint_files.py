@@ -1,4 +1,4 @@
-"""Read checkpoints: one file, or the folder that strategies which shard write."""
+"""Read checkpoints: one file, or the folder that ``fsdp2`` writes."""
 
 from __future__ import annotations
 
