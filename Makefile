@@ -9,7 +9,7 @@ ENGINE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 # tests start some hundred processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test quick check docs
+.PHONY: install demo test quick notebooks check docs
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -42,6 +42,10 @@ test: install
 # For each save: what starts no process, in less than 90 seconds.
 quick: install
 	$(BIN)/pytest -q -n $(WORKERS) --no-processes -m 'not slow and not process'
+
+# Execute the notebooks of docs/, half a minute each.
+notebooks: install
+	$(BIN)/pytest -n $(WORKERS) -m slow tests/test_notebooks.py
 
 check: install
 	$(BIN)/ruff check .

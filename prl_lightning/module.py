@@ -35,6 +35,7 @@ from prl_lightning.models.sharding import (
 from prl_lightning.models.step_splitter import StepSplitter
 from prl_lightning.objective import Objective
 from prl_lightning.references import MeanKL, Reference
+from prl_lightning.runs.checkpoint_files import read_checkpoint, read_weights
 from prl_lightning.runs.hyperparameters import arguments_of, make_plain
 from prl_lightning.types import RolloutBatch
 
@@ -104,21 +105,22 @@ class PRLModule(LightningModule):
         """Make a module from a checkpoint, with its weights. No code of the file is run.
 
         Args:
-            checkpoint_path: one file. Of a folder, which strategies that shard write, ``prl
-                export`` makes a model.
+            checkpoint_path: one file, or the folder that ``fsdp2`` writes.
             map_location: the device.
             arguments: replace the checkpoint's.
 
         Raises:
             ValueError: the optimizer or the schedule is none that the program has imported.
+            pickle.UnpicklingError: loading it could run code.
         """
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+        path = Path(checkpoint_path)
+        checkpoint = read_checkpoint(path)
         saved = checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY]
         kept = {name: value for name, value in saved.items() if name not in arguments}
         module = cls(**arguments_of(kept), **arguments)
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"])
+        module.load_state_dict(read_weights(path, checkpoint, module.state_dict()))
         return module.to(map_location)
 
     def configure_model(self) -> None:

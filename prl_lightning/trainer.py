@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
 
-from prl_lightning.checks.lightning_options import refuse_hardware
+from prl_lightning.checks.lightning_options import refuse_hardware, refuse_unstartable
 from prl_lightning.models.mesh import hybrid_mesh
 from prl_lightning.runs.folders import claim_folders, keep_metrics
 from prl_lightning.runs.unpickling import refuse_code
@@ -128,6 +128,7 @@ class PRLTrainer(Trainer):
             enable_model_summary=enable_model_summary,
             **kwargs,
         )
+        refuse_unstartable(self)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # not a user's plugin
             self.strategy.checkpoint_io = CheckpointFile()
         # The Timer of max_time first: the other callbacks see that the run ends, and finish it.

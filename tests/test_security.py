@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader, save
 
 from prl_lightning.checks.secrets import masked
 from prl_lightning.models.export import export_checkpoint
+from prl_lightning.module import PRLModule
 from prl_lightning.runs.unpickling import refuse_code
 from tiny_runs import fit, tiny_overrides
 
@@ -85,6 +86,8 @@ def test_a_sharded_checkpoint_is_not_unpickled(where: str, tied_model: str, tmp_
         fit(*tiny_overrides(tied_model, tmp_path), f"--ckpt_path={folder}")
     with pytest.raises(pickle.UnpicklingError, match=r"evil\.ckpt is not loaded"):
         export_checkpoint(str(folder), str(tmp_path / "out"))
+    with pytest.raises(pickle.UnpicklingError, match=r"evil\.ckpt is not loaded"):
+        PRLModule.load_from_checkpoint(folder)
     assert not trace.exists()
 
 

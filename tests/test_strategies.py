@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 
 from prl_lightning.models.export import export_checkpoint
 from prl_lightning.models.loading import load_causal_lm
+from prl_lightning.module import PRLModule
 from prl_lightning.runs.tables import read_table
 from ranks import Record, environment, gap, read, recorded_run, run_all, start_two
 from tiny_runs import ARITHMETIC, fit
@@ -218,7 +219,7 @@ def test_files_are_those_of_one_rank(
 
 @pytest.mark.parametrize("objective", ["token_mean", "lora"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_checkpoint_of_two_ranks_becomes_a_hugging_face_folder(
+def test_a_checkpoint_of_two_ranks_becomes_a_hugging_face_folder_and_a_module(
     root: Path, two_ranks: dict[str, Record], strategy: str, objective: str, tmp_path: Path
 ) -> None:
     checkpoints = root / strategy / objective / "run" / "version_0" / "checkpoints"
@@ -228,6 +229,8 @@ def test_a_checkpoint_of_two_ranks_becomes_a_hugging_face_folder(
     sent = two_ranks[f"{strategy}/{objective}"]["sent"]
     assert exported.keys() == sent.keys()
     assert all(torch.equal(exported[name], sent[name]) for name in sent)
+    loaded = dict(PRLModule.load_from_checkpoint(checkpoints / "last.ckpt").weights())
+    assert all(torch.equal(loaded[name], sent[name]) for name in sent)
 
 
 @pytest.mark.usefixtures("two_ranks")

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -262,6 +264,38 @@ def test_strategies_are_known_by_name_from_python() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "FSDP2Strategy"
+
+
+TWO_DEVICES = {"accelerator": "cpu", "devices": 2, "logger": False}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "argument", "variables", "is_refused"),
+    [
+        ("ddp", "-c", {}, True), ("fsdp2", "-", {}, True), ("ddp", "", {}, True),
+        ("ddp_notebook", "-c", {}, False), ("ddp", __file__, {}, False),
+        ("ddp", "-", TORCHRUN, False),
+    ],
+)  # fmt: skip
+def test_a_program_that_cannot_be_started_again_is_refused(
+    strategy: str, argument: str, variables: dict[str, str], is_refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """``sys.argv[0]`` as Python sets it for ``-c``, for ``-``, without arguments and for a file."""
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    monkeypatch.setattr(sys, "argv", [argument])
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refusal = pytest.raises(ValueError, match=r"trainer\.devices=2.*stdin")
+    with refusal if is_refused else nullcontext():
+        PRLTrainer(strategy=strategy, **TWO_DEVICES)
+
+
+def test_a_program_from_stdin_is_refused_before_a_second_one_starts() -> None:
+    code = f"from prl_lightning.trainer import PRLTrainer\nPRLTrainer(**{TWO_DEVICES})"
+    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("ValueError: trainer.devices=2, but")
 
 
 @pytest.mark.parametrize("weights_only", [None, False, True])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from prl_lightning.data import PromptDataModule
 from prl_lightning.evaluation import Evaluation
@@ -134,6 +137,27 @@ def refuse_hardware(accelerator: Any, strategy: Any) -> None:
         raise ValueError(
             f"trainer.accelerator={accelerator!r}, but torch {torch.__version__} sees no GPU. Use "
             "auto or cpu, or install a build of torch for this GPU and its driver (`nvidia-smi`)."
+        )
+
+
+def refuse_unstartable(trainer: Trainer) -> None:
+    """Refuse several devices for a program that Lightning cannot start again, once per device.
+
+    Args:
+        trainer: not started. Ranks that torchrun or SLURM has started are no second start.
+
+    Raises:
+        ValueError: the program is no file but text, from stdin or of ``python -c``.
+    """
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher) or launcher.num_processes == 1:
+        return
+    is_text = sys.modules["__main__"].__spec__ is None and not Path(sys.argv[0]).is_file()
+    if is_text and not launcher.cluster_environment.creates_processes_externally:
+        raise ValueError(
+            f"trainer.devices={launcher.num_processes}, but this program is no file (it is from "
+            "stdin or `python -c`), so Lightning cannot start it once per device. Save it to a "
+            "file, or set trainer.strategy='ddp_notebook'."
         )
 
 

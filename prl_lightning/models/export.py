@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from transformers.utils import cached_file
 
 from prl_lightning.models.causal_lm import named_weights
 from prl_lightning.models.loading import causal_lm_from_config, load_policy, load_tokenizer
+from prl_lightning.runs.checkpoint_files import read_checkpoint, read_weights
 from prl_lightning.runs.files import refuse_existing
-from prl_lightning.runs.unpickling import refuse_code
 
 POLICY = "policy."
 
@@ -39,11 +37,7 @@ def export_checkpoint(ckpt_path: str, out: str, dtype: str | None = None) -> Non
     path = Path(ckpt_path)
     if not path.exists():
         raise FileNotFoundError(f"ckpt_path={ckpt_path}: there is no such checkpoint.")
-    refuse_code(path)
-    is_sharded = path.is_dir()
-    checkpoint: dict[str, Any] = torch.load(
-        path / "meta.pt" if is_sharded else path, map_location="cpu", weights_only=True, mmap=True
-    )
+    checkpoint = read_checkpoint(path)
     saved = checkpoint.get("hyper_parameters", {})
     if "policy" not in saved:
         raise ValueError(
@@ -51,12 +45,9 @@ def export_checkpoint(ckpt_path: str, out: str, dtype: str | None = None) -> Non
         )
     policy = load_policy(saved["policy"], saved["lora"])
     trained = {POLICY + name: p.data for name, p in policy.named_parameters() if p.requires_grad}
-    if is_sharded:
-        # Read the trained weights into the policy's tensors; skip the rest of the checkpoint.
-        load_sharded({"state_dict": trained}, checkpoint_id=path, no_dist=True)
-    else:
-        for name, tensor in trained.items():
-            tensor.copy_(checkpoint["state_dict"][name])
+    weights = read_weights(path, checkpoint, trained)
+    for name, tensor in trained.items():
+        tensor.copy_(weights[name])
     save_policy(dict(named_weights(policy)), saved["policy"], Path(out), dtype)
     print(f"{out}: the policy of {ckpt_path}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tiny_runs import fit, metrics_of, tiny_overrides
+from tiny_runs import ARITHMETIC, fit, metrics_of, tiny_overrides
 
 pytestmark = pytest.mark.process
 
@@ -108,3 +109,22 @@ def test_completions_are_in_each_that_has_tables(run: Path) -> None:
     tables = list((run / "wandb").rglob("completions*.table.json"))
     assert len(tables) == 2  # of the first epoch and the last
     assert len(list((run / "artifacts").rglob("epoch=*.json"))) == 2
+
+
+def test_the_logger_for_trackio_that_the_documentation_shows(
+    tied_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip("trackio", reason="pip install trackio; no extra has it")
+    page = (ARITHMETIC.parents[1] / "docs" / "callbacks.md").read_text()
+    (program,) = re.findall(r"```python\n(import trackio.*?)```", page, re.DOTALL)
+    (tmp_path / "my_loggers.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    logger = {"class_path": "my_loggers.TrackioLogger", "init_args": {"project": "a", "run": "b"}}
+    fit(*tiny_overrides(tied_model, tmp_path), f"--trainer.logger={json.dumps(logger)}")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    rows, expected = SQLiteStorage.get_logs("a", "b"), metrics_of(tmp_path)
+    for name in NAMES:
+        found = [row[name] for row in rows if name in row]
+        assert found == pytest.approx(expected[name], rel=1e-6), name

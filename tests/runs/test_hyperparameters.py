@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.utilities.parsing import clean_namespace
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
@@ -35,6 +37,14 @@ def saved(module: PRLModule, file: Path) -> Path:
     return file
 
 
+def as_folder(file: Path) -> Path:
+    """The checkpoint in the form of Lightning's ModelParallelStrategy."""
+    folder, checkpoint = file.with_suffix(".folder"), torch.load(file, weights_only=True)
+    save({"state_dict": checkpoint.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
+    torch.save(checkpoint, folder / "meta.pt")
+    return folder
+
+
 def assert_same(ours: PRLModule, theirs: PRLModule) -> None:
     expected = ours.state_dict()
     loaded = theirs.state_dict()
@@ -42,12 +52,15 @@ def assert_same(ours: PRLModule, theirs: PRLModule) -> None:
     assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
 
 
-def test_a_module_of_a_program_needs_nothing_else(tied_model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", [Path, as_folder])
+def test_a_module_of_a_program_needs_nothing_else(
+    form: Callable[[Path], Path], tied_model: str, tmp_path: Path
+) -> None:
     objective = Objective(
         references={"uniform": Reference(kind="uniform", beta=0.1, discount=0.5)}, steps=4
     )
     module = PRLModule(tied_model, objective, lora=LORA)
-    loaded = PRLModule.load_from_checkpoint(saved(module, tmp_path / "a.ckpt"))
+    loaded = PRLModule.load_from_checkpoint(form(saved(module, tmp_path / "a.ckpt")))
     assert_same(module, loaded)
     assert loaded.objective == objective
     assert loaded.lora == LORA
