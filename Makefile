@@ -9,7 +9,7 @@ ENGINE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 # tests start some hundred processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test quick notebooks check docs
+.PHONY: install demo test quick examples check docs
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -41,11 +41,11 @@ test: install
 
 # For each save: what starts no process, in less than 90 seconds.
 quick: install
-	$(BIN)/pytest -q -n $(WORKERS) --no-processes -m 'not slow and not process'
+	$(BIN)/pytest -q -n $(WORKERS) --no-processes -m 'not slow and not example and not process'
 
-# Execute the notebooks of docs/, half a minute each.
-notebooks: install
-	$(BIN)/pytest -n $(WORKERS) -m slow tests/test_notebooks.py
+# Execute what is shipped: notebooks, the demo's model, the papers' experiments. Four minutes.
+examples: install
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m example
 
 check: install
 	$(BIN)/ruff check .

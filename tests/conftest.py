@@ -3,6 +3,7 @@
 import gc
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -83,6 +84,8 @@ def make_rollout() -> MakeRollout:
 
 
 def pytest_collection() -> None:
+    # xdist starts its workers by `python -c`, a program that Lightning cannot start again.
+    sys.argv[0] = __file__
     gc.disable()  # what the tests import is no garbage
 
 

@@ -138,6 +138,7 @@ def test_refilling_goes_over_a_method(tied_model: str, tmp_path: Path) -> None:
     assert "train/kl_ref" not in metrics
 
 
+@pytest.mark.example
 @pytest.mark.parametrize(
     "file", sorted((CONFIGS / "environments").glob("*.yaml")), ids=lambda file: file.stem
 )

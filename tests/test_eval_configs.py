@@ -46,6 +46,7 @@ def test_files_have_the_sets_of_the_hub() -> None:
     assert list(local) == list(yaml.safe_load(MATH.read_text())["evaluation"]["sets"])
 
 
+@pytest.mark.example
 @pytest.mark.skipif(not COPIES.is_dir(), reason="needs copies of the sets beside the repository")
 def test_every_problem_of_the_papers_sets_is_asked(tied_model: str, tmp_path: Path) -> None:
     sets = {name: str(COPIES / f"{name}.jsonl") for name in PROBLEMS}

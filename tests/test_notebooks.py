@@ -1,6 +1,6 @@
 """The notebooks of docs/ run without a network, and their models learn.
 
-Executing them is marked slow; `make notebooks` does it, and CI.
+`make examples` executes them, and CI.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def test_a_notebook_is_linked_and_its_links_lead_to_files(notebook: Path) -> Non
     assert [path for path in paths if not (ROOT / path).is_file()] == []
 
 
-@pytest.mark.slow
+@pytest.mark.example
 def test_own_data_and_an_own_reward_make_a_better_model(tmp_path: Path) -> None:
     """The reward of a cell is called in a subprocess, and what is exported is the trained model."""
     node = executed("own_data", tmp_path)
@@ -92,7 +92,7 @@ def test_own_data_and_an_own_reward_make_a_better_model(tmp_path: Path) -> None:
     assert all(re.search(r"\\boxed\{\d\}'$", line) for line in questions)
 
 
-@pytest.mark.slow
+@pytest.mark.example
 def test_the_credit_of_a_run_is_read_from_its_files(tmp_path: Path) -> None:
     node = executed("reading_a_run", tmp_path)
     run = tmp_path / "runs" / "sums" / "version_0"
@@ -106,7 +106,7 @@ def test_the_credit_of_a_run_is_read_from_its_files(tmp_path: Path) -> None:
     assert len(set(advantages)) > 1  # the tokens of a completion differ
 
 
-@pytest.mark.slow
+@pytest.mark.example
 def test_a_student_moves_towards_its_teacher(tmp_path: Path) -> None:
     executed("distil", tmp_path)
     run = tmp_path / "runs" / "distil" / "version_0"

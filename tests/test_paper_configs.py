@@ -1,6 +1,6 @@
 """The papers' experiments run: tiny models, two ranks, rows in the Hub's columns.
 
-One of v1, and of v2 the mixture of experts; the others with -m slow.
+With -m example one of v1, and of v2 the mixture of experts; the others with -m slow.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def overrides(name: str, folder: Path) -> list[str]:
     ]
 
 
-# Runs that share their processes. The mixture of experts has its own: vLLM makes its groups with
-# the first engine of a process, and one of experts only for such a model. The last ones are slow:
+# Runs that share their processes. The mixture of experts comes first: vLLM makes its groups with the
+# first engine of a process, and one of experts only for such a model. The second ones are slow:
 # test_readme has them checked, and tests/models/test_architectures.py has their architectures.
 TOGETHER = (
     ("v2-qwen3-30b-a3b", "v1-qwen2.5-math-1.5b"),
@@ -167,7 +167,7 @@ def test_every_file_is_tested() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if names is TOGETHER[-1] else ())
+        pytest.param(name, marks=pytest.mark.slow if names is TOGETHER[-1] else pytest.mark.example)
         for names in TOGETHER
         for name in names
     ],
@@ -188,6 +188,7 @@ def test_a_papers_experiment_trains(name: str, record_of: Callable[[str], Record
     assert all(moved.values()), [n for n, has_moved in moved.items() if not has_moved]
 
 
+@pytest.mark.example
 def test_experts_and_router_train(record_of: Callable[[str], Record]) -> None:
     gradient = record_of("v2-qwen3-30b-a3b")["gradient"]
     routers = [g for n, g in gradient.items() if n.endswith("mlp.gate.weight")]

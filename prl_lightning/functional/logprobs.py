@@ -149,9 +149,7 @@ class _TokenLogprobs(torch.autograd.Function):
         weight = head_weight.to(ctx.product_dtype)
         sum_dtype = log_normalizer.dtype
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = (
-            torch.zeros_like(head_weight, dtype=sum_dtype) if ctx.needs_input_grad[1] else None
-        )
+        grad_weight: Tensor | None = None
         for rows in _chunks(len(hidden), ctx.chunk_size):
             logits = _logits(hidden[rows], weight, ctx.transform, sum_dtype)
             # ∂ log π(a)/∂z = onehot(a) - π, in place of the logits unless a cap needs them again.
@@ -164,10 +162,14 @@ class _TokenLogprobs(torch.autograd.Function):
             grads = grads.to(_dtype_of_weight_product(weight, sum_dtype))
             if grad_hidden is not None:
                 grad_hidden[rows] = grads.to(weight.dtype) @ weight
-            if grad_weight is not None:
-                _add_product(grad_weight, grads.T, hidden[rows].to(grads.dtype))
+            if ctx.needs_input_grad[1]:
+                grad_weight = _plus_product(
+                    grad_weight, grads.T, hidden[rows].to(grads.dtype), sum_dtype
+                )
             del grads  # free the memory before the next chunk
-        if grad_weight is not None:
+        if ctx.needs_input_grad[1]:
+            no_rows = grad_weight is None
+            grad_weight = torch.zeros_like(head_weight) if no_rows else grad_weight
             grad_weight = grad_weight.to(head_weight.dtype)
         return grad_hidden, grad_weight, None, None, None
 
@@ -185,12 +187,16 @@ def _dtype_of_weight_product(weight: Tensor, sum_dtype: torch.dtype) -> torch.dt
     return sum_dtype if weight.is_cpu and not has_bf16_instructions() else weight.dtype
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _plus_product(
+    total: Tensor | None, left: Tensor, right: Tensor, sum_dtype: torch.dtype
+) -> Tensor:
+    """Add left·right in place. None is a total of zeros, which the head's size makes costly."""
+    if total is None:
+        return (left @ right).to(sum_dtype)
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        # The product stays in low precision, which is fast; only the sum over chunks needs more.
-        total.add_(left @ right)
+        return total.addmm_(left, right)
+    # The product stays in low precision, which is fast; only the sum over chunks needs more.
+    return total.add_(left @ right)
 
 
 def _chunks(count: int, chunk_size: int) -> Iterator[slice]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["preloaded"])
+CONTEXT.set_forkserver_preload(["prl_lightning.cli.lightning", "prl_lightning.sampling"])
 
 Variables = dict[str, str]
 
