@@ -110,8 +110,8 @@ def overrides(name: str, folder: Path) -> list[str]:
     ]
 
 
-# Runs that share their processes. The mixture of experts comes first: vLLM makes its groups with the
-# first engine of a process, and one of experts only for such a model. The second ones are slow:
+# Runs that share their processes. The mixture of experts comes first: vLLM makes its groups with
+# the first engine of a process, and one of experts only for such a model. The others are slow:
 # test_readme has them checked, and tests/models/test_architectures.py has their architectures.
 TOGETHER = (
     ("v2-qwen3-30b-a3b", "v1-qwen2.5-math-1.5b"),

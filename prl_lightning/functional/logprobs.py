@@ -167,9 +167,9 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_weight, grads.T, hidden[rows].to(grads.dtype), sum_dtype
                 )
             del grads  # free the memory before the next chunk
-        if ctx.needs_input_grad[1]:
-            no_rows = grad_weight is None
-            grad_weight = torch.zeros_like(head_weight) if no_rows else grad_weight
+        if ctx.needs_input_grad[1] and grad_weight is None:  # no tokens
+            grad_weight = torch.zeros_like(head_weight)
+        if grad_weight is not None:
             grad_weight = grad_weight.to(head_weight.dtype)
         return grad_hidden, grad_weight, None, None, None
 
