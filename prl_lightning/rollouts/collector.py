@@ -79,6 +79,7 @@ class Collector:
         chosen = groups.chosen()
         with self._timed("scoring"):
             set_advantages(self.module, chosen, config.n, updates, micro_batches)
+        self.engine.release()
         seconds = self.metrics["sampling_seconds"]
         self.metrics |= describe(groups.sampled, config.n, seconds, is_rewarded)
         if self.engine.episodes is not None:

@@ -163,6 +163,11 @@ class EngineLink:
                 self.sampler.start(self.module.policy_name, self.max_model_tokens)
         self._hand_over(self.sampler.load_weights)
 
+    def release(self) -> None:
+        """Let the engine free its weights, which the trainer is about to change."""
+        if not len(self.queue) and self._is_started and self.sampler.release_weights():
+            self._newest = None
+
     def _hand_over(self, take: Callable[[Iterator[tuple[str, Tensor]]], T]) -> T | None:
         """Call ``take`` with the trainer's weights if they have changed since the last call."""
         step = self.trainer.global_step

@@ -137,6 +137,16 @@ class Sampler(ABC):
                 iterate to the end, because each item may be gathered from all ranks.
         """
 
+    def release_weights(self) -> bool:
+        """Free the weights until the next ``load_weights``, if that needs no more time than before.
+
+        Called when the trainer is about to change its own.
+
+        Returns:
+            Whether they were freed.
+        """
+        return False
+
     def copy_weights(self, weights: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         """Copy the trainer's weights to main memory, for a later ``load_weights``; a collective.
 

@@ -16,6 +16,7 @@ from prl_lightning.sampling.base import Progress, Sampler, SamplingConfig
 from prl_lightning.sampling.engine_ranks import EngineRanks, OwnProgress
 from prl_lightning.sampling.vllm_internals import (
     completion_of,
+    drop_packed,
     has_head,
     is_implemented,
     keep_to_itself,
@@ -153,6 +154,13 @@ class VLLMSampler(Sampler):
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         # Cached keys and values belong to the old weights.
         self._llm.reset_prefix_cache()
+
+    def release_weights(self) -> bool:
+        """See ``Sampler.release_weights``; on a GPU, ``sleeps`` is for this."""
+        if torch.cuda.is_available():
+            return False
+        self._llm.apply_model(drop_packed)
+        return True
 
     def generate(
         self, prompts: Sequence[Prompt], config: SamplingConfig, on_progress: Progress | None = None

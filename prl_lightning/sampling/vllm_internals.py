@@ -49,6 +49,18 @@ def has_head(model: nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "lm_head" for name, _ in model.named_modules())
 
 
+def drop_packed(model: nn.Module) -> None:
+    """Free the matrices that vLLM's CPU build keeps in a packed copy alone, of a layer's kernel.
+
+    The next load packs them anew, as it does without this. Not embeddings: a rank's part of a
+    small vocabulary may be padding, for which a load brings nothing.
+    """
+    for module in model.modules():
+        layer: Any = module
+        if hasattr(layer, "cpu_linear") and not layer.weight.numel():
+            layer.cpu_linear = None
+
+
 def unpack_experts(model: nn.Module) -> None:
     """Make the engine pack the experts of a mixture again at the next load.
 

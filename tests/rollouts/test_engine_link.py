@@ -38,6 +38,15 @@ class Recorder(HFSampler):
         return super().generate(*args, **kwargs)
 
 
+class Forgetful(Recorder):
+    """Keeps no weights while the trainer trains."""
+
+    def release_weights(self) -> bool:
+        for weight in self._started().parameters():
+            weight.data.fill_(torch.nan)
+        return True
+
+
 class Expected(Callback):
     """Record the module's weight when an epoch or an evaluation has begun."""
 
@@ -72,12 +81,13 @@ class Halved(Callback):
             parameter.data = kept
 
 
+@pytest.mark.parametrize("kind", [Recorder, Forgetful])
 @pytest.mark.parametrize("swap", [EMAWeightAveraging(decay=0.5), Halved()], ids=["ema", "halved"])
 def test_callbacks_may_swap_weights_for_the_evaluation(
-    swap: Callback, tied_model: str, tmp_path: Path
+    swap: Callback, kind: type[Recorder], tied_model: str, tmp_path: Path
 ) -> None:
     """The callback stands after RolloutCallback in the list, whose order must not matter."""
-    sampler, expected = Recorder(), Expected()
+    sampler, expected = kind(), Expected()
     held = str(write_prompts(tmp_path / "held.jsonl", count=2, seed=1))
     train(
         tied_model, tmp_path, swap, expected, sampler=sampler, learning_rate=1.0, epochs=3,

@@ -1,11 +1,13 @@
 """The guarantees of the Sampler interface, for all engines, with tied and untied embeddings."""
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine_gap import trainer_gap
 from prl_lightning.models.causal_lm import LogprobModel, named_weights
@@ -89,6 +91,30 @@ def test_samples_and_logprobs_follow_an_update_and_its_reversal(
     torch.rand(5)  # the global generator has no influence
     engine.load(engine.before)
     assert engine.tokens(PROMPTS, config) == tokens_of(old)
+
+
+def packed(model: nn.Module) -> list[Any]:
+    """References to what holds each matrix of vLLM's CPU build, apart from embeddings."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    layers: list[Any] = [one for one in model.modules() if isinstance(one, LinearBase)]
+    kernels = [layer.cpu_linear for layer in layers]
+    return [weakref.ref(cell.cell_contents) for one in kernels for cell in one.__closure__]
+
+
+@ON_A_CPU
+def test_released_weights_are_freed_and_come_back(engine: Engine) -> None:
+    before = engine.tokens(PROMPTS, SAMPLING)
+    if isinstance(engine.sampler, VLLMSampler):
+        (matrices,) = engine.sampler._llm.apply_model(packed)
+        assert len(matrices) >= 8  # four of each of two layers
+        assert all(matrix() is not None for matrix in matrices)
+        assert engine.sampler.release_weights()
+        assert all(matrix() is None for matrix in matrices)
+        engine.load(engine.before)
+    else:
+        assert not engine.sampler.release_weights()
+    assert engine.tokens(PROMPTS, SAMPLING) == before
 
 
 def test_each_seed_has_other_completions(engine: Engine) -> None:
