@@ -10,11 +10,23 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from prl_lightning import __version__
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "prl_lightning"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LINK = re.compile(r"(?<=\]\()(?!https?:)([^)#\s]+)")  # without its anchor
 HTML_LINK = re.compile(r'(?<=href=")((?!https?:)[^"#]+)\.(?:md|ipynb)(?=["#])')
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Show the package's version at the foot of each page.
+
+    Args:
+        config: of the site.
+    """
+    config.copyright = f"prl_lightning {__version__}"
+    return config
 
 
 @event_priority(100)  # before mkdocs-jupyter, which turns the notebooks among the files into pages

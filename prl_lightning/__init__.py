@@ -3,4 +3,4 @@
 Only the version lives here, so that ``prl_lightning.functional`` imports with torch alone.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
