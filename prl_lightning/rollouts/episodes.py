@@ -89,7 +89,8 @@ class Episodes:
         self.turn_tokens = self.settings.tokens_of_turn(settings.max_new_tokens)
         # Ranks that share an engine must call it equally often.
         self._in_step = settings.sampler.ranks_per_engine > 1
-        self._sandbox = Sandbox([self.settings.host()], self.limits, self.limits.processes(ranks))
+        workers = self.limits.processes(ranks)
+        self._sandbox = Sandbox([self.settings.host()], self.limits, workers, "environments")
         self._sandbox.start()
         self._opened: dict[str, Reply] = {}
 

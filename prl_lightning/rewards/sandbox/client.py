@@ -31,10 +31,18 @@ class Sandbox:
             imports and tables.
         limits: Limits of memory and imports.
         workers: Number of processes that run calls.
+        called: What messages call the functions.
     """
 
-    def __init__(self, functions: Sequence[Any], limits: RewardLimits, workers: int) -> None:
+    def __init__(
+        self,
+        functions: Sequence[Any],
+        limits: RewardLimits,
+        workers: int,
+        called: str = "reward functions",
+    ) -> None:
         self.functions = functions
+        self.called = called
         self.limits = limits
         self.workers = workers
         self._server: subprocess.Popen[bytes] | None = None
@@ -51,8 +59,9 @@ class Sandbox:
             load = cloudpickle.dumps((list(self.functions), self.limits, self.workers))
         except Exception as error:
             raise TypeError(
-                f"the reward functions cannot be sent to another process ({error}): define them in "
-                "a module, without objects that belong to this process, or set limits.workers=0"
+                f"the {self.called} cannot be sent to another process ({error}): define them in a "
+                "module, without objects that belong to this process. Or, for reward functions "
+                "alone, set limits.workers=0."
             ) from error
         ours, theirs = socket.socketpair()
         limit = struct.pack("ll", int(_SILENCE_SECONDS), 0)
@@ -151,12 +160,12 @@ class Sandbox:
         seconds = self.limits.import_seconds
         if not self._control.poll(seconds):
             raise RuntimeError(
-                f"the reward functions were not loaded within limits.import_seconds={seconds:g}. "
+                f"the {self.called} were not loaded within limits.import_seconds={seconds:g}. "
                 "Raise it, or import less when their modules are imported."
             )
         trouble = self._control.recv_bytes().decode()
         if trouble:
-            raise RuntimeError(f"the reward functions cannot be loaded in a process:\n{trouble}")
+            raise RuntimeError(f"the {self.called} cannot be loaded in a process:\n{trouble}")
         self._is_loaded = True
 
     def _receive(self) -> tuple[int, dict[str, Any] | None]:
@@ -173,7 +182,7 @@ class Sandbox:
         self.stop()
         if is_idle and self._has_ended_idle and server is not None:
             raise RuntimeError(
-                "the process of the reward functions ended twice, with exit code "
+                f"the process of the {self.called} ended twice, with exit code "
                 f"{server.returncode}: see its output above; out of memory is the usual reason"
             ) from error
         self._has_ended_idle = is_idle

@@ -79,6 +79,11 @@ def test_a_function_that_cannot_be_pickled(scored: Any) -> None:
         scored(["a"], locked)
 
 
+def test_a_message_says_what_the_functions_are() -> None:
+    with pytest.raises(TypeError, match="the environments cannot be sent to another process"):
+        client.Sandbox([threading.Lock()], TIGHT, 1, "environments").start()
+
+
 class Unloadable:
     def __init__(self, ends: bool) -> None:
         self.ends = ends
