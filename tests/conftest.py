@@ -91,7 +91,6 @@ def pytest_collection() -> None:
 
 def pytest_collection_finish() -> None:
     gc.enable()
-    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

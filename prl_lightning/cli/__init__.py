@@ -69,7 +69,6 @@ def _uncollected() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-        gc.freeze()
 
 
 def overview() -> str:
