@@ -97,7 +97,7 @@ def test_method_trains(method: Path, tied_model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "references", "learns_rewards"),
     [
-        ("distill", {"teacher": Reference(beta=1.0)}, False),
+        ("distill", {"teacher": Reference(beta=1.0, discount=0.0)}, False),
         ("distill-and-reward", {"start": Reference(), "teacher": Reference(beta=0.1)}, True),
         ("max-entropy", {"uniform": Reference(kind="uniform", beta=0.001)}, True),
         ("moving-reference", {"before": Reference(kind="moving", every=10)}, True),
