@@ -43,7 +43,7 @@ test: install
 quick: install
 	$(BIN)/pytest -q -n $(WORKERS) --no-processes -m 'not slow and not example and not process'
 
-# Execute what is shipped: notebooks, the demo's model, the papers' experiments. Four minutes.
+# Execute what is shipped: notebooks, the demo's model, the papers' experiments. Three minutes.
 examples: install
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m example
 
