@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 import study
-from compare import difference, frpo_less, half_width, interval
-from study import Run
+from compare import difference, frpo_less, half_width, interval, report
+from study import Run, Study
 
 pytestmark = pytest.mark.process
 
@@ -69,28 +69,24 @@ def test_it_goes_on_where_it_stopped_and_reports(
     runs = [Run("base"), Run("grpo"), Run("frpo", beta=0.1), Run("frpo", beta=0.1, seed=1)]
     carried_out: list[Run] = []
 
-    def carry_out(run: Run, threads: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def carry_out(run: Run, threads: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         if run.seed == 1 and len(carried_out) == 3:
             carried_out.append(run)
             raise RuntimeError("killed")
         carried_out.append(run)
         curve = {"method": run.method, "beta": run.beta, "steps": run.steps, "seed": run.seed}
         curve |= {"iteration": 0, "reward": 0.5, "entropy": 0.3, "kl_ref": 0.0}
-        return row(run.method, run.seed, 0.5), [curve | {"completion_length": 9}]
+        return [row(run.method, run.seed, 0.5)], [curve | {"completion_length": 9}]
 
-    monkeypatch.setattr(study, "plan", lambda: runs)
     monkeypatch.setattr(study, "carry_out", carry_out)
-    monkeypatch.setattr(study, "prepare", lambda: None)
-    monkeypatch.setattr(study, "HERE", tmp_path)
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "results.csv")
-    monkeypatch.setattr(study, "CURVES", tmp_path / "curves.csv")
     monkeypatch.setattr("sys.argv", ["study.py", "--jobs", "1"])
+    small = Study(runs, tmp_path / "results.csv", tmp_path / "curves.csv")
     with pytest.raises(RuntimeError, match="killed"):
-        study.main()
-    assert study.missing() == [runs[3]]
-    study.main()
+        study.main(small, report, None)
+    assert small.missing() == [runs[3]]
+    study.main(small, report, None)
     assert carried_out == [*runs, runs[3]]
-    assert study.missing() == []
+    assert small.missing() == []
     table = (tmp_path / "table.md").read_text().splitlines()
     assert len(table) == 2 + 3 + 1 + 2
     assert "| frpo | 0.1 |  | 2 | 0.500 ± 0.000 |" in table[4]

@@ -20,7 +20,22 @@ CURVES = {
     "completion_length": "tokens of a completion",
 }
 # Student's t, 97.5%, for 1, 2, 3 and so on degrees of freedom (any statistical table).
-T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160]
+T975 = [
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+]
 
 COLORS = list(matplotlib.colormaps["tab20"].colors[::2]) + ["black", "#ffb000", "#606060"]
 

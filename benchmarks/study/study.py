@@ -15,9 +15,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,12 @@ from prl_lightning.runs.files import read_metrics
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RUNS = Path("runs/study")
-RESULTS, CURVES = HERE / "results.csv", HERE / "curves.csv"
+NAMED = ("method", "beta", "steps", "seed")  # columns that name a run
 
 SEEDS = range(5)
+MORE_SEEDS = range(5, 15)  # of GRPO, and of those with a sweep at their best beta
 SWEEP = (0.01, 0.03, 0.1, 0.3)  # of beta, where a method has its best
+BEST = 0.03  # of the sweep, by the first five seeds
 BETA = 0.1  # of the others
 SAMPLES = 64  # of each held-out problem
 TASK = ArithmeticTask(
@@ -82,6 +84,19 @@ class Run:
         command += ["--seed_everything", str(self.seed), "--data.seed", str(self.seed)]
         return [*command, "--trainer.default_root_dir", str(RUNS / self.name)]
 
+    def rows(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+        """What is kept of the run's metrics.
+
+        The mean over 64 samples stands for mean@16, whose value it is.
+        """
+        last = {name: values[-1] for name, (_, values) in metrics.items()}
+        row: dict[str, Any] = asdict(self)
+        for prefix, where in (("", "same"), ("longer_", "longer")):
+            row |= {f"{prefix}mean@16": last[f"val/{where}/mean@{SAMPLES}"]}
+            names = ("pass@16", "pass@64", "maj@16")
+            row |= {f"{prefix}{name}": last[f"val/{where}/{name}"] for name in names}
+        return [row | {name: last.get(f"train/{name}", "") for name in ("entropy", "kl_ref")}]
+
 
 def plan() -> list[Run]:
     """All runs, seed by seed: what is there at any time can be compared."""
@@ -92,7 +107,12 @@ def plan() -> list[Run]:
     variants += [{"method": name, "beta": BETA} for name in others]
     variants += [{"method": "prl", "beta": BETA, "steps": size} for size in ("4", "16", "64")]
     variants += [{"method": "prl-newline", "beta": BETA, "steps": "newline"}]
-    return [Run("base"), *(Run(**variant, seed=seed) for seed in SEEDS for variant in variants)]
+    headline = [Run("grpo"), Run("frpo", BEST), Run("grpo-kl-loss", BEST)]
+    return [
+        Run("base"),
+        *(Run(**variant, seed=seed) for seed in SEEDS for variant in variants),
+        *(replace(run, seed=seed) for seed in MORE_SEEDS for run in headline),
+    ]
 
 
 def prepare() -> None:
@@ -103,11 +123,11 @@ def prepare() -> None:
         write_rows(longer, islice(draw_problems(**LONGER), LONGER_PROBLEMS))
 
 
-def carry_out(run: Run, threads: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def carry_out(run: Run, threads: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """One run in a process of its own.
 
     Returns:
-        Its row of the results, and its rows of the curves.
+        Its rows of the results, and those of the curves.
 
     Raises:
         RuntimeError: it failed; the message ends with what it printed last.
@@ -126,21 +146,13 @@ def carry_out(run: Run, threads: int) -> tuple[dict[str, Any], list[dict[str, An
     seconds = time.monotonic() - start
     newest = max((RUNS / run.name).glob("version_*/metrics.csv"), key=os.path.getmtime)
     metrics = read_metrics(newest)
-    return row_of(run, metrics, seconds), list(curves_of(run, metrics))
+    rows = [rounded(row) | {"seconds": round(seconds)} for row in run.rows(metrics)]
+    return rows, list(curves_of(run, metrics))
 
 
-def row_of(run: Run, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What is kept of a run; the mean over 64 samples stands for mean@16, whose value it is."""
-    last = {name: values[-1] for name, (_, values) in metrics.items()}
-    row: dict[str, Any] = asdict(run)
-    for prefix, where in (("", "same"), ("longer_", "longer")):
-        row |= {f"{prefix}mean@16": last[f"val/{where}/mean@{SAMPLES}"]}
-        names = ("pass@16", "pass@64", "maj@16")
-        row |= {f"{prefix}{name}": last[f"val/{where}/{name}"] for name in names}
-    row |= {"entropy": last.get("train/entropy", ""), "kl_ref": last.get("train/kl_ref", "")}
-    return {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} | {
-        "seconds": round(seconds)
-    }
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """Figures of five digits."""
+    return {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
 
 
 def curves_of(run: Run, metrics: dict[str, Any]) -> Iterable[dict[str, Any]]:
@@ -162,41 +174,68 @@ def append(file: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def missing() -> list[Run]:
-    """What of the plan has no row."""
-    if not RESULTS.is_file():
-        return plan()
-    with RESULTS.open(newline="") as rows:
-        done = {
-            Run(row["method"], float(row["beta"]), row["steps"], int(row["seed"]))
-            for row in csv.DictReader(rows)
-        }
-    return [run for run in plan() if run not in done]
+@dataclass(frozen=True)
+class Study:
+    """Runs, and the files that keep what came out of them.
+
+    Attributes:
+        plan: all runs, in the order in which they start.
+        results: CSV with a row for each finished run.
+        curves: CSV with a row for each of its iterations.
+        prepare: makes what the runs share, once.
+    """
+
+    plan: Sequence[Run]
+    results: Path
+    curves: Path
+    prepare: Callable[[], None] = lambda: None
+
+    def missing(self) -> list[Run]:
+        """What of the plan has no row."""
+        if not self.results.is_file():
+            return list(self.plan)
+        with self.results.open(newline="") as rows:
+            done = {tuple(row[key] for key in NAMED) for row in csv.DictReader(rows)}
+        return [run for run in self.plan if tuple(map(str, asdict(run).values())) not in done]
+
+    def carry_out(self, jobs: int, threads: int) -> None:
+        """Run what is missing, several at a time."""
+        self.prepare()
+        runs = self.missing()
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = {pool.submit(carry_out, run, threads): run for run in runs}
+            try:
+                for count, future in enumerate(as_completed(futures), 1):
+                    rows, curves = future.result()
+                    if curves:
+                        append(self.curves, curves)
+                    append(self.results, rows)
+                    print(f"{count}/{len(runs)} {futures[future].name}: {rows}", flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(study: Study, report: Callable[[Path, Path, Path], None], about: str | None) -> None:
+    """The command line of a study.
+
+    Args:
+        study: what it runs.
+        report: writes from results and curves into a folder.
+        about: its help.
+    """
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--report", action="store_true", help="no runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     args = parser.parse_args()
     if not args.report:
-        prepare()
-        runs = missing()
-        with ThreadPoolExecutor(args.jobs) as pool:
-            futures = {pool.submit(carry_out, run, args.threads): run for run in runs}
-            try:
-                for count, future in enumerate(as_completed(futures), 1):
-                    row, curves = future.result()
-                    if curves:
-                        append(CURVES, curves)
-                    append(RESULTS, [row])
-                    print(f"{count}/{len(runs)} {futures[future].name}: {row}", flush=True)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    report(RESULTS, CURVES, HERE)
+        study.carry_out(args.jobs, args.threads)
+    report(study.results, study.curves, study.results.parent)
 
 
 if __name__ == "__main__":
-    main()
+    files = HERE / "results.csv", HERE / "curves.csv"
+    main(Study(plan(), *files, prepare), report, __doc__)

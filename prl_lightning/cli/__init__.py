@@ -45,16 +45,14 @@ def main(args: Sequence[str] | None = None) -> None:
         from prl_lightning.cli.tools import run_tool
 
         run_tool(first, words[1:])
-    elif first == "check":
+    elif first == "check" or first in TRAINER_COMMANDS or first.startswith("-"):
         with _uncollected():
-            from prl_lightning.cli.lightning import check
+            from prl_lightning.cli.lightning import check, run
 
-        check(words[1:])
-    elif first in TRAINER_COMMANDS or first.startswith("-"):
-        with _uncollected():
-            from prl_lightning.cli.lightning import run
-
-        run(None if args is None else words)
+        if first == "check":
+            check(words[1:])
+        else:
+            run(None if args is None else words)
     else:
         near = get_close_matches(first, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}."

@@ -1,0 +1,138 @@
+"""Does it matter where the process term goes? The term of FRPO moved, cut, scaled and centred.
+
+    python benchmarks/study/where.py            # runs missing from where.csv, then where.md
+    python benchmarks/study/where.py --pilot    # those that the betas were chosen by
+
+The problem is that of study.py, with four updates a rollout instead of one, so that the importance
+ratio matters. Each variant has the beta at which the pilot, on a seed that is not reported, ended
+nearest to plain FRPO's distance from the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from compare import half_width, interval, read_results
+from study import RUNS, Run, Study, main, prepare
+
+HERE = Path(__file__).parent
+SEEDS, PILOT_SEED = range(8), 100
+UPDATES, ITERATIONS = 4, 15
+# What a variant sets in its reference.
+TERMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "shuffled": {"shape": "shuffled"},
+    "centred": {"centre": "group"},
+    "per_length": {"shape": "per_length"},
+    "local": {"discount": 0.0},
+}
+BETAS = {
+    "plain": 0.03, "shuffled": 0.03, "centred": 0.03, "per_length": 0.1, "local": 0.1, "loss": 0.1,
+}  # fmt: skip
+PILOT_BETAS = (0.03, 0.1, 0.3)
+MEASURES = ["mean@16", "pass@16", "maj@16", "longer_mean@16", "entropy", "kl_ref"]
+
+
+@dataclass(frozen=True)
+class Placed(Run):
+    """A run whose method is "none", "loss" (the KL in the loss) or one of TERMS."""
+
+    @property
+    def name(self) -> str:
+        return f"where-{super().name}"
+
+    def command(self) -> list[str]:
+        """The command line, as a user has it."""
+        objective: dict[str, Any] = {"outcome": "grpo", "kl": self.method}
+        if self.method == "loss":
+            objective["beta"] = self.beta
+        elif self.method in TERMS:
+            objective["kl"] = "process"
+            objective["references"] = {"base": {"beta": self.beta, **TERMS[self.method]}}
+        return [
+            *(sys.executable, "-m", "prl_lightning", "fit", "--config", f"{HERE}/study.yaml"),
+            *("--model.objective", json.dumps(objective)),
+            *("--data.updates_per_epoch", str(UPDATES), "--trainer.accumulate_grad_batches", "1"),
+            *("--trainer.max_epochs", str(ITERATIONS)),
+            *("--trainer.check_val_every_n_epoch", str(ITERATIONS)),
+            *("--seed_everything", str(self.seed), "--data.seed", str(self.seed)),
+            *("--trainer.default_root_dir", str(RUNS / self.name)),
+        ]
+
+
+def plan() -> list[Run]:
+    """All runs, seed by seed."""
+    return [
+        Placed(method, BETAS.get(method, 0.0), seed=seed)
+        for seed in SEEDS
+        for method in ("none", *BETAS)
+    ]
+
+
+def pilot() -> list[Run]:
+    """Every beta of every variant, on the pilot's seed."""
+    return [Placed(m, beta, seed=PILOT_SEED) for beta in PILOT_BETAS for m in BETAS]
+
+
+def table(results: pd.DataFrame) -> str:
+    """Markdown: each variant, and plain less each other variant of the same seed."""
+    heads = ["variant", "beta", "seeds", *MEASURES, *(f"plain less it: {m}" for m in MEASURES)]
+    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
+    plain = results[results.method == "plain"].set_index("seed")
+    for (method, beta), rows in results.groupby(["method", "beta"], sort=False):
+        less = (plain[MEASURES] - rows.set_index("seed")[MEASURES]).dropna()
+        cells = [str(method), str(beta), str(len(rows))]
+        cells += [interval(rows[m].mean(), half_width(rows[m])) for m in MEASURES]
+        is_plain = method == "plain"
+        cells += [
+            "" if is_plain else interval(less[m].mean(), half_width(less[m]), "+") for m in MEASURES
+        ]
+        lines.append(" | ".join(cells))
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def draw(results: pd.DataFrame, file: Path) -> None:
+    """Reward against distance: a dot for each run, a larger one for each variant's mean."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for measure, panel in zip(("mean@16", "pass@16"), figure.subplots(1, 2), strict=True):
+        for method, rows in results.groupby("method", sort=False):
+            dots = panel.scatter(rows.kl_ref, rows[measure], s=9, alpha=0.5)
+            color = dots.get_facecolor()[0, :3]
+            panel.scatter(
+                rows.kl_ref.mean(),
+                rows[measure].mean(),
+                s=70,
+                color=color,
+                label=method,
+                marker="D",
+            )
+        panel.set(xlabel="KL to the reference, nats a token", ylabel=measure)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right")
+    figure.savefig(file, dpi=110)
+
+
+def report(results: Path, curves: Path, folder: Path) -> None:
+    """Write the table and the picture beside the results."""
+    runs = read_results(results)
+    text = table(runs)
+    results.with_suffix(".md").write_text(text)
+    draw(runs, results.with_suffix(".png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    is_pilot = "--pilot" in sys.argv
+    if is_pilot:
+        sys.argv.remove("--pilot")
+    name = "where_pilot" if is_pilot else "where"
+    files = HERE / f"{name}.csv", HERE / f"{name}_curves.csv"
+    main(Study(pilot() if is_pilot else plan(), *files, prepare), report, __doc__)
