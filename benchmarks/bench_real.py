@@ -16,9 +16,11 @@ import json
 import resource
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench_step import Stopwatch
 from bench_trl import StepTimes, compare, config_of
 from prl_lightning.callbacks import RolloutCallback
@@ -73,7 +75,12 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    module = PRLModule(args.model, Objective(beta=BETA), lora=LORA if args.lora else None)
+    module = PRLModule(
+        args.model,
+        Objective(beta=BETA),
+        optimizer=partial(torch.optim.AdamW, lr=1e-6, fused=True),  # TRL's is fused, too
+        lora=LORA if args.lora else None,
+    )
     trainer.fit(module, datamodule=data)
     parts = {name: statistics.median(values[WARM_UP:]) for name, values in watch.parts.items()}
     return {

@@ -215,11 +215,14 @@ def checksums(model: nn.Module) -> list[int]:
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
-    own = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-    bits = own.reshape(-1).view(INTEGERS[own.element_size()])
-    # In chunks: torch copies what it sums as int64.
-    chunks: tuple[Tensor, ...] = torch.split(bits, 2**24)
-    return torch.stack([chunk.sum(dtype=torch.int64) for chunk in chunks]).sum()
+    own = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().reshape(-1)
+    # In words of eight bytes, which torch sums without a copy. A sum that overflows wraps.
+    size = own.element_size()
+    if own.storage_offset() * size % 8:
+        own = own.clone()
+    whole = len(own) - len(own) % (8 // size)
+    rest = own[whole:].view(INTEGERS[size]).sum(dtype=torch.int64)
+    return own[:whole].view(torch.int64).sum() + rest
 
 
 def total_norm(model: nn.Module) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prl_lightning.evaluation import Evaluation
 from prl_lightning.models import sharding as sharding_module
-from prl_lightning.models.sharding import Sharding, sharding_of
+from prl_lightning.models.sharding import Sharding, checksums, sharding_of
 from prl_lightning.module import PRLModule
 from prl_lightning.trainer import FSDP2Strategy
 from ranks import start_on_ranks
@@ -60,6 +60,28 @@ def sharding(strategy: Any, precision: str, mesh: Mesh | None = None) -> Shardin
     assert found is not None
     assert found.device.type == "meta"
     return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [0, 1, 7, 16])
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_a_checksum_is_the_sum_of_all_bytes_in_their_words(
+    dtype: torch.dtype, length: int, offset: int
+) -> None:
+    """By Python's integers, modulo 2^64; a view may begin at any element."""
+    weight = torch.randn(30, generator=torch.Generator().manual_seed(0)).to(dtype)
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(weight[offset : offset + length])
+    data = model.weight.detach().clone().view(torch.uint8).numpy().tobytes()
+    whole, size = len(data) // 8 * 8, dtype.itemsize
+    words = [data[i : i + 8] for i in range(0, whole, 8)]
+    words += [data[i : i + size] for i in range(whole, len(data), size)]
+    expected = sum(int.from_bytes(word, "little", signed=True) for word in words)
+    (found,) = checksums(model)
+    assert (found - expected) % 2**64 == 0
+    if length:
+        model.weight.data[-1] = torch.nextafter(model.weight.data[-1], torch.tensor(9.0).to(dtype))
+        assert checksums(model) != [found]
 
 
 def test_whole_models_are_not_sharded() -> None:
