@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from bench_step import Stopwatch
 from bench_trl import StepTimes, compare, config_of
 from prl_lightning.callbacks import RolloutCallback
