@@ -42,13 +42,15 @@ def test_differences_are_paired_by_seed() -> None:
 
 
 def test_frpo_less_another_is_paired_by_beta_and_seed() -> None:
-    """At one beta +0.1 and +0.3, at the other +0.2 and +0.4: of the seeds' means +0.15, +0.35."""
+    """At one beta +0.1, +0.3 and 0, at the other +0.2 and +0.4: of the means +0.15, +0.35."""
     values = {(0.1, 0): 0.3, (0.1, 1): 0.5, (0.2, 0): 0.4, (0.2, 1): 0.6, (0.3, 0): 0.9}
     rows = [row("frpo", seed, v) | {"beta": beta} for (beta, seed), v in values.items()]
     rows += [row("other", seed, 0.2) | {"beta": beta} for beta, seed in list(values)[:4]]
+    rows += [row(name, 2, 0.2) | {"beta": 0.1} for name in ("frpo", "other")]  # at one beta alone
     first, second, both = frpo_less(pd.DataFrame(rows), "other").splitlines()
     width = 12.706 * 0.1  # standard error of two values 0.2 apart, by Student's t
-    assert first.startswith(f"| other | 0.1 | +0.200 ± {width:.3f} |")
+    of_three = 4.303 * 0.15275 / 3**0.5
+    assert first.startswith(f"| other | 0.1 | +0.133 ± {of_three:.3f} |")
     assert second.startswith(f"| other | 0.2 | +0.300 ± {width:.3f} |")
     assert both.startswith(f"| other | all | +0.250 ± {width:.3f} |")
 

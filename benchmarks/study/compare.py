@@ -81,7 +81,8 @@ def table(results: pd.DataFrame) -> str:
 def frpo_less(results: pd.DataFrame, method: str) -> str:
     """Markdown rows: FRPO less another method, paired by seed, at each beta that both have run at.
 
-    Where there are several, also of each seed's mean over them, in which no beta is chosen.
+    Where there are several, also of each seed's mean over them, in which no beta is chosen; of the
+    seeds that ran at all of them.
     """
     measures = [*SAME, "entropy", "kl_ref"]
     frpo, other = (
@@ -91,7 +92,8 @@ def frpo_less(results: pd.DataFrame, method: str) -> str:
     paired = (frpo - other).dropna()
     rows = [(str(beta), rows) for beta, rows in paired.groupby("beta")]
     if len(rows) > 1:
-        rows.append(("all", paired.groupby("seed").mean()))
+        by_seed = paired.groupby("seed")
+        rows.append(("all", by_seed.mean()[by_seed.size() == len(rows)]))
     lines = [
         " | ".join(
             [method, beta, *(interval(d[m].mean(), half_width(d[m]), "+") for m in measures)]

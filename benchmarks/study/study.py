@@ -111,6 +111,7 @@ def plan() -> list[Run]:
     return [
         Run("base"),
         *(Run(**variant, seed=seed) for seed in SEEDS for variant in variants),
+        Run("base", seed=MORE_SEEDS.start),  # made again, on another machine
         *(replace(run, seed=seed) for seed in MORE_SEEDS for run in headline),
     ]
 
