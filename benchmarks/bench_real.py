@@ -64,7 +64,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
         max_prompt_tokens=128,
     )  # fmt: skip
     rollout = RolloutCallback(
-        [reward], VLLMSampler(cache_gib=0.5), temperature=TEMPERATURE,
+        [reward], VLLMSampler(cache_gib=0.25), temperature=TEMPERATURE,
         max_new_tokens=args.max_new_tokens,
     )  # fmt: skip
     watch = Held()
