@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 
+import pandas as pd
 import pytest
 import torch
 
 from credit import judge, lines_of, quantities
+from credit_report import table
 from prl_lightning.arithmetic.problems import Problem
 from study import TASK
 
@@ -73,3 +75,14 @@ def test_judged_by_pairs() -> None:
     scores = torch.tensor([3.0, 2.0, 1.0, 1.0])
     assert judge(scores, torch.tensor([True, False, True, False])) == (2.5 / 4, 1.0)
     assert judge(torch.zeros(4), torch.tensor([True, False, False, False])) == (0.5, 0.25)
+
+
+def test_the_table_is_of_the_last_iteration_and_over_seeds() -> None:
+    """0.8 and 0.6: mean 0.7, and Student's t of one degree of freedom times 0.1."""
+    run = {"method": "frpo", "beta": 0.03, "completions_of": "own", "quantity": "entropy"}
+    rows = [
+        run | {"seed": seed, "iteration": iteration, "auroc": auroc, "hit@1": 0.5, "chance": 0.2}
+        for seed, iteration, auroc in ((1, 10, 0.1), (1, 30, 0.8), (2, 30, 0.6))
+    ]
+    (line,) = table(pd.DataFrame(rows)).splitlines()[2:]
+    assert line == ("| own | frpo | 0.03 | 2 | entropy | 0.700 ± 1.271 | 0.500 ± 0.000 | 0.200 |")

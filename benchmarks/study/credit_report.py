@@ -45,7 +45,9 @@ def draw(found: pd.DataFrame, file: Path) -> None:
                     rows.iteration, rows.auroc, ls="", marker=".", ms=3, color=color, alpha=0.4
                 )
             panel.axhline(0.5, c="gray", lw=0.8, ls=":")
-            panel.set(title=f"{method} {beta or ''}: {whose} completions", ylim=(0.2, 1.02))
+            panel.set(
+                title=f"{method} {beta or ''}".strip() + f": {whose} completions", ylim=(0.2, 1.02)
+            )
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(alpha=0.25)
         axes[1, column].set(xlabel="iteration", xticks=sorted(found.iteration.unique()))
