@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 from jsonargparse import ArgumentParser
 
@@ -26,17 +27,29 @@ def objective_of(run: Run) -> Objective:
     return objective
 
 
-def test_every_seed_has_every_variant_at_the_beta_of_its_pilot() -> None:
-    plan = where.plan()
-    assert len(set(plan)) == len(plan) == 8 * 7
+BETAS = dict.fromkeys((*where.TERMS, "loss"), 0.1)
+
+
+def test_each_variant_runs_at_the_beta_nearest_to_plain_in_the_pilot() -> None:
+    """Plain at 0.03 is 0.04 away from the reference; local is at 0.1, the loss is at 0.3."""
+    far = {
+        "plain": (0.04, 0.03, 0.02), "local": (0.06, 0.041, 0.03), "loss": (0.09, 0.07, 0.05),
+    }  # fmt: skip
+    rows = [
+        {"method": method, "beta": beta, "kl_ref": kl}
+        for method, values in far.items()
+        for beta, kl in zip(where.PILOT_BETAS, values, strict=True)
+    ]
+    betas = where.chosen_betas(pd.DataFrame(rows))
+    assert betas == {"plain": 0.03, "local": 0.1, "loss": 0.3}
+    plan = where.plan(betas)
+    assert len(set(plan)) == len(plan) == 8 * 4
     assert where.PILOT_SEED not in {run.seed for run in plan}
-    assert {(run.method, run.beta) for run in plan} - {("none", 0.0)} <= {
-        (run.method, run.beta) for run in where.pilot()
-    }
+    assert {run.seed for run in where.pilot()} == {where.PILOT_SEED}
 
 
 def test_a_variant_differs_from_plain_in_its_own_setting() -> None:
-    found = {run.method: objective_of(run) for run in where.plan()[:7]}
+    found = {run.method: objective_of(run) for run in where.plan(BETAS)[:7]}
     assert found["none"].kl == "none"
     assert found["loss"].kl == "loss"
     terms = {name: found[name].references["base"] for name in where.TERMS}

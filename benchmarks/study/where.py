@@ -1,11 +1,11 @@
 """Does it matter where the process term goes? The term of FRPO moved, cut, scaled and centred.
 
-    python benchmarks/study/where.py            # runs missing from where.csv, then where.md
-    python benchmarks/study/where.py --pilot    # those that the betas were chosen by
+    python benchmarks/study/where.py --pilot    # one seed at three betas, into where_pilot.csv
+    python benchmarks/study/where.py            # then: runs missing from where.csv, then where.md
 
 The problem is that of study.py, with four updates a rollout instead of one, so that the importance
-ratio matters. Each variant has the beta at which the pilot, on a seed that is not reported, ended
-nearest to plain FRPO's distance from the reference.
+ratio matters. Each variant runs at the beta at which the pilot, whose seed is not reported, ended
+nearest to the distance of plain FRPO from the reference.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from compare import half_width, interval, read_results
 from study import RUNS, Run, Study, main, prepare
 
 HERE = Path(__file__).parent
+PILOT = HERE / "where_pilot.csv"
 SEEDS, PILOT_SEED = range(8), 100
 UPDATES, ITERATIONS = 4, 15
 # What a variant sets in its reference.
@@ -33,9 +34,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "per_length": {"shape": "per_length"},
     "local": {"discount": 0.0},
 }
-BETAS = {
-    "plain": 0.03, "shuffled": 0.03, "centred": 0.03, "per_length": 0.1, "local": 0.1, "loss": 0.1,
-}  # fmt: skip
+PLAIN_BETA = 0.03
 PILOT_BETAS = (0.03, 0.1, 0.3)
 MEASURES = ["mean@16", "pass@16", "maj@16", "longer_mean@16", "entropy", "kl_ref"]
 
@@ -67,18 +66,26 @@ class Placed(Run):
         ]
 
 
-def plan() -> list[Run]:
-    """All runs, seed by seed."""
-    return [
-        Placed(method, BETAS.get(method, 0.0), seed=seed)
-        for seed in SEEDS
-        for method in ("none", *BETAS)
-    ]
-
-
 def pilot() -> list[Run]:
     """Every beta of every variant, on the pilot's seed."""
-    return [Placed(m, beta, seed=PILOT_SEED) for beta in PILOT_BETAS for m in BETAS]
+    return [Placed(m, beta, seed=PILOT_SEED) for beta in PILOT_BETAS for m in (*TERMS, "loss")]
+
+
+def chosen_betas(pilots: pd.DataFrame) -> dict[str, float]:
+    """The beta of each variant whose ``kl_ref`` is nearest to that of plain FRPO at its own."""
+    plain = pilots[(pilots.method == "plain") & (pilots.beta == PLAIN_BETA)].kl_ref.item()
+    gaps = pilots.assign(gap=(pilots.kl_ref - plain).abs())
+    nearest = gaps.loc[gaps.groupby("method", sort=False).gap.idxmin()]
+    return dict(zip(nearest.method, nearest.beta, strict=True))
+
+
+def plan(betas: dict[str, float]) -> list[Run]:
+    """All runs, seed by seed."""
+    return [
+        Placed(method, beta, seed=seed)
+        for seed in SEEDS
+        for method, beta in {"none": 0.0, **betas}.items()
+    ]
 
 
 def table(results: pd.DataFrame) -> str:
@@ -133,6 +140,11 @@ if __name__ == "__main__":
     is_pilot = "--pilot" in sys.argv
     if is_pilot:
         sys.argv.remove("--pilot")
-    name = "where_pilot" if is_pilot else "where"
-    files = HERE / f"{name}.csv", HERE / f"{name}_curves.csv"
-    main(Study(pilot() if is_pilot else plan(), *files, prepare), report, __doc__)
+        runs = pilot()
+    elif not PILOT.is_file():
+        sys.exit(f"{PILOT.name} is missing: run with --pilot first, which chooses the betas.")
+    else:
+        runs = plan(chosen_betas(read_results(PILOT)))
+    results = PILOT if is_pilot else HERE / "where.csv"
+    curves = results.with_name(f"{results.stem}_curves.csv")
+    main(Study(runs, results, curves, prepare), report, __doc__)
