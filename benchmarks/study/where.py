@@ -58,6 +58,8 @@ class Placed(Run):
         return [
             *(sys.executable, "-m", "prl_lightning", "fit", "--config", f"{HERE}/study.yaml"),
             *("--model.objective", json.dumps(objective)),
+            # Of study.yaml; a named reference is tracked without it.
+            *("--model.track_reference", str("references" not in objective).lower()),
             *("--data.updates_per_epoch", str(UPDATES), "--trainer.accumulate_grad_batches", "1"),
             *("--trainer.max_epochs", str(ITERATIONS)),
             *("--trainer.check_val_every_n_epoch", str(ITERATIONS)),
@@ -136,15 +138,17 @@ def report(results: Path, curves: Path, folder: Path) -> None:
     print(text)
 
 
+def study_of(runs: list[Run], results: Path) -> Study:
+    """Runs with their files."""
+    return Study(runs, results, results.with_name(f"{results.stem}_curves.csv"), prepare)
+
+
 if __name__ == "__main__":
-    is_pilot = "--pilot" in sys.argv
-    if is_pilot:
+    study = study_of(pilot(), PILOT)
+    if "--pilot" in sys.argv:
         sys.argv.remove("--pilot")
-        runs = pilot()
-    elif not PILOT.is_file():
-        sys.exit(f"{PILOT.name} is missing: run with --pilot first, which chooses the betas.")
+    elif study.missing():
+        sys.exit(f"{PILOT.name} has not all runs: run with --pilot first, which chooses the betas.")
     else:
-        runs = plan(chosen_betas(read_results(PILOT)))
-    results = PILOT if is_pilot else HERE / "where.csv"
-    curves = results.with_name(f"{results.stem}_curves.csv")
-    main(Study(runs, results, curves, prepare), report, __doc__)
+        study = study_of(plan(chosen_betas(read_results(PILOT))), HERE / "where.csv")
+    main(study, report, __doc__)
