@@ -9,6 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from prl_lightning.runs.text import markdown_table
+
 VARIANT = ["method", "beta", "steps"]
 SAME = ["mean@16", "pass@16", "pass@64", "maj@16"]
 MEASURES = [*SAME, *(f"longer_{name}" for name in SAME), "entropy", "kl_ref"]
@@ -21,29 +23,17 @@ CURVES = {
 }
 # Student's t, 97.5%, for 1, 2, 3 and so on degrees of freedom (any statistical table).
 T975 = [
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
     2.145,
-]
+]  # fmt: skip
 
 COLORS = list(matplotlib.colormaps["tab20"].colors[::2]) + ["black", "#ffb000", "#606060"]
 
 
 def half_width(values: pd.Series[float]) -> float:
-    """Half of the 95% interval of a mean over seeds; NaN for one seed."""
+    """Half of the 95% interval of a mean over seeds; NaN for one seed or none."""
     freedom = len(values) - 1
-    if freedom == 0:
+    if freedom < 1:
         return float("nan")
     return T975[freedom - 1] * float(values.std(ddof=1)) / len(values) ** 0.5
 
@@ -66,16 +56,16 @@ def table(results: pd.DataFrame) -> str:
     """Markdown: means over seeds with their intervals, and differences to GRPO."""
     differences = {measure: difference(results, measure) for measure in PAIRED}
     heads = [*VARIANT, "seeds", *MEASURES, *(f"{measure} - GRPO" for measure in PAIRED)]
-    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
+    lines = []
     for variant, rows in results.groupby(VARIANT, sort=False):
         cells = [str(value) for value in variant] + [str(len(rows))]
-        cells += [interval(rows[name].mean(), half_width(rows[name])) for name in MEASURES]
+        cells += [over_seeds(rows[name]) for name in MEASURES]
         for measure in PAIRED:
             known = differences[measure]
             is_known = variant in known.index
             cells.append(interval(*known.loc[variant], sign="+") if is_known else "")
-        lines.append(" | ".join(cells))
-    return "".join(f"| {line} |\n" for line in lines)
+        lines.append(cells)
+    return markdown_table(heads, lines) + "\n"
 
 
 def frpo_less(results: pd.DataFrame, method: str) -> str:
@@ -94,22 +84,17 @@ def frpo_less(results: pd.DataFrame, method: str) -> str:
     if len(rows) > 1:
         by_seed = paired.groupby("seed")
         rows.append(("all", by_seed.mean()[by_seed.size() == len(rows)]))
-    lines = [
-        " | ".join(
-            [method, beta, *(interval(d[m].mean(), half_width(d[m]), "+") for m in measures)]
-        )
-        for beta, d in rows
-    ]
-    return "".join(f"| {line} |\n" for line in lines)
+    lines = [[method, beta, *(over_seeds(d[m], "+") for m in measures)] for beta, d in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def frpo_table(results: pd.DataFrame) -> str:
     """FRPO less every other method with a beta and without steps."""
     heads = ["FRPO less", "beta", *SAME, "entropy", "kl_ref"]
-    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
     others = results[(results.beta > 0) & (results.steps == "") & (results.method != "frpo")]
-    head = "".join(f"| {line} |\n" for line in lines)
-    return head + "".join(frpo_less(results, method) for method in others.method.unique())
+    return f"{markdown_table(heads, [])}\n" + "".join(
+        frpo_less(results, method) for method in others.method.unique()
+    )
 
 
 def interval(mean: float, half: float, sign: str = "") -> str:
@@ -117,6 +102,17 @@ def interval(mean: float, half: float, sign: str = "") -> str:
     if pd.isna(mean):
         return ""
     return f"{mean:{sign}.3f}" + ("" if pd.isna(half) else f" ± {half:.3f}")
+
+
+def over_seeds(values: pd.Series[float], sign: str = "") -> str:
+    """The mean of values with its interval."""
+    return interval(values.mean(), half_width(values), sign)
+
+
+def plain(panel: Axes) -> None:
+    """A light grid, and no frame."""
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def draw(curves: pd.DataFrame, file: Path, beta: float) -> None:
@@ -131,8 +127,7 @@ def draw(curves: pd.DataFrame, file: Path, beta: float) -> None:
             label = f"{method} {steps}" if steps.isdigit() else method
             panel.plot(rows.groupby("iteration")[measure].mean(), label=label, lw=1.4)
         panel.set(title=title, xlabel="iteration")
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
+        plain(panel)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.suptitle(f"beta = {beta}")
     figure.savefig(file, dpi=110)
@@ -156,8 +151,7 @@ def draw_betas(results: pd.DataFrame, file: Path) -> None:
             )
         panel.set(title=measure, xlabel="beta", xscale="log")
         panel.set_ylim(bottom=0.0, top=None if measure == "kl_ref" else 1.0)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
+        plain(panel)
     figure.legend(*panel.get_legend_handles_labels(), loc="outside right")
     figure.savefig(file, dpi=110)
 

@@ -1,4 +1,4 @@
-"""Does the process reward find the wrong step? Each quantity that could, on wrong completions.
+"""Does the process reward find the wrong step? Each quantity that could, where slips are.
 
     python benchmarks/study/study.py          # makes the checkpoints, three of each run
     python benchmarks/study/credit.py         # rows of credit.csv that are missing, then the report
@@ -25,20 +25,19 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from credit_report import report
-from prl_lightning.arithmetic.problems import OPERATIONS
-from prl_lightning.functional import process_rewards, process_term
+from prl_lightning.arithmetic.problems import ANSWER_CLOSES, ANSWER_OPENS, OPERATIONS
+from prl_lightning.functional import process_rewards, process_term, token_logprobs
 from prl_lightning.functional.bootstrap import bootstrap_interval
 from prl_lightning.sampling import HFSampler
 from prl_lightning.sampling.base import SamplingConfig
 from prl_lightning.types import Prompt
-from study import RUNS, TASK, append
+from study import RUNS, TASK, Run, append, named_rows
 
 HERE = Path(__file__).parent
 RESULTS, EXAMPLE = HERE / "credit.csv", HERE / "credit_example.json"
 SAMPLES, MAX_NEW_TOKENS = 16, 144
 NAMED = ("method", "beta", "seed", "iteration")
 OF_EXAMPLE = {"method": "frpo", "beta": "0.03", "seed": "5", "iteration": 30}
-BOX = "\\boxed{"
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def lines_of(prompt: str, tokens: list[str]) -> list[Line]:
         written = "".join(tokens[start:end]).strip()
         is_answer = prompt[place] == "?"
         if is_answer:
-            expected = f"{BOX}{value}}}"
+            expected = f"{ANSWER_OPENS}{value}{ANSWER_CLOSES}"
         else:
             operator, digit = prompt[place], prompt[place + 1]
             result = OPERATIONS[operator](int(value), int(digit)) % TASK.modulus
@@ -128,15 +127,18 @@ def judge(scores: Tensor, is_slip: Tensor) -> tuple[float, float]:
     return float(auroc), float(is_slip[scores == scores.max()].double().mean())
 
 
+@torch.no_grad()
 def per_token_values(model: PreTrainedModel, prompt: Tensor, completions: list[Tensor]) -> Any:
     """Log-probabilities and entropies of completions of one prompt, lists of (T,)."""
     rows = pad_sequence([torch.cat([prompt, row]) for row in completions], batch_first=True)
-    with torch.no_grad():
-        logprobs = model(rows).logits[:, len(prompt) - 1 : -1].log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    picked = logprobs.gather(-1, rows[:, len(prompt) :, None])[..., 0]
-    lengths = [len(row) for row in completions]
-    return tuple([row[:n] for row, n in zip(x, lengths, strict=True)] for x in (picked, entropy))
+    targets = rows[:, len(prompt) :]
+    hidden = model.base_model(rows).last_hidden_state[:, len(prompt) - 1 : -1]
+    head = model.get_output_embeddings().weight
+    values = token_logprobs(hidden.flatten(0, 1), head, targets.flatten())
+    return tuple(
+        [row[: len(own)] for row, own in zip(x.view_as(targets), completions, strict=True)]
+        for x in values
+    )
 
 
 @dataclass
@@ -145,7 +147,8 @@ class Judged:
 
     Attributes:
         found: by quantity, AUROC and hit@1 of each problem's completions.
-        chance: share of slips among the lines, by problem.
+        chance: share of slips among the lines, by completion.
+        completions: number of them.
     """
 
     found: dict[str, list[Tensor]]
@@ -209,15 +212,12 @@ class Judge:
             kept = [(c, found) for c in completions if (found := self.slips(prompt, c))]
             if not kept:
                 continue
-            ids = torch.tensor(self.tokenizer(prompt)["input_ids"])
-            rows = [c for c, _ in kept]
-            policy, entropy = per_token_values(self.model, ids, rows)
-            reference, _ = per_token_values(self.base, ids, rows)
             of_problem: dict[str, list[tuple[float, float]]] = {}
-            for (_, lines), *values in zip(kept, policy, reference, entropy, strict=True):
+            values = self.values(prompt, [completion for completion, _ in kept])
+            for (_, lines), of_tokens in zip(kept, values, strict=True):
                 is_slip = torch.tensor([line.is_slip for line in lines])
                 judged.chance.append(float(is_slip.double().mean()))
-                for name, scores in quantities(*values).items():
+                for name, scores in of_tokens.items():
                     of_lines = torch.stack([scores[line.tokens].mean() for line in lines])
                     of_problem.setdefault(name, []).append(judge(of_lines, is_slip))
             judged.completions += len(kept)
@@ -225,29 +225,32 @@ class Judge:
                 judged.found.setdefault(name, []).append(torch.tensor(found).mean(0))
         return judged
 
-    def example(self) -> dict[str, Any]:
-        """The first of ``model``'s completions with one slip: each token with its quantities."""
-        for prompt, completions in zip(self.problems, self.sample(), strict=True):
+    def values(self, prompt: str, completions: list[Tensor]) -> list[dict[str, Tensor]]:
+        """The quantities at each token of each completion."""
+        ids = torch.tensor(self.tokenizer(prompt)["input_ids"])
+        policy, entropy = per_token_values(self.model, ids, completions)
+        reference, _ = per_token_values(self.base, ids, completions)
+        return [quantities(*of_one) for of_one in zip(policy, reference, entropy, strict=True)]
+
+    def example(self, groups: list[list[Tensor]]) -> dict[str, Any]:
+        """The first completion with one slip: each token with ``model``'s quantities."""
+        for prompt, completions in zip(self.problems, groups, strict=True):
             for completion in completions:
-                lines = self.slips(prompt, completion)
-                if sum(line.is_slip for line in lines) != 1:
+                slips = [line.tokens for line in self.slips(prompt, completion) if line.is_slip]
+                if len(slips) != 1:
                     continue
-                ids = torch.tensor(self.tokenizer(prompt)["input_ids"])
-                (policy,), (entropy,) = per_token_values(self.model, ids, [completion])
-                (reference,), _ = per_token_values(self.base, ids, [completion])
-                values = quantities(policy, reference, entropy)
+                (values,) = self.values(prompt, [completion])
                 return {
                     "prompt": prompt,
                     "tokens": self.texts(completion),
-                    "slips": [[x.tokens.start, x.tokens.stop] for x in lines if x.is_slip],
+                    "slips": [[tokens.start, tokens.stop] for tokens in slips],
                     "quantities": {k: [round(x, 4) for x in v.tolist()] for k, v in values.items()},
                 }
         raise RuntimeError("no completion has exactly one slip")
 
     def texts(self, completion: Tensor) -> list[str]:
         """Its tokens as text, without the end of the sequence."""
-        tokens = self.tokenizer.convert_ids_to_tokens(completion.tolist()[:-1])
-        return [token.replace("Ċ", "\n") for token in tokens]
+        return self.tokenizer.batch_decode(completion[:-1, None])
 
     def slips(self, prompt: str, completion: Tensor) -> list[Line]:
         """The lines of a completion that has slips and right lines; else none."""
@@ -259,9 +262,9 @@ def checkpoints() -> Iterator[tuple[dict[str, Any], Path]]:
     """The checkpoints of all finished runs, with the columns that name them."""
     with (HERE / "results.csv").open(newline="") as rows:
         for row in csv.DictReader(rows):
-            name = "-".join(row[k] for k in ("method", "beta", "steps", "seed") if row[k])
+            run = Run(row["method"], float(row["beta"]), row["steps"], int(row["seed"]))
             named = {key: row[key] for key in ("method", "beta", "seed")}
-            for file in sorted((RUNS / name).glob("version_*/checkpoints/epoch=*.ckpt")):
+            for file in sorted((RUNS / run.name).glob("version_*/checkpoints/epoch=*.ckpt")):
                 iteration = int(file.stem.partition("=")[2].partition("-")[0]) + 1
                 yield named | {"iteration": iteration}, file
 
@@ -270,25 +273,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--report", action="store_true", help="no further rows")
     if not parser.parse_args().report:
-        done = []
-        if RESULTS.is_file():
-            with RESULTS.open(newline="") as rows:
-                done = [
-                    (r["method"], r["beta"], r["seed"], r["iteration"])
-                    for r in csv.DictReader(rows)
-                ]
+        done = named_rows(RESULTS, NAMED)
         judge_of = Judge()
         for named, file in checkpoints():
-            if tuple(str(value) for value in named.values()) in done:
+            if tuple(map(str, named.values())) in done:
                 continue
             judge_of.load(file)
-            own = judge_of.judge(judge_of.sample())
-            of_base = judge_of.judge(judge_of.of_base)
-            for whose, judged in (("own", own), ("base", of_base)):
-                append(RESULTS, [named | {"completions_of": whose} | row for row in judged.rows()])
+            own = judge_of.sample()
+            for whose, groups in (("own", own), ("base", judge_of.of_base)):
+                rows = judge_of.judge(groups).rows()
+                append(RESULTS, [named | {"completions_of": whose} | row for row in rows])
             if named == OF_EXAMPLE:
-                EXAMPLE.write_text(json.dumps(judge_of.example()))
-            print(named, own.completions, flush=True)
+                EXAMPLE.write_text(json.dumps(judge_of.example(own)))
+            print(named, flush=True)
     report(RESULTS, EXAMPLE, HERE)
 
 

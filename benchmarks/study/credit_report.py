@@ -9,7 +9,8 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from compare import half_width, interval
+from compare import over_seeds, plain
+from prl_lightning.runs.text import markdown_table
 
 COLORS = matplotlib.colormaps["tab10"].colors
 RUN = ["method", "beta"]
@@ -19,13 +20,13 @@ def table(found: pd.DataFrame) -> str:
     """Markdown: AUROC and hit@1 after the last iteration, means over runs with their intervals."""
     last = found[found.iteration == found.iteration.max()]
     heads = ["completions of", *RUN, "seeds", "quantity", "AUROC", "hit@1", "share of slips"]
-    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
+    lines = []
     for names, rows in last.groupby(["completions_of", *RUN, "quantity"], sort=False):
         *run, quantity = names
-        cells = [*map(str, run), str(len(rows)), str(quantity)]
-        cells += [interval(rows[m].mean(), half_width(rows[m])) for m in ("auroc", "hit@1")]
-        lines.append(" | ".join([*cells, f"{rows.chance.mean():.3f}"]))
-    return "".join(f"| {line} |\n" for line in lines)
+        found_by = (over_seeds(rows[m]) for m in ("auroc", "hit@1"))
+        named = [*map(str, run), str(len(rows)), str(quantity)]
+        lines.append([*named, *found_by, f"{rows.chance.mean():.3f}"])
+    return markdown_table(heads, lines) + "\n"
 
 
 def draw(found: pd.DataFrame, file: Path) -> None:
@@ -48,8 +49,7 @@ def draw(found: pd.DataFrame, file: Path) -> None:
             panel.set(
                 title=f"{method} {beta or ''}".strip() + f": {whose} completions", ylim=(0.2, 1.02)
             )
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.grid(alpha=0.25)
+            plain(panel)
         axes[1, column].set(xlabel="iteration", xticks=sorted(found.iteration.unique()))
     axes[0, 0].set_ylabel("AUROC of slips, by line")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)

@@ -10,15 +10,15 @@ of configs/smollm2.yaml and beta is the package's default, for every method.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from compare import half_width, interval, read_results
-from study import ROOT, RUNS, Run, Study, main
+from compare import over_seeds, read_results
+from prl_lightning.runs.text import markdown_table
+from study import Run, Study, main, method_files
 
 HERE = Path(__file__).parent
 SEEDS = range(4)
@@ -39,20 +39,15 @@ METHODS = {
 class RealRun(Run):
     """A run of one of METHODS, or "base" for the model that all start from."""
 
-    @property
-    def name(self) -> str:
-        return f"real-{super().name}"
+    config = HERE / "real.yaml"
+    prefix = "real-"
 
-    def command(self) -> list[str]:
-        """The command line, as a user has it."""
-        word = "validate" if self.method == "base" else "fit"
-        command = [sys.executable, "-m", "prl_lightning", word, "--config", f"{HERE}/real.yaml"]
-        for file in METHODS.get(self.method, ()):
-            command += ["--config", f"{ROOT}/configs/methods/{file}.yaml"]
+    def options(self) -> list[str]:
+        """See ``Run.options``."""
+        options = method_files(*METHODS.get(self.method, ()))
         if self.method == "frpo-maxrl":
-            command += ["--model.objective.kl", "process"]  # maxrl.yaml has none
-        command += ["--seed_everything", str(self.seed), "--data.seed", str(self.seed)]
-        return [*command, "--trainer.default_root_dir", str(RUNS / self.name)]
+            options += ["--model.objective.kl", "process"]  # maxrl.yaml has none
+        return options
 
     def rows(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
         """A row for each task and level."""
@@ -77,7 +72,7 @@ def table(results: pd.DataFrame) -> str:
     """Markdown: each method's means over seeds, over the tasks and of each, and less GRPO."""
     heads = ["level", "task", "method", "seeds", *MEASURES, "entropy", "kl_ref"]
     heads += [f"{measure} - GRPO" for measure in MEASURES]
-    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
+    lines = []
     over_tasks = results.drop(columns=["steps", "task"]).groupby(
         ["method", "beta", "seed", "level"], sort=False
     )
@@ -86,17 +81,13 @@ def table(results: pd.DataFrame) -> str:
         grpo = of_task[of_task.method == "grpo"].set_index("seed")[MEASURES]
         for method, rows in of_task.groupby("method", sort=False):
             less = (rows.set_index("seed")[MEASURES] - grpo).dropna()
-            cells = [str(level), str(task), str(method), str(len(rows))]
-            for name in (*MEASURES, "entropy", "kl_ref"):
-                values = rows[name].astype(float)
-                cells.append(interval(values.mean(), half_width(values)))
             is_compared = method not in ("base", "grpo")
-            cells += [
-                interval(less[m].mean(), half_width(less[m]), "+") if is_compared else ""
-                for m in MEASURES
-            ]
-            lines.append(" | ".join(cells))
-    return "".join(f"| {line} |\n" for line in lines)
+            lines.append([
+                *(str(level), str(task), str(method), str(len(rows))),
+                *(over_seeds(rows[m].astype(float)) for m in (*MEASURES, "entropy", "kl_ref")),
+                *(over_seeds(less[m], "+") if is_compared else "" for m in MEASURES),
+            ])  # fmt: skip
+    return markdown_table(heads, lines) + "\n"
 
 
 def report(results: Path, curves: Path, folder: Path) -> None:

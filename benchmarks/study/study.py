@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from compare import report
 from prl_lightning.arithmetic import ArithmeticTask, draw_problems
@@ -67,22 +67,31 @@ class Run:
     steps: str = ""
     seed: int = 0
 
+    config: ClassVar[Path] = HERE / "study.yaml"
+    prefix: ClassVar[str] = ""  # of the folder's name
+
     @property
     def name(self) -> str:
-        return "-".join(str(value) for value in asdict(self).values() if value != "")
+        return self.prefix + "-".join(str(value) for value in asdict(self).values() if value != "")
 
     def command(self) -> list[str]:
         """The command line, as a user has it."""
         word = "validate" if self.method == "base" else "fit"
-        command = [sys.executable, "-m", "prl_lightning", word, "--config", f"{HERE}/study.yaml"]
-        if self.method != "base":
-            command += ["--config", f"{ROOT}/configs/methods/{self.method}.yaml"]
+        return [
+            *(sys.executable, "-m", "prl_lightning", word, "--config", str(self.config)),
+            *self.options(),
+            *("--seed_everything", str(self.seed), "--data.seed", str(self.seed)),
+            *("--trainer.default_root_dir", str(RUNS / self.name)),
+        ]
+
+    def options(self) -> list[str]:
+        """What the command lays over the configuration."""
+        options = [] if self.method == "base" else method_files(self.method)
         if self.beta:
-            command += ["--model.objective.beta", str(self.beta)]
+            options += ["--model.objective.beta", str(self.beta)]
         if self.steps:
-            command += ["--model.objective.steps", self.steps]
-        command += ["--seed_everything", str(self.seed), "--data.seed", str(self.seed)]
-        return [*command, "--trainer.default_root_dir", str(RUNS / self.name)]
+            options += ["--model.objective.steps", self.steps]
+        return options
 
     def rows(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
         """What is kept of the run's metrics.
@@ -96,6 +105,11 @@ class Run:
             names = ("pass@16", "pass@64", "maj@16")
             row |= {f"{prefix}{name}": last[f"val/{where}/{name}"] for name in names}
         return [row | {name: last.get(f"train/{name}", "") for name in ("entropy", "kl_ref")}]
+
+
+def method_files(*methods: str) -> list[str]:
+    """Options for files of configs/methods, laid over each other."""
+    return [word for m in methods for word in ("--config", f"{ROOT}/configs/methods/{m}.yaml")]
 
 
 def plan() -> list[Run]:
@@ -175,6 +189,14 @@ def append(file: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def named_rows(file: Path, columns: Sequence[str]) -> set[tuple[str, ...]]:
+    """What some columns of a CSV file have; nothing if there is no file."""
+    if not file.is_file():
+        return set()
+    with file.open(newline="") as rows:
+        return {tuple(row[key] for key in columns) for row in csv.DictReader(rows)}
+
+
 @dataclass(frozen=True)
 class Study:
     """Runs, and the files that keep what came out of them.
@@ -193,10 +215,7 @@ class Study:
 
     def missing(self) -> list[Run]:
         """What of the plan has no row."""
-        if not self.results.is_file():
-            return list(self.plan)
-        with self.results.open(newline="") as rows:
-            done = {tuple(row[key] for key in NAMED) for row in csv.DictReader(rows)}
+        done = named_rows(self.results, NAMED)
         return [run for run in self.plan if tuple(map(str, asdict(run).values())) not in done]
 
     def carry_out(self, jobs: int, threads: int) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from compare import half_width, interval, read_results
-from study import RUNS, Run, Study, main, prepare
+from compare import over_seeds, plain, read_results
+from prl_lightning.runs.text import markdown_table
+from study import Run, Study, main, prepare
 
 HERE = Path(__file__).parent
 PILOT = HERE / "where_pilot.csv"
@@ -43,12 +44,10 @@ MEASURES = ["mean@16", "pass@16", "maj@16", "longer_mean@16", "entropy", "kl_ref
 class Placed(Run):
     """A run whose method is "none", "loss" (the KL in the loss) or one of TERMS."""
 
-    @property
-    def name(self) -> str:
-        return f"where-{super().name}"
+    prefix = "where-"
 
-    def command(self) -> list[str]:
-        """The command line, as a user has it."""
+    def options(self) -> list[str]:
+        """See ``Run.options``."""
         objective: dict[str, Any] = {"outcome": "grpo", "kl": self.method}
         if self.method == "loss":
             objective["beta"] = self.beta
@@ -56,15 +55,12 @@ class Placed(Run):
             objective["kl"] = "process"
             objective["references"] = {"base": {"beta": self.beta, **TERMS[self.method]}}
         return [
-            *(sys.executable, "-m", "prl_lightning", "fit", "--config", f"{HERE}/study.yaml"),
             *("--model.objective", json.dumps(objective)),
             # Of study.yaml; a named reference is tracked without it.
             *("--model.track_reference", str("references" not in objective).lower()),
             *("--data.updates_per_epoch", str(UPDATES), "--trainer.accumulate_grad_batches", "1"),
             *("--trainer.max_epochs", str(ITERATIONS)),
             *("--trainer.check_val_every_n_epoch", str(ITERATIONS)),
-            *("--seed_everything", str(self.seed), "--data.seed", str(self.seed)),
-            *("--trainer.default_root_dir", str(RUNS / self.name)),
         ]
 
 
@@ -93,18 +89,17 @@ def plan(betas: dict[str, float]) -> list[Run]:
 def table(results: pd.DataFrame) -> str:
     """Markdown: each variant, and plain less each other variant of the same seed."""
     heads = ["variant", "beta", "seeds", *MEASURES, *(f"plain less it: {m}" for m in MEASURES)]
-    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
-    plain = results[results.method == "plain"].set_index("seed")
+    own = results[(results.method == "plain") & (results.beta == PLAIN_BETA)].set_index("seed")
+    lines = []
     for (method, beta), rows in results.groupby(["method", "beta"], sort=False):
-        less = (plain[MEASURES] - rows.set_index("seed")[MEASURES]).dropna()
-        cells = [str(method), str(beta), str(len(rows))]
-        cells += [interval(rows[m].mean(), half_width(rows[m])) for m in MEASURES]
+        less = (own[MEASURES] - rows.set_index("seed")[MEASURES]).dropna()
         is_plain = method == "plain"
-        cells += [
-            "" if is_plain else interval(less[m].mean(), half_width(less[m]), "+") for m in MEASURES
-        ]
-        lines.append(" | ".join(cells))
-    return "".join(f"| {line} |\n" for line in lines)
+        lines.append([
+            *(str(method), str(beta), str(len(rows))),
+            *(over_seeds(rows[m]) for m in MEASURES),
+            *("" if is_plain else over_seeds(less[m], "+") for m in MEASURES),
+        ])  # fmt: skip
+    return markdown_table(heads, lines) + "\n"
 
 
 def draw(results: pd.DataFrame, file: Path) -> None:
@@ -114,17 +109,10 @@ def draw(results: pd.DataFrame, file: Path) -> None:
         for method, rows in results.groupby("method", sort=False):
             dots = panel.scatter(rows.kl_ref, rows[measure], s=9, alpha=0.5)
             color = dots.get_facecolor()[0, :3]
-            panel.scatter(
-                rows.kl_ref.mean(),
-                rows[measure].mean(),
-                s=70,
-                color=color,
-                label=method,
-                marker="D",
-            )
+            mean = rows[["kl_ref", measure]].mean()
+            panel.scatter(*mean, s=70, color=color, label=method, marker="D")
         panel.set(xlabel="KL to the reference, nats a token", ylabel=measure)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25)
+        plain(panel)
     figure.legend(*panel.get_legend_handles_labels(), loc="outside right")
     figure.savefig(file, dpi=110)
 
