@@ -1,4 +1,4 @@
-"""What credit.py measures: slips by their definition, and the figures on values that are known."""
+"""What credit.py and credit_real.py measure: slips by definition, figures on known values."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from credit import judge, lines_of, quantities
+from credit import lines_of
+from credit_real import equations_of
 from credit_report import table
+from judging import Judge, Problems, Step, judge, quantities
 from prl_lightning.arithmetic.problems import Problem
 from study import TASK
 
@@ -86,3 +88,54 @@ def test_the_table_is_of_the_last_iteration_and_over_seeds() -> None:
     ]
     (line,) = table(pd.DataFrame(rows)).splitlines()[2:]
     assert line == ("| own | frpo | 0.03 | 2 | entropy | 0.700 ± 1.271 | 0.500 ± 0.000 | 0.200 |")
+
+
+@pytest.mark.parametrize(
+    ("text", "equations"),
+    [
+        ("5 * 9 = 45", {"5 * 9 = 45": False}),
+        ("1. 98 × 93 = 8,562.\n2. 2+3*4 = 14", {"98 × 93 = 8,562": True, "2+3*4 = 14": False}),
+        ("12 = 2 * 6 = 3 * 4, and 1 - 4 = -3", {"12 = 2 * 6 = 3 * 4": False, "1 - 4 = -3": False}),
+        ("20 = 2 * 5 * 2 = 10", {"20 = 2 * 5 * 2 = 10": True}),
+        ("x + 3 * 4 = 13 and (2 + 3) * 4 = 20", {}),  # parts of expressions with more in them
+        ("0.5 * 3 = 1.5, 6 / 3 * 2 = 4, 5 * 3 = 15.5", {}),  # not of whole numbers
+        ("The answer is 45 = 45", {}),  # no operation
+        ("7 + 5 = 12 + 1 = 13", {"7 + 5 = 12 + 1 = 13": True}),
+        ("5 * 9 = 4", {"5 * 9 = 4": True}),
+    ],
+)
+def test_equations_are_found_and_checked(text: str, equations: dict[str, bool]) -> None:
+    found = {text[step.tokens]: step.is_slip for step in equations_of("", list(text))}
+    assert found == equations
+
+
+@pytest.mark.parametrize("compares_completions", [False, True])
+def test_steps_are_compared_within_completions_or_over_a_problem(
+    tied_model: str, compares_completions: bool
+) -> None:
+    """Three completions of two steps: both slips, both right, one each."""
+    slips = [(True, True), (False, False), (False, True)]
+    completions = [torch.tensor([7 + row, 9, 8, 5 + row, 1]) for row in range(3)]
+    read = iter(slips)
+
+    def steps_of(prompt: str, tokens: list[str]) -> list[Step]:
+        assert len(tokens) == 4
+        first, second = next(read)
+        return [Step(slice(0, 2), first), Step(slice(2, 4), second)]
+
+    asked = Problems(["3+5="], steps_of, 1, 0.5, 4, compares_completions)
+    judge_of = Judge(tied_model, asked, batch_size=4)
+    judged = judge_of.judge([completions])
+    surprisal = []
+    for completion in completions:
+        ids = torch.cat([torch.tensor(judge_of.ids[0]), completion])
+        logprobs = (judge_of.model(ids[None]).logits[0] / 0.5).log_softmax(-1)
+        of_tokens = -logprobs[:-1].gather(1, ids[1:, None])[-5:, 0]
+        surprisal.append((of_tokens[:2].mean(), of_tokens[2:4].mean()))
+    kept = range(3) if compares_completions else [2]
+    values = [(slip, x) for k in kept for slip, x in zip(slips[k], surprisal[k], strict=True)]
+    pairs = [x > y for is_slip, x in values for right, y in values if is_slip and not right]
+    assert judged.completions == len(kept)
+    assert judged.chance == [0.5]
+    [(auroc, _)] = (found.tolist() for found in judged.found["policy's surprisal"])
+    assert auroc == pytest.approx(sum(pairs) / len(pairs))

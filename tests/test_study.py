@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import study
-from compare import difference, frpo_less, half_width, interval, report
+from compare import difference, frpo_less, half_width, interval, report, seeds_to_see
 from study import Run, Study
 
 pytestmark = pytest.mark.process
@@ -28,6 +28,12 @@ def row(method: str, seed: int, value: float) -> dict[str, Any]:
     return {"method": method, "beta": 0.1 * (method == "frpo"), "steps": "", "seed": seed} | {
         **values, "entropy": 0.3, "kl_ref": 0.01, "seconds": 100,
     }  # fmt: skip
+
+
+def test_seeds_to_see_a_difference_by_hand() -> None:
+    """With a spread of 0.02: 3.182 * 0.02 / 2 is above 0.03, 2.776 * 0.02 / 2.236 below."""
+    assert seeds_to_see(pd.Series([0.0, 0.02, 0.04])) == 5
+    assert seeds_to_see(pd.Series([0.0, 0.1, 0.2])) == 45  # (2 * 0.1 / 0.03)^2 = 44.4
 
 
 def test_differences_are_paired_by_seed() -> None:

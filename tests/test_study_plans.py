@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 from jsonargparse import ArgumentParser
@@ -84,3 +86,25 @@ def test_a_run_lays_the_methods_files_over_the_real_models() -> None:
     assert first < second < command.index("--model.objective.kl process")
     assert command.count("real.yaml") == 1
     assert len(real.plan()) == 1 + 4 * 5
+
+
+def test_the_real_models_report_compares_within_seeds_and_over_tasks(tmp_path: Path) -> None:
+    """FRPO is 0.1 above GRPO in each seed, and at 0.2 and 0.4 in products, at 0.5 in the others."""
+    rows = [
+        {"method": method, "beta": 0.0, "steps": "", "seed": seed, "task": task, "level": level}
+        | dict.fromkeys(real.MEASURES, of_task + 0.1 * (method == "frpo"))
+        | {"entropy": 0.3, "kl_ref": 0.01 * (seed + 1), "seconds": 1}
+        for method in ("grpo", "frpo")
+        for seed, products in enumerate((0.1, 0.3))
+        for task, of_task in {"products": products, "chain_sum": 0.4, "gcd": 0.4}.items()
+        for level in ("same", "harder")
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "real.csv", index=False)
+    real.report(tmp_path / "real.csv", tmp_path / "curves.csv", tmp_path)
+    text = (tmp_path / "real.md").read_text()
+    # 0.4 and 0.467 over the tasks; t of one degree of freedom is 12.706, sd/sqrt(2) 0.0333.
+    assert "| same | all | frpo | 2 | 0.433 ± 0.424 |" in text
+    assert text.count("+0.100 ± 0.000") == 2 * 4 * 3
+    assert "| harder | products | frpo | 2 | 0.300 ± 1.271 |" in text
+    assert "| frpo | same | 2 | 2 | 2 | 2 |" in text  # without a spread, two seeds are enough
+    assert (tmp_path / "real.png").stat().st_size > 10_000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -107,6 +109,38 @@ def interval(mean: float, half: float, sign: str = "") -> str:
 def over_seeds(values: pd.Series[float], sign: str = "") -> str:
     """The mean of values with its interval."""
     return interval(values.mean(), half_width(values), sign)
+
+
+def seeds_to_see(differences: pd.Series[float], width: float = 0.03) -> int:
+    """Seeds at which the interval of a mean would be ± ``width``, by the spread of some seeds."""
+    spread = float(differences.std(ddof=1))
+    for seeds, t in enumerate(T975, 2):
+        if t * spread / seeds**0.5 <= width:
+            return seeds
+    return math.ceil((2 * spread / width) ** 2)  # t is 2 for many degrees of freedom
+
+
+def draw_against_drift(panels: Mapping[str, tuple[pd.DataFrame, str]], file: Path) -> None:
+    """A measure against the distance: a dot for each run, a diamond for each method's mean.
+
+    Args:
+        panels: by title, the runs, a row each, and the measure's column.
+        file: where to.
+    """
+    figure = Figure(figsize=(2.5 + 3.8 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    for panel, (title, (runs, measure)) in zip(axes, panels.items(), strict=True):
+        trained = runs[runs.method != "base"]
+        for color, (method, rows) in zip(
+            COLORS, trained.groupby("method", sort=False), strict=False
+        ):
+            panel.scatter(rows.kl_ref, rows[measure], s=9, alpha=0.5, color=color)
+            mean = rows[["kl_ref", measure]].mean()
+            panel.scatter(*mean, s=70, color=color, label=method, marker="D")
+        panel.set(title=title, xlabel="KL to the reference, nats a token", ylabel=measure)
+        plain(panel)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
+    figure.savefig(file, dpi=110)
 
 
 def plain(panel: Axes) -> None:

@@ -1,4 +1,4 @@
-"""The table and the pictures of credit.py."""
+"""The tables and the pictures of credit.py and credit_real.py."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def draw(found: pd.DataFrame, file: Path) -> None:
             )
             plain(panel)
         axes[1, column].set(xlabel="iteration", xticks=sorted(found.iteration.unique()))
-    axes[0, 0].set_ylabel("AUROC of slips, by line")
+    axes[0, 0].set_ylabel("AUROC of slips")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(file, dpi=110)
 
@@ -76,18 +76,17 @@ def draw_example(example: dict[str, object], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def report(results: Path, example: Path, folder: Path) -> None:
-    """Write credit.md, credit.png and credit_example.png.
+def report(results: Path, example: Path | None = None) -> None:
+    """Write a table and a picture beside the results, and the picture of an example.
 
     Args:
         results: CSV of what each checkpoint's quantities found.
         example: JSON of one completion.
-        folder: where to.
     """
     found = pd.read_csv(results)
     text = table(found)
-    (folder / "credit.md").write_text(text)
-    draw(found, folder / "credit.png")
-    if example.is_file():
-        draw_example(json.loads(example.read_text()), folder / "credit_example.png")
+    results.with_suffix(".md").write_text(text)
+    draw(found, results.with_suffix(".png"))
+    if example is not None:
+        draw_example(json.loads(example.read_text()), example.with_suffix(".png"))
     print(text)

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from compare import over_seeds, plain, read_results
+from compare import draw_against_drift, over_seeds, read_results
 from prl_lightning.runs.text import markdown_table
 from study import Run, Study, main, prepare
 
@@ -102,27 +101,13 @@ def table(results: pd.DataFrame) -> str:
     return markdown_table(heads, lines) + "\n"
 
 
-def draw(results: pd.DataFrame, file: Path) -> None:
-    """Reward against distance: a dot for each run, a larger one for each variant's mean."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for measure, panel in zip(("mean@16", "pass@16"), figure.subplots(1, 2), strict=True):
-        for method, rows in results.groupby("method", sort=False):
-            dots = panel.scatter(rows.kl_ref, rows[measure], s=9, alpha=0.5)
-            color = dots.get_facecolor()[0, :3]
-            mean = rows[["kl_ref", measure]].mean()
-            panel.scatter(*mean, s=70, color=color, label=method, marker="D")
-        panel.set(xlabel="KL to the reference, nats a token", ylabel=measure)
-        plain(panel)
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside right")
-    figure.savefig(file, dpi=110)
-
-
 def report(results: Path, curves: Path, folder: Path) -> None:
     """Write the table and the picture beside the results."""
     runs = read_results(results)
     text = table(runs)
     results.with_suffix(".md").write_text(text)
-    draw(runs, results.with_suffix(".png"))
+    panels = {measure: (runs, measure) for measure in ("mean@16", "pass@16")}
+    draw_against_drift(panels, results.with_suffix(".png"))
     print(text)
 
 
