@@ -90,9 +90,9 @@ def test_it_goes_on_where_it_stopped_and_reports(
     monkeypatch.setattr("sys.argv", ["study.py", "--jobs", "1"])
     small = Study(runs, tmp_path / "results.csv", tmp_path / "curves.csv")
     with pytest.raises(RuntimeError, match="killed"):
-        study.main(small, report, None)
+        study.main(lambda: small, report, None)
     assert small.missing() == [runs[3]]
-    study.main(small, report, None)
+    study.main(lambda: small, report, None)
     assert carried_out == [*runs, runs[3]]
     assert small.missing() == []
     table = (tmp_path / "table.md").read_text().splitlines()

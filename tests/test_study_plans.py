@@ -9,10 +9,11 @@ import pytest
 from jsonargparse import ArgumentParser
 
 import real
+import study
 import where
 from prl_lightning.objective import Objective
 from real import RealRun
-from study import Run
+from study import Run, Study
 
 pytestmark = pytest.mark.process
 
@@ -108,3 +109,17 @@ def test_the_real_models_report_compares_within_seeds_and_over_tasks(tmp_path: P
     assert "| harder | products | frpo | 2 | 0.300 ± 1.271 |" in text
     assert "| frpo | same | 2 | 2 | 2 | 2 |" in text  # without a spread, two seeds are enough
     assert (tmp_path / "real.png").stat().st_size > 10_000
+
+
+def test_the_pilot_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Study] = []
+    monkeypatch.setattr(Study, "carry_out", lambda self, jobs, threads: asked.append(self))
+    pilots = Study([], tmp_path / "pilot.csv", tmp_path / "curves.csv")
+    itself = Study([], tmp_path / "itself.csv", tmp_path / "curves.csv")
+    for words in (["--pilot"], []):
+        monkeypatch.setattr("sys.argv", ["where.py", *words])
+        study.main(lambda: itself, lambda *files: None, None, pilots)
+    assert asked == [pilots, itself]
+    unfinished = where.study_of(where.pilot(), tmp_path / "none.csv")
+    with pytest.raises(SystemExit, match="--pilot first"):
+        where.study_itself(unfinished)

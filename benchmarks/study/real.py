@@ -19,7 +19,7 @@ import pandas as pd
 
 from compare import draw_against_drift, over_seeds, read_results, seeds_to_see
 from prl_lightning.runs.text import markdown_table
-from study import Run, Study, main, method_files
+from study import Run, Study, last_values, main, method_files, of_training
 
 HERE = Path(__file__).parent
 SEEDS = range(4)
@@ -52,13 +52,12 @@ class RealRun(Run):
 
     def rows(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
         """A row for each task and level."""
-        last = {name: values[-1] for name, (_, values) in metrics.items()}
-        training = {name: last.get(f"train/{name}", "") for name in ("entropy", "kl_ref")}
+        last = last_values(metrics)
         return [
             asdict(self)
             | {"task": task, "level": level or "same"}
             | {m: last[f"val/{task}{level and '-'}{level}/{m}"] for m in MEASURES}
-            | training
+            | of_training(last)
             for task in TASKS
             for level in ("", "harder")
         ]
@@ -128,4 +127,5 @@ def report(results: Path, curves: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Study(plan(), HERE / "real.csv", HERE / "real_curves.csv"), report, __doc__)
+    files = HERE / "real.csv", HERE / "real_curves.csv"
+    main(lambda: Study(plan(), *files), report, __doc__)

@@ -98,13 +98,23 @@ class Run:
 
         The mean over 64 samples stands for mean@16, whose value it is.
         """
-        last = {name: values[-1] for name, (_, values) in metrics.items()}
+        last = last_values(metrics)
         row: dict[str, Any] = asdict(self)
         for prefix, where in (("", "same"), ("longer_", "longer")):
             row |= {f"{prefix}mean@16": last[f"val/{where}/mean@{SAMPLES}"]}
             names = ("pass@16", "pass@64", "maj@16")
             row |= {f"{prefix}{name}": last[f"val/{where}/{name}"] for name in names}
-        return [row | {name: last.get(f"train/{name}", "") for name in ("entropy", "kl_ref")}]
+        return [row | of_training(last)]
+
+
+def last_values(metrics: dict[str, Any]) -> dict[str, float]:
+    """What a run logged last."""
+    return {name: values[-1] for name, (_, values) in metrics.items()}
+
+
+def of_training(last: dict[str, float]) -> dict[str, Any]:
+    """Entropy and drift, "" where nothing was trained or measured."""
+    return {name: last.get(f"train/{name}", "") for name in ("entropy", "kl_ref")}
 
 
 def method_files(*methods: str) -> list[str]:
@@ -236,13 +246,19 @@ class Study:
                 raise
 
 
-def main(study: Study, report: Callable[[Path, Path, Path], None], about: str | None) -> None:
+def main(
+    study: Callable[[], Study],
+    report: Callable[[Path, Path, Path], None],
+    about: str | None,
+    pilot: Study | None = None,
+) -> None:
     """The command line of a study.
 
     Args:
-        study: what it runs.
+        study: makes what it runs.
         report: writes from results and curves into a folder.
         about: its help.
+        pilot: runs whose results the study needs.
     """
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -250,12 +266,15 @@ def main(study: Study, report: Callable[[Path, Path, Path], None], about: str | 
     parser.add_argument("--report", action="store_true", help="no runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
+    if pilot is not None:
+        parser.add_argument("--pilot", action="store_true", help="runs that the others need")
     args = parser.parse_args()
+    asked = pilot if pilot is not None and args.pilot else study()
     if not args.report:
-        study.carry_out(args.jobs, args.threads)
-    report(study.results, study.curves, study.results.parent)
+        asked.carry_out(args.jobs, args.threads)
+    report(asked.results, asked.curves, asked.results.parent)
 
 
 if __name__ == "__main__":
     files = HERE / "results.csv", HERE / "curves.csv"
-    main(Study(plan(), *files, prepare), report, __doc__)
+    main(lambda: Study(plan(), *files, prepare), report, __doc__)

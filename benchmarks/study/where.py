@@ -116,12 +116,13 @@ def study_of(runs: list[Run], results: Path) -> Study:
     return Study(runs, results, results.with_name(f"{results.stem}_curves.csv"), prepare)
 
 
-if __name__ == "__main__":
-    study = study_of(pilot(), PILOT)
-    if "--pilot" in sys.argv:
-        sys.argv.remove("--pilot")
-    elif study.missing():
+def study_itself(pilots: Study) -> Study:
+    """The runs at the betas that the pilot's chose."""
+    if pilots.missing():
         sys.exit(f"{PILOT.name} has not all runs: run with --pilot first, which chooses the betas.")
-    else:
-        study = study_of(plan(chosen_betas(read_results(PILOT))), HERE / "where.csv")
-    main(study, report, __doc__)
+    return study_of(plan(chosen_betas(read_results(PILOT))), HERE / "where.csv")
+
+
+if __name__ == "__main__":
+    pilots = study_of(pilot(), PILOT)
+    main(lambda: study_itself(pilots), report, __doc__, pilots)
