@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from prl_lightning.arithmetic.problems import Traced
-from prl_lightning.runs.progress import is_interactive
+from prl_lightning.runs.progress import bar_or_lines
 
 IGNORED = -100
 
@@ -102,10 +100,13 @@ def train_base_model(
         optimizer, learning_rate, total_steps=steps, pct_start=0.05
     )
     batches = islice(trace_batches(problems, tokenizer, error_rate, batch_size, seed), steps)
-    for input_ids, labels in tqdm(batches, total=steps, disable=not is_interactive(sys.stderr)):
-        optimizer.zero_grad()
-        model(input_ids=input_ids, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+    with bar_or_lines("Base model", steps) as advance:
+        for input_ids, labels in batches:
+            optimizer.zero_grad()
+            loss = model(input_ids=input_ids, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            advance(1, f"loss {loss.item():.3f}")
     return model

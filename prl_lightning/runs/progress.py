@@ -73,16 +73,32 @@ def progress_bar(trainer: Trainer, label: str, total: int) -> Iterator[Advance]:
     elif isinstance(bar, RichProgressBar) and bar.progress and bar.progress.live.is_started:
         with _rich_line(bar, bar.progress, label, total) as advance:
             yield advance
-    elif not is_interactive(sys.stderr):
-        yield _lines(label, total)
     else:
-        with tqdm(total=total, desc=label, delay=DELAY_SECONDS, leave=False) as own:
-
-            def advance(count: int, note: str) -> None:
-                own.set_postfix_str(note, refresh=False)
-                own.update(count)
-
+        with bar_or_lines(label, total) as advance:
             yield advance
+
+
+@contextmanager
+def bar_or_lines(label: str, total: int) -> Iterator[Advance]:
+    """Show a tqdm bar that disappears at the end, or where nobody sees it a line a minute.
+
+    Args:
+        label: of the bar.
+        total: number of items.
+
+    Yields:
+        See ``progress_bar``.
+    """
+    if not is_interactive(sys.stderr):
+        yield _lines(label, total)
+        return
+    with tqdm(total=total, desc=label, delay=DELAY_SECONDS, leave=False) as bar:
+
+        def advance(count: int, note: str) -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(count)
+
+        yield advance
 
 
 def print_iteration(trainer: Trainer) -> None:

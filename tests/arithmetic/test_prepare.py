@@ -18,6 +18,7 @@ from prl_lightning.arithmetic import (
     make_tokenizer,
 )
 from prl_lightning.models.loading import stop_token_ids
+from prl_lightning.runs import progress
 
 TINY = ArithmeticTask(
     folder="", train_problems=40, heldout_problems=10, base_steps=2, hidden_size=32, layers=1
@@ -169,10 +170,18 @@ def test_labels_are_the_trace_and_its_end_alone() -> None:
     assert len(prompts) == 2
 
 
-def test_no_bar_of_the_training_is_drawn_into_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_gets_lines_of_the_training_and_no_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line a minute: none in a moment, one for each step if a minute were no time at all."""
     problems = list(islice(draw_problems(3, 3, 0), 4))
-    base_model.train_base_model(problems, make_tokenizer(), hidden_size=32, layers=1, steps=2)
-    assert capsys.readouterr() == ("", "")
+    for seconds in (progress.LINE_SECONDS, 0.0):
+        monkeypatch.setattr(progress, "LINE_SECONDS", seconds)
+        base_model.train_base_model(problems, make_tokenizer(), hidden_size=32, layers=1, steps=2)
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.partition(" after ")[0] for line in lines] == [
+            f"Base model: {step} of 2" for step in ((1, 2) if seconds == 0 else ())
+        ]
 
 
 def test_training_learns_the_traces() -> None:
