@@ -34,21 +34,19 @@ BETAS = dict.fromkeys((*where.TERMS, "loss"), 0.1)
 
 
 def test_each_variant_runs_at_the_beta_nearest_to_plain_in_the_pilot() -> None:
-    """Plain at 0.03 is 0.04 away from the reference; local is at 0.1, the loss is at 0.3."""
+    """Plain ends at 0.04, of the others local is nearest at 0.1 and the loss at 0.3."""
     far = {
-        "plain": (0.04, 0.03, 0.02), "local": (0.06, 0.041, 0.03), "loss": (0.09, 0.07, 0.05),
+        ("plain", 0.03): 0.04, ("local", 0.03): 0.06, ("local", 0.1): 0.041, ("local", 0.3): 0.03,
+        ("loss", 0.1): 0.07, ("loss", 0.3): 0.05,
     }  # fmt: skip
-    rows = [
-        {"method": method, "beta": beta, "kl_ref": kl}
-        for method, values in far.items()
-        for beta, kl in zip(where.PILOT_BETAS, values, strict=True)
-    ]
+    rows = [{"method": m, "beta": beta, "kl_ref": kl} for (m, beta), kl in far.items()]
     betas = where.chosen_betas(pd.DataFrame(rows))
     assert betas == {"plain": 0.03, "local": 0.1, "loss": 0.3}
     plan = where.plan(betas)
     assert len(set(plan)) == len(plan) == 8 * 4
     assert where.PILOT_SEED not in {run.seed for run in plan}
     assert {run.seed for run in where.pilot()} == {where.PILOT_SEED}
+    assert {run.method for run in where.pilot()} == {*where.TERMS, "loss"}
 
 
 def test_a_variant_differs_from_plain_in_its_own_setting() -> None:

@@ -1,6 +1,6 @@
 """Does it matter where the process term goes? The term of FRPO moved, cut, scaled and centred.
 
-    python benchmarks/study/where.py --pilot    # one seed at three betas, into where_pilot.csv
+    python benchmarks/study/where.py --pilot    # one seed at some betas, into where_pilot.csv
     python benchmarks/study/where.py            # then: runs missing from where.csv, then where.md
 
 The problem is that of study.py, with four updates a rollout instead of one, so that the importance
@@ -35,7 +35,15 @@ TERMS: dict[str, dict[str, Any]] = {
     "local": {"discount": 0.0},
 }
 PLAIN_BETA = 0.03
-PILOT_BETAS = (0.03, 0.1, 0.3)
+# The terms without the sum over some 80 later tokens are weaker, and need a larger beta.
+PILOT_BETAS = {
+    "plain": (PLAIN_BETA,),
+    "shuffled": (0.03, 0.1),
+    "centred": (0.03, 0.1),
+    "per_length": (0.03, 0.1, 1.0, 3.0),
+    "local": (0.03, 0.1, 0.3, 1.0),
+    "loss": (0.03, 0.1),
+}
 MEASURES = ["mean@16", "pass@16", "maj@16", "longer_mean@16", "entropy", "kl_ref"]
 
 
@@ -65,7 +73,7 @@ class Placed(Run):
 
 def pilot() -> list[Run]:
     """Every beta of every variant, on the pilot's seed."""
-    return [Placed(m, beta, seed=PILOT_SEED) for beta in PILOT_BETAS for m in (*TERMS, "loss")]
+    return [Placed(m, beta, seed=PILOT_SEED) for m, betas in PILOT_BETAS.items() for beta in betas]
 
 
 def chosen_betas(pilots: pd.DataFrame) -> dict[str, float]:
