@@ -109,6 +109,24 @@ def test_the_real_models_report_compares_within_seeds_and_over_tasks(tmp_path: P
     assert (tmp_path / "real.png").stat().st_size > 10_000
 
 
+def test_the_report_of_the_places_subtracts_from_plain_in_each_seed(tmp_path: Path) -> None:
+    """Local is 0.06 and 0.02 above plain, and ended first: -0.04, t 12.706, sd/sqrt(2) 0.02."""
+    rows = [
+        {"method": method, "beta": beta, "steps": "", "seed": seed}
+        | dict.fromkeys(where.MEASURES, value)
+        for method, beta, values in (("local", 0.1, (0.36, 0.42)), ("plain", 0.03, (0.3, 0.4)))
+        for seed, value in enumerate(values)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "where.csv", index=False)
+    where.report(tmp_path / "where.csv", tmp_path / "curves.csv", tmp_path)
+    plain, local = (tmp_path / "where.md").read_text().splitlines()[2:]
+    assert plain.startswith("| plain | 0.03 | 2 | 0.350 ± 0.635 |")
+    assert local.startswith("| local | 0.1 | 2 | 0.390 ± 0.381 |")
+    assert local.count("-0.040 ± 0.254") == len(where.MEASURES)
+    assert local.endswith("| 6 |")  # t 2.571 of 6 seeds, sd 0.0283
+    assert (tmp_path / "where.png").stat().st_size > 10_000
+
+
 def test_the_pilot_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[Study] = []
     monkeypatch.setattr(Study, "carry_out", lambda self, jobs, threads: asked.append(self))

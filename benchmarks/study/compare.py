@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -43,6 +43,11 @@ def half_width(values: pd.Series[float]) -> float:
 def read_results(file: Path) -> pd.DataFrame:
     """The rows; steps are "" where a method has none."""
     return pd.read_csv(file, dtype={"steps": str}).fillna({"steps": ""})
+
+
+def in_order(runs: pd.DataFrame, methods: Iterable[str]) -> pd.DataFrame:
+    """Rows by method. In a file they are in the order in which runs ended."""
+    return pd.concat([runs[runs.method == method] for method in methods])
 
 
 def difference(results: pd.DataFrame, measure: str) -> pd.DataFrame:

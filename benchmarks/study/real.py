@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from compare import draw_against_drift, over_seeds, read_results, seeds_to_see
+from compare import draw_against_drift, in_order, over_seeds, read_results, seeds_to_see
 from prl_lightning.runs.text import markdown_table
 from study import Run, Study, last_values, main, method_files, of_training
 
@@ -113,7 +113,7 @@ def power(results: pd.DataFrame) -> str:
 
 def report(results: Path, curves: Path, folder: Path) -> None:
     """Write real.md and real.png."""
-    found = read_results(results)
+    found = in_order(read_results(results), ("base", *METHODS))
     text = f"{table(found)}\n{power(found)}"
     (folder / "real.md").write_text(text)
     by_level = dict(list(mean_over_tasks(found).groupby("level", sort=False)))
