@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from credit import lines_of
-from credit_real import equations_of
+from credit_real import claims_of
 from credit_report import table
 from judging import Judge, Problems, Step, judge, quantities
 from prl_lightning.arithmetic.problems import Problem
@@ -91,7 +91,7 @@ def test_the_table_is_of_the_last_iteration_and_over_seeds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "equations"),
+    ("text", "claims"),
     [
         ("5 * 9 = 45", {"5 * 9 = 45": False}),
         ("1. 98 × 93 = 8,562.\n2. 2+3*4 = 14", {"98 × 93 = 8,562": True, "2+3*4 = 14": False}),
@@ -102,11 +102,19 @@ def test_the_table_is_of_the_last_iteration_and_over_seeds() -> None:
         ("The answer is 45 = 45", {}),  # no operation
         ("7 + 5 = 12 + 1 = 13", {"7 + 5 = 12 + 1 = 13": True}),
         ("5 * 9 = 4", {"5 * 9 = 4": True}),
+        (
+            "The GCD of 18 and 12 is 6. Greatest common divisor (GCD) of 1,000 and 12 is 8.",
+            {
+                "GCD of 18 and 12 is 6": False,
+                "Greatest common divisor (GCD) of 1,000 and 12 is 8": True,
+            },
+        ),
+        ("The GCD of 18, 12 and 6 is 6, of 18 and 12 is 3 * 2; 18 and 12 is 30", {}),
     ],
 )
-def test_equations_are_found_and_checked(text: str, equations: dict[str, bool]) -> None:
-    found = {text[step.tokens]: step.is_slip for step in equations_of("", list(text))}
-    assert found == equations
+def test_claims_are_found_and_checked(text: str, claims: dict[str, bool]) -> None:
+    found = {text[step.tokens]: step.is_slip for step in claims_of("", list(text))}
+    assert found == claims
 
 
 @pytest.mark.parametrize("compares_completions", [False, True])

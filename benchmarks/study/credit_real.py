@@ -5,8 +5,9 @@ r"""Which quantity finds the wrong equation of a real model? credit.py's questio
     python benchmarks/study/credit_real.py --report
 
 A real model's steps are what it wishes to write. What can be checked are its equations, such as
-"3 * 14 = 42": wrong ones are slips. Most completions have one, so they are compared over the
-completions of a problem. The problems are those of the evaluation, of the level of the training.
+"3 * 14 = 42", and claims such as "the GCD of 8 and 12 is 4": wrong ones are slips. A completion
+rarely has two, so they are compared over the completions of a problem. The problems are those of
+the evaluation, of the level of the training.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ EQUATION = re.compile(
     rf"(?<![\w.,/^+*×=-])(?<![/^+*×=-]\s){SIDE}(?:\s*=\s*{SIDE})+(?![.,]?\d|\s*[/^=(*×+-]|\w)"
 )
 
+DIVISOR = re.compile(
+    rf"(?i)(?:gcd|greatest common (?:divisor|factor))[^.\n\d]*({NUMBER}),? and ({NUMBER}) (?:is|=) "
+    rf"({NUMBER})(?![.,]?\d|\s*[-/^=(*×+]|\w)"
+)
+
 
 def value_of(side: str) -> int:
     """The value of a sum of products of whole numbers.
@@ -49,34 +55,46 @@ def value_of(side: str) -> int:
         -986
     """
     terms = re.findall(rf"[-+]?\s*{NUMBER}(?:\s*[*×]\s*{NUMBER})*", side)
-    numbers = [[int(n.replace(",", "")) for n in re.findall(NUMBER, term)] for term in terms]
+    numbers = [[whole(n) for n in re.findall(NUMBER, term)] for term in terms]
     return sum(
         (-1 if term.startswith("-") else 1) * math.prod(factors)
         for term, factors in zip(terms, numbers, strict=True)
     )
 
 
-def equations_of(prompt: str, tokens: list[str]) -> list[Step]:
-    """The equations of a completion; those without an operation are none.
+def whole(number: str) -> int:
+    """A number with or without commas."""
+    return int(number.replace(",", ""))
+
+
+def claims_in(text: str) -> Iterator[tuple[re.Match[str], bool]]:
+    """Equations with an operation and greatest common divisors, and whether each is wrong."""
+    for match in EQUATION.finditer(text):
+        if re.search(r"\d\s*[-+*×]", match[0]):
+            yield match, len({value_of(side) for side in match[0].split("=")}) > 1
+    for match in DIVISOR.finditer(text):
+        first, second, divisor = map(whole, match.groups())
+        yield match, math.gcd(first, second) != divisor
+
+
+def claims_of(prompt: str, tokens: list[str]) -> list[Step]:
+    """The claims of a completion that can be checked.
 
     Args:
         prompt: not used.
         tokens: of the completion as text, without the end of the sequence.
 
     Example:
-        >>> [wrong] = equations_of("", ["3 * 4", " =", " 13", ", I think."])
+        >>> [wrong] = claims_of("", ["3 * 4", " =", " 13", ", I think."])
         >>> wrong.tokens, wrong.is_slip
         (slice(0, 3, None), True)
     """
     ends = list(accumulate(map(len, tokens)))
     steps = []
-    for match in EQUATION.finditer("".join(tokens)):
-        sides = match[0].split("=")
-        if not re.search(r"\d\s*[-+*×]", match[0]):
-            continue
+    for match, is_wrong in claims_in("".join(tokens)):
         first = next(place for place, end in enumerate(ends) if end > match.start())
         last = next(place for place, end in enumerate(ends) if end >= match.end())
-        steps.append(Step(slice(first, last + 1), len({value_of(side) for side in sides}) > 1))
+        steps.append(Step(slice(first, last + 1), is_wrong))
     return steps
 
 
@@ -98,7 +116,7 @@ def problems() -> tuple[str, Problems]:
                 tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
             )
     sampled = SAMPLES, rollout["temperature"], rollout["max_new_tokens"]
-    return folder, Problems(prompts, equations_of, *sampled, compares_completions=True)
+    return folder, Problems(prompts, claims_of, *sampled, compares_completions=True)
 
 
 def checkpoints() -> Iterator[tuple[dict[str, Any], Path]]:

@@ -81,9 +81,12 @@ def per_token_values(
     model: PreTrainedModel, prompt: Tensor, completions: Sequence[Tensor], temperature: float
 ) -> Any:
     """Log-probabilities and entropies of completions of one prompt, lists of (T,)."""
-    rows = pad_sequence([torch.cat([prompt, row]) for row in completions], batch_first=True)
-    targets = rows[:, len(prompt) :]
-    hidden = model.base_model(rows).last_hidden_state[:, len(prompt) - 1 : -1]
+    targets = pad_sequence(list(completions), batch_first=True)
+    of_prompt = model.base_model(prompt[None], use_cache=True)
+    of_prompt.past_key_values.batch_repeat_interleave(len(targets))
+    rest = model.base_model(targets[:, :-1], past_key_values=of_prompt.past_key_values)
+    first = of_prompt.last_hidden_state[:, -1:].expand(len(targets), -1, -1)
+    hidden = torch.cat([first, rest.last_hidden_state], dim=1)
     head = model.get_output_embeddings().weight
     values = token_logprobs(hidden.flatten(0, 1), head, targets.flatten(), temperature)
     return tuple(
