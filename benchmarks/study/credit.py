@@ -92,11 +92,12 @@ def example(judge: Judge, groups: list[list[Tensor]]) -> dict[str, Any]:
 
 
 def checkpoints() -> Iterator[tuple[dict[str, Any], Path]]:
-    """The checkpoints of all finished runs of study.py."""
+    """The checkpoints of all finished runs of study.py, but for those with steps of their own."""
     with (HERE / "results.csv").open(newline="") as rows:
         for row in csv.DictReader(rows):
             run = Run(row["method"], float(row["beta"]), row["steps"], int(row["seed"]))
-            yield from checkpoints_of(run, RUNS)
+            if not run.steps:
+                yield from checkpoints_of(run, RUNS)
 
 
 def main() -> None:

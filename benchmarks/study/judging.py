@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -236,14 +238,20 @@ class Judge:
         return [quantities(*of_one) for of_one in zip(policy, reference, entropy, strict=True)]
 
     def texts(self, completion: Tensor) -> list[str]:
-        """Its tokens as text, without the end of the sequence."""
-        return self.tokenizer.batch_decode(completion[:-1, None])
+        """Its tokens as text, without the end of the sequence.
+
+        A character of several tokens is that of the last one: by itself none can be read.
+        """
+        ids = completion[:-1].tolist()
+        read = [self.tokenizer.decode(ids[:end]).rstrip("\ufffd") for end in range(len(ids) + 1)]
+        return [longer[len(text) :] for text, longer in pairwise(read)]
 
 
 def checkpoints_of(run: Run, folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
-    """The checkpoints of a run, with the columns that name them."""
+    """The checkpoints of a run's newest version, with the columns that name them."""
     named = {"method": run.method, "beta": str(run.beta), "seed": str(run.seed)}
-    for file in sorted((folder / run.name).glob("version_*/checkpoints/epoch=*.ckpt")):
+    versions = sorted((folder / run.name).glob("version_*/checkpoints"), key=os.path.getmtime)
+    for file in sorted(versions[-1].glob("epoch=*.ckpt")) if versions else ():
         iteration = int(file.stem.partition("=")[2].partition("-")[0]) + 1
         yield named | {"iteration": iteration}, file
 
@@ -268,8 +276,12 @@ def judge_checkpoints(
             continue
         judge_of.load(file)
         own = judge_of.sample()
-        for whose, groups in (("own", own), ("base", judge_of.of_base)):
-            rows = judge_of.judge(groups).rows()
-            append(results, [named | {"completions_of": whose} | row for row in rows])
+        rows = [
+            named | {"completions_of": whose} | row
+            for whose, groups in (("own", own), ("base", judge_of.of_base))
+            for row in judge_of.judge(groups).rows()
+        ]
+        if rows:  # at once: a checkpoint in the file is not judged again
+            append(results, rows)
         then(named, own)
         print(named, flush=True)
