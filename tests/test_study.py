@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import study
-from compare import difference, frpo_less, half_width, interval, report, seeds_to_see
+from compare import difference, frpo_less, half_width, holm, interval, report, seeds_to_see
 from study import Run, Study
 
 pytestmark = pytest.mark.process
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.process
 
 def test_intervals_by_hand() -> None:
     """1, 2, 3: standard error 1 / sqrt(3), Student's t of 2 degrees of freedom 4.303."""
-    assert half_width(pd.Series([1.0, 2.0, 3.0])) == pytest.approx(4.303 / 3**0.5)
+    assert half_width(pd.Series([1.0, 2.0, 3.0])) == pytest.approx(4.30265 / 3**0.5)
     assert interval(0.25, 0.0314) == "0.250 ± 0.031"
     assert interval(0.25, half_width(pd.Series([0.25])), sign="+") == "+0.250"
 
@@ -31,9 +31,16 @@ def row(method: str, seed: int, value: float) -> dict[str, Any]:
 
 
 def test_seeds_to_see_a_difference_by_hand() -> None:
-    """With a spread of 0.02: 3.182 * 0.02 / 2 is above 0.03, 2.776 * 0.02 / 2.236 below."""
-    assert seeds_to_see(pd.Series([0.0, 0.02, 0.04])) == 5
-    assert seeds_to_see(pd.Series([0.0, 0.1, 0.2])) == 45  # (2 * 0.1 / 0.03)^2 = 44.4
+    """Spread 0.02, t of 0.975 and of 0.8: (2.776 + 0.941) / sqrt(5) is too much, of 6 seeds not."""
+    assert seeds_to_see(pd.Series([0.0, 0.02, 0.04])) == 6
+    normal = ((1.960 + 0.842) * 0.1 / 0.03) ** 2  # for many seeds
+    assert normal < seeds_to_see(pd.Series([0.0, 0.1, 0.2])) < normal + 3
+
+
+def test_holm_by_hand() -> None:
+    """The least of three is tripled, the next doubled; none is below another, or above 1."""
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -44,7 +51,7 @@ def test_differences_are_paired_by_seed() -> None:
     assert list(paired.index) == [("frpo", 0.1, "")]
     mean, half = paired.iloc[0]
     assert mean == pytest.approx(0.15)
-    assert half == pytest.approx(12.706 * 0.05)
+    assert half == pytest.approx(12.7062 * 0.05)
 
 
 def test_frpo_less_another_is_paired_by_beta_and_seed() -> None:
@@ -54,7 +61,7 @@ def test_frpo_less_another_is_paired_by_beta_and_seed() -> None:
     rows += [row("other", seed, 0.2) | {"beta": beta} for beta, seed in list(values)[:4]]
     rows += [row(name, 2, 0.2) | {"beta": 0.1} for name in ("frpo", "other")]  # at one beta alone
     first, second, both = frpo_less(pd.DataFrame(rows), "other").splitlines()
-    width = 12.706 * 0.1  # standard error of two values 0.2 apart, by Student's t
+    width = 12.7062 * 0.1  # standard error of two values 0.2 apart, by Student's t
     of_three = 4.303 * 0.15275 / 3**0.5
     assert first.startswith(f"| other | 0.1 | +0.133 ± {of_three:.3f} |")
     assert second.startswith(f"| other | 0.2 | +0.300 ± {width:.3f} |")

@@ -109,8 +109,8 @@ def test_the_real_models_report_compares_within_seeds_and_over_tasks(tmp_path: P
     assert (tmp_path / "real.png").stat().st_size > 10_000
 
 
-def test_the_report_of_the_places_subtracts_from_plain_in_each_seed(tmp_path: Path) -> None:
-    """Local is 0.06 and 0.02 above plain, and ended first: -0.04, t 12.706, sd/sqrt(2) 0.02."""
+def test_the_report_of_the_places_subtracts_in_each_seed(tmp_path: Path) -> None:
+    """Local is 0.06 and 0.02 above plain, and ended first: 0.04, t 12.706, sd/sqrt(2) 0.02."""
     rows = [
         {"method": method, "beta": beta, "steps": "", "seed": seed}
         | dict.fromkeys(where.MEASURES, value)
@@ -119,11 +119,13 @@ def test_the_report_of_the_places_subtracts_from_plain_in_each_seed(tmp_path: Pa
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "where.csv", index=False)
     where.report(tmp_path / "where.csv", tmp_path / "curves.csv", tmp_path)
-    plain, local = (tmp_path / "where.md").read_text().splitlines()[2:]
+    plain, local, *_, less = (tmp_path / "where.md").read_text().splitlines()[2:]
     assert plain.startswith("| plain | 0.03 | 2 | 0.350 ± 0.635 |")
     assert local.startswith("| local | 0.1 | 2 | 0.390 ± 0.381 |")
-    assert local.count("-0.040 ± 0.254") == len(where.MEASURES)
-    assert local.endswith("| 6 |")  # t 2.571 of 6 seeds, sd 0.0283
+    assert local.endswith("| 10 |")  # sd 0.0283: (2.262 + 0.883) * sd / sqrt(10), not of 9 seeds
+    # The p of one pair: 1 - 2 atan(2) / pi, of one degree of freedom.
+    assert less.startswith("| plain - local | -0.040 ± 0.254, p 0.30 |")
+    assert less.count("-0.040 ± 0.254") == len(where.MEASURES)
     assert (tmp_path / "where.png").stat().st_size > 10_000
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
 from prl_lightning.runs.text import markdown_table
 
@@ -23,12 +25,6 @@ CURVES = {
     "kl_ref": "KL to the reference, a token",
     "completion_length": "tokens of a completion",
 }
-# Student's t, 97.5%, for 1, 2, 3 and so on degrees of freedom (any statistical table).
-T975 = [
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-    2.145,
-]  # fmt: skip
-
 COLORS = list(matplotlib.colormaps["tab20"].colors[::2]) + ["black", "#ffb000", "#606060"]
 
 
@@ -37,7 +33,7 @@ def half_width(values: pd.Series[float]) -> float:
     freedom = len(values) - 1
     if freedom < 1:
         return float("nan")
-    return T975[freedom - 1] * float(values.std(ddof=1)) / len(values) ** 0.5
+    return float(student.ppf(0.975, freedom)) * float(values.std(ddof=1)) / len(values) ** 0.5
 
 
 def read_results(file: Path) -> pd.DataFrame:
@@ -66,6 +62,8 @@ def table(results: pd.DataFrame) -> str:
     lines = []
     for variant, rows in results.groupby(VARIANT, sort=False):
         cells = [str(value) for value in variant] + [str(len(rows))]
+        if variant[0] == "base":  # its rows are of base models, not of seeds
+            rows = rows.mean(numeric_only=True).to_frame().T
         cells += [over_seeds(rows[name]) for name in MEASURES]
         for measure in PAIRED:
             known = differences[measure]
@@ -116,13 +114,48 @@ def over_seeds(values: pd.Series[float], sign: str = "") -> str:
     return interval(values.mean(), half_width(values), sign)
 
 
-def seeds_to_see(differences: pd.Series[float], width: float = 0.03) -> int:
-    """Seeds at which the interval of a mean would be ± ``width``, by the spread of some seeds."""
-    spread = float(differences.std(ddof=1))
-    for seeds, t in enumerate(T975, 2):
-        if t * spread / seeds**0.5 <= width:
-            return seeds
-    return math.ceil((2 * spread / width) ** 2)  # t is 2 for many degrees of freedom
+def seeds_to_see(differences: pd.Series[float], effect: float = 0.03, power: float = 0.8) -> int:
+    """Seeds at which an effect would be significant (0.05, two-sided) with a probability.
+
+    Args:
+        differences: of the seeds that ran; their spread is taken for that of all.
+        effect: a mean difference.
+        power: the probability.
+    """
+    spread, seeds = float(differences.std(ddof=1)), 2
+    while sum(student.ppf((0.975, power), seeds - 1)) * spread > effect * seeds**0.5:
+        seeds += 1
+    return seeds
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979), in the order given."""
+    corrected, least = [0.0] * len(values), 0.0
+    for rank, place in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
+        least = max(least, min(1.0, values[place] * (len(values) - rank)))
+        corrected[place] = least
+    return corrected
+
+
+def pairs(runs: pd.DataFrame, measures: Sequence[str]) -> str:
+    """Markdown: each method less each later one, paired by seed, with p-values by Holm.
+
+    A measure's p-values are corrected for the number of pairs.
+    """
+    by_seed = {
+        method: rows.set_index("seed") for method, rows in runs.groupby("method", sort=False)
+    }
+    both = list(combinations(by_seed, 2))
+    cells = []
+    for measure in measures:
+        less = [(by_seed[a][measure] - by_seed[b][measure]).dropna() for a, b in both]
+        chances = holm([float(ttest_1samp(values, 0).pvalue) for values in less])
+        cells.append(
+            [f"{over_seeds(v, '+')}, p {p:.2f}" for v, p in zip(less, chances, strict=True)]
+        )
+    heads = ["difference", *measures]
+    lines = [[f"{a} - {b}", *found] for (a, b), *found in zip(both, *cells, strict=True)]
+    return markdown_table(heads, lines) + "\n"
 
 
 def draw_against_drift(panels: Mapping[str, tuple[pd.DataFrame, str]], file: Path) -> None:

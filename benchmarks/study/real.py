@@ -99,8 +99,8 @@ def table(results: pd.DataFrame) -> str:
 
 
 def power(results: pd.DataFrame) -> str:
-    """Markdown: how many seeds see 0.03, by the spread of the differences over tasks."""
-    heads = ["method - GRPO", "level", "seeds", *(f"{m}: seeds for ± 0.03" for m in MEASURES)]
+    """Markdown: how many seeds would see 0.03, by the spread of the differences over tasks."""
+    heads = ["method - GRPO", "level", "seeds", *(f"{m}: seeds to see 0.03" for m in MEASURES)]
     lines = []
     for level, of_level in mean_over_tasks(results).groupby("level", sort=False):
         for method, rows in of_level.groupby("method", sort=False):
