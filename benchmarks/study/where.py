@@ -37,7 +37,7 @@ TERMS: dict[str, dict[str, Any]] = {
 PLAIN_BETA = 0.03
 # The terms without the sum over some 80 later tokens are weaker, and need a larger beta.
 PILOT_BETAS = {
-    "plain": (PLAIN_BETA,),
+    "plain": (PLAIN_BETA, 0.1),
     "shuffled": (0.03, 0.1),
     "centred": (0.03, 0.1),
     "per_length": (0.03, 0.1, 1.0, 3.0),
