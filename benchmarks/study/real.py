@@ -34,6 +34,7 @@ METHODS = {
     "maxrl": ("maxrl",),
     "frpo-maxrl": ("frpo", "maxrl"),
 }
+BETAS = dict.fromkeys(("grpo-kl-loss", "frpo", "frpo-maxrl"), 0.01)  # the package's default
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class RealRun(Run):
         options = method_files(*METHODS.get(self.method, ()))
         if self.method == "frpo-maxrl":
             options += ["--model.objective.kl", "process"]  # maxrl.yaml has none
+        if self.beta:
+            options += ["--model.objective.beta", str(self.beta)]
         return options
 
     def rows(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -65,7 +68,9 @@ class RealRun(Run):
 
 def plan() -> list[Run]:
     """All runs, seed by seed."""
-    return [RealRun("base"), *(RealRun(method, seed=seed) for seed in SEEDS for method in METHODS)]
+    methods = {method: BETAS.get(method, 0.0) for method in METHODS}
+    trained = [RealRun(m, beta, seed=seed) for seed in SEEDS for m, beta in methods.items()]
+    return [RealRun("base"), *trained]
 
 
 def mean_over_tasks(results: pd.DataFrame) -> pd.DataFrame:
