@@ -13,6 +13,7 @@ from credit import lines_of
 from credit_report import table
 from judging import Judge, Problems, Step, judge, quantities
 from prl_lightning.arithmetic.problems import Problem
+from prl_lightning.sampling import HFSampler
 from study import TASK
 
 pytestmark = pytest.mark.process
@@ -139,7 +140,7 @@ def test_steps_are_compared_within_completions_or_over_a_problem(
         return [Step(slice(0, 2), first), Step(slice(2, 4), second)]
 
     asked = Problems(["3+5="], steps_of, 1, 0.5, 4, compares_completions)
-    judge_of = Judge(tied_model, asked, batch_size=4)
+    judge_of = Judge(tied_model, asked, HFSampler(batch_size=4))
     judged = judge_of.judge([completions])
     surprisal = []
     for completion in completions:

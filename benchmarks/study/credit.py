@@ -23,6 +23,7 @@ from torch import Tensor
 from credit_report import report
 from judging import Judge, Problems, Step, checkpoints_of, judge_checkpoints
 from prl_lightning.arithmetic.problems import ANSWER_CLOSES, ANSWER_OPENS, OPERATIONS
+from prl_lightning.sampling import HFSampler
 from study import RUNS, TASK, Run
 
 HERE = Path(__file__).parent
@@ -104,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--report", action="store_true", help="no further rows")
     if not parser.parse_args().report:
-        judge = Judge(f"{TASK.folder}/base", arithmetic(), batch_size=512)
+        judge = Judge(f"{TASK.folder}/base", arithmetic(), HFSampler(batch_size=512))
 
         def keep_example(named: dict[str, Any], own: list[list[Tensor]]) -> None:
             if named == OF_EXAMPLE:

@@ -25,6 +25,7 @@ from credit_report import report
 from judging import Judge, Problems, checkpoints_of, judge_checkpoints
 from prl_lightning.data import ReasoningGym
 from prl_lightning.data.gym_tasks import GymTask
+from prl_lightning.sampling import VLLMSampler
 from real import RealRun, plan
 from study import RUNS
 
@@ -55,10 +56,10 @@ def problems() -> tuple[str, Problems]:
 
 
 def checkpoints() -> Iterator[tuple[dict[str, Any], Path]]:
-    """The checkpoints of real.py's runs of METHODS."""
-    for run in plan():
-        if run.method in METHODS:
-            yield from checkpoints_of(run, RUNS)
+    """The checkpoints of real.py's runs of METHODS; the last ones, of which the table is, first."""
+    runs = (run for run in plan() if run.method in METHODS)
+    found = [one for run in runs for one in checkpoints_of(run, RUNS)]
+    yield from sorted(found, key=lambda one: -one[0]["iteration"])
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--report", action="store_true", help="no further rows")
     if not parser.parse_args().report:
-        judge_checkpoints(Judge(*problems(), batch_size=128), checkpoints(), RESULTS)
+        judge_checkpoints(Judge(*problems(), VLLMSampler()), checkpoints(), RESULTS)
     report(RESULTS)
 
 

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from prl_lightning.functional import process_rewards, process_term, token_logprobs
 from prl_lightning.functional.bootstrap import bootstrap_interval
-from prl_lightning.sampling import HFSampler
-from prl_lightning.sampling.base import SamplingConfig
+from prl_lightning.sampling import Sampler, SamplingConfig
 from prl_lightning.types import Prompt
 from study import Run, append, named_rows
 
@@ -158,10 +157,10 @@ class Judge:
     Args:
         base: folder of the model.
         problems: what is asked.
-        batch_size: rows at a time.
+        sampler: starts with the base model, and takes each checkpoint's weights.
     """
 
-    def __init__(self, base: str, problems: Problems, batch_size: int) -> None:
+    def __init__(self, base: str, problems: Problems, sampler: Sampler) -> None:
         self.problems = problems
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.base, self.model = (
@@ -170,7 +169,7 @@ class Judge:
         self.ids = [
             self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in problems.prompts
         ]
-        self.sampler = HFSampler(batch_size=batch_size)
+        self.sampler = sampler
         self.sampler.start(base, max(map(len, self.ids)) + problems.max_new_tokens)
         self.of_base = self.sample()
 
