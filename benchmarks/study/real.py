@@ -19,7 +19,7 @@ import pandas as pd
 
 from compare import draw_against_drift, in_order, over_seeds, read_results, seeds_to_see
 from prl_lightning.runs.text import markdown_table
-from study import Run, Study, last_values, main, method_files, of_training
+from study import Run, Study, last_values, main, of_training
 
 HERE = Path(__file__).parent
 SEEDS = range(4)
@@ -44,13 +44,15 @@ class RealRun(Run):
     config = HERE / "real.yaml"
     prefix = "real-"
 
+    def files(self) -> tuple[str, ...]:
+        """See ``Run.files``."""
+        return METHODS.get(self.method, ())
+
     def options(self) -> list[str]:
         """See ``Run.options``."""
-        options = method_files(*METHODS.get(self.method, ()))
+        options = super().options()
         if self.method == "frpo-maxrl":
             options += ["--model.objective.kl", "process"]  # maxrl.yaml has none
-        if self.beta:
-            options += ["--model.objective.beta", str(self.beta)]
         return options
 
     def rows(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:

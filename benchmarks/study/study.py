@@ -84,9 +84,13 @@ class Run:
             *("--trainer.default_root_dir", str(RUNS / self.name)),
         ]
 
+    def files(self) -> tuple[str, ...]:
+        """The files of configs/methods that are laid over each other."""
+        return () if self.method == "base" else (self.method,)
+
     def options(self) -> list[str]:
         """What the command lays over the configuration."""
-        options = [] if self.method == "base" else method_files(self.method)
+        options = method_files(*self.files())
         if self.beta:
             options += ["--model.objective.beta", str(self.beta)]
         if self.steps:

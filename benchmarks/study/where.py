@@ -99,7 +99,7 @@ def table(results: pd.DataFrame) -> str:
     own = results[(results.method == "plain") & (results.beta == PLAIN_BETA)].set_index("seed")
     lines = []
     for (method, beta), rows in results.groupby(["method", "beta"], sort=False):
-        less = (own[MEASURES] - rows.set_index("seed")[MEASURES])["mean@16"].dropna()
+        less = (own["mean@16"] - rows.set_index("seed")["mean@16"]).dropna()
         can_tell = method != "plain" and len(less) > 1
         lines.append([
             *(str(method), str(beta), str(len(rows))),
