@@ -172,6 +172,7 @@ class Judge:
         self.sampler = sampler
         self.sampler.start(base, max(map(len, self.ids)) + problems.max_new_tokens)
         self.of_base = self.sample()
+        self.known: dict[Any, list[Tensor]] = {}
 
     def sample(self) -> list[list[Tensor]]:
         """Completions of each problem by ``model`` that end by themselves, as token ids."""
@@ -233,7 +234,10 @@ class Judge:
             return []
         ids, temperature = torch.tensor(self.ids[number]), self.problems.temperature
         policy, entropy = per_token_values(self.model, ids, completions, temperature)
-        reference, _ = per_token_values(self.base, ids, completions, temperature)
+        asked = number, *(tuple(completion.tolist()) for completion in completions)
+        if asked not in self.known:  # its own completions are judged again for each checkpoint
+            self.known[asked], _ = per_token_values(self.base, ids, completions, temperature)
+        reference = self.known[asked]
         return [quantities(*of_one) for of_one in zip(policy, reference, entropy, strict=True)]
 
     def texts(self, completion: Tensor) -> list[str]:
