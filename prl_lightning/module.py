@@ -178,16 +178,16 @@ class PRLModule(LightningModule):
         policy_logprobs, entropy = self.loaded_policy(batch)
         step_ends = self.splitter(batch.completion_ids, batch.completion_mask)
         loss, stats = self.objective.loss(policy_logprobs, ref_logprobs, batch, step_ends)
-        # Undo Lightning's mean over micro-batches and ranks: their losses add up to the update's.
-        loss = loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        self._log_step(batch, stats | {"entropy": entropy, "loss": loss.detach()})
+        # Weighted by tokens, these add up to the update's loss, however it is cut.
+        share = loss.detach() * batch.update_tokens / max(1, batch.num_tokens)
+        self._log_step(batch, stats | {"entropy": entropy, "loss": share})
         if ref_logprobs is not None:
             self._log_drift(batch, policy_logprobs.detach(), ref_logprobs)
-        return loss
+        # Undo Lightning's mean over micro-batches and ranks: their losses add up to the update's.
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def _log_step(self, batch: RolloutBatch, stats: dict[str, Tensor]) -> None:
         """Log a micro-batch's stats: scalars as they are, (B, T) tensors as a mean over tokens."""
-        self._log_train({"loss": stats.pop("loss")}, weight=1)
         self._log_train({"ratio_max": stats.pop("ratio_max")}, weight=1, reduce_fx="max")
         if "process_term" in stats:
             self.process_term.update(stats.pop("process_term"), batch.completion_mask)

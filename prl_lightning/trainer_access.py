@@ -93,6 +93,17 @@ def has_epoch(trainer: Trainer, ahead: int) -> bool:
     return by_epochs and (updates < 0 or begins < updates)
 
 
+def count_skipped(trainer: Trainer) -> None:
+    """Count a batch of None, which Lightning skips, as started.
+
+    Otherwise a checkpoint's counters would differ, and Lightning would not see where it was saved.
+
+    Args:
+        trainer: in ``on_train_batch_end`` of that batch.
+    """
+    trainer.fit_loop.epoch_loop.batch_progress.increment_started()
+
+
 def finish_iteration(trainer: Trainer) -> None:
     """Let a run that stops early make the iteration's last update, and evaluate it.
 

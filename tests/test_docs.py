@@ -54,6 +54,7 @@ def test_every_logged_name_is_documented(tied_model: str, tmp_path: Path) -> Non
         "--model.objective.target=0.1",
         "--rollout.refill=2",
         "--data.difficulty={passes: 1}",
+        "--data.micro_batch_tokens=100",
         "--trainer.logger.class_path=TensorBoardLogger",
         f"--trainer.logger.init_args.save_dir={tmp_path / 'board'}",
     )

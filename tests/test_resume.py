@@ -48,6 +48,7 @@ def train(
     checkpoint: str | None = None,
     seed: int = 1,
     accumulate: int = 2,
+    micro_batch_tokens: int | None = None,
     **options: Any,
 ) -> Path:
     """Three epochs of two updates of two micro-batches each; the path of the last checkpoint."""
@@ -70,6 +71,7 @@ def train(
         group_size=4,
         updates_per_epoch=2,
         max_prompt_tokens=16,
+        micro_batch_tokens=micro_batch_tokens,
     )
     rollout = RolloutCallback(
         [noisy_digits],
@@ -205,6 +207,22 @@ def test_a_run_that_ended_within_an_epoch_goes_on_with_its_other_updates(
         curves = curves_of(tmp_path)
         assert curves["rollout/reward"] == shown["rollout/reward"]
         assert curves["train/loss"][0] == shown["train/loss"][0]  # steps: one row an epoch
+
+
+@pytest.mark.parametrize("call", [2, 3, 6])  # a full one, two empty ones
+def test_a_run_with_empty_micro_batches_goes_on_exactly(
+    call: int, tied_model: str, tmp_path: Path
+) -> None:
+    """Epochs of eight, of which two or three of each update have completions."""
+    saved = tmp_path / "saved.ckpt"
+    cut: Settings = {"accumulate": 4, "micro_batch_tokens": 40}
+    save = SaveAt("on_train_batch_end", 8 + call, str(saved))
+    whole = load(train(tied_model, tmp_path, save, **cut))
+    used = curves_of(tmp_path)["rollout/micro_batches"][1]
+    assert all(1 < count < 4 for count in used)
+    resumed = load(train(tied_model, tmp_path, checkpoint=str(saved), seed=99, **cut))
+    assert whole["global_step"] == 6
+    assert differing(resumed, whole) == []
 
 
 def test_saving_and_evaluating_do_not_change_the_run(tied_model: str, tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ OBJECTIVES = {
     ],
     "lora": ["--model.lora={r: 4, lora_alpha: 8, target_modules: all-linear}"],
     "checkpointing": ["--model.gradient_checkpointing=true"],
+    # Fewer micro-batches than there may be: their number depends on a rank's share.
+    "by_tokens": ["--data.micro_batch_tokens=60", "--trainer.accumulate_grad_batches=8"],
 }
 # Rounding is of the size of bfloat16's here, which knows 1 and 1.0078 and nothing between.
 HALF_PRECISION = {
@@ -50,12 +52,12 @@ RUNS = OBJECTIVES | HALF_PRECISION
 # By strategy: ddp has the model as one rank has it, so it is tried with less.
 COMPARED = [
     *(("fsdp2", objective) for objective in OBJECTIVES),
-    *(("ddp", objective) for objective in ("token_mean", "several_updates", "lora")),
+    *(("ddp", objective) for objective in ("token_mean", "several_updates", "lora", "by_tokens")),
     *(("fsdp2_offload", objective) for objective in ("token_mean", "lora")),
 ]
 HALVED = [("ddp", "bf16_mixed"), *(("fsdp2", precision) for precision in HALF_PRECISION)]
-# Measured by each rank for itself: times, and the first completions that it has sampled.
-OF_A_RANK = ("seconds", "per_second", "engine_gap", "engine_gap_max")
+# Of each rank alone: times, the first completions that it has sampled, how its share is cut.
+OF_A_RANK = ("seconds", "per_second", "engine_gap", "engine_gap_max", "micro_batches")
 STRATEGIES = ("ddp", "fsdp2", "fsdp2_offload")
 OVERLAYS = ARITHMETIC.parent / "strategies"
 SPLITS = {"ddp": 4, "fsdp2": 2, "fsdp2_offload": 2}

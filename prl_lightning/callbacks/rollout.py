@@ -21,6 +21,7 @@ from prl_lightning.checks.cautions import (
     warn_of_turn_end,
 )
 from prl_lightning.checks.contradictions import contradictions, longest_row, raise_errors
+from prl_lightning.data.rollouts import MicroBatches
 from prl_lightning.models.loading import stop_token_ids
 from prl_lightning.rewards import RewardFunction, RewardLimits, RewardSum
 from prl_lightning.rollouts.advantages import set_advantages
@@ -36,6 +37,7 @@ from prl_lightning.runs.progress import hide_trainer_bar, print_iteration
 from prl_lightning.sampling import Sampler, SamplingConfig, VLLMSampler
 from prl_lightning.sampling.stops import decode, split_stops
 from prl_lightning.trainer_access import (
+    count_skipped,
     finish_iteration,
     has_epoch,
     prl_module,
@@ -173,12 +175,14 @@ class RolloutCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill the training buffer with this iteration's rollouts."""
-        data, accumulate = prompt_data(trainer), trainer.accumulate_grad_batches
+        data, updates = prompt_data(trainer), prompt_data(trainer).updates_per_epoch
         config = self._sampling(data.group_size, self.settings.temperature)
         groups = IterationGroups(data, self.settings.refill)
-        rollouts = self.collector.collect(groups, config, data.updates_per_epoch, accumulate)
+        pieces = MicroBatches(updates * trainer.accumulate_grad_batches, data.micro_batch_tokens)
+        rollouts = self.collector.collect(groups, config, updates, pieces)
         data.train_buffer.fill(rollouts)
-        values = self.collector.metrics | data.advance(groups.passed, groups.position)
+        values = self.collector.metrics | data.train_buffer.metrics()
+        values |= data.advance(groups.passed, groups.position)
         self._log(pl_module, values)
         self._hint(values, data.evaluation.solved_at)
         if self.settings.overlap:
@@ -201,9 +205,12 @@ class RolloutCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add up the time of the micro-batches, without a validation between two of them."""
-        seconds = time.monotonic() - self._batch_start
-        # Not over ranks: they wait for each other in every update.
-        pl_module.log("train/seconds", seconds, on_step=False, on_epoch=True, reduce_fx="sum")
+        if batch is None:
+            count_skipped(trainer)
+        else:
+            seconds = time.monotonic() - self._batch_start
+            # Not over ranks: they wait for each other in every update.
+            pl_module.log("train/seconds", seconds, on_step=False, on_epoch=True, reduce_fx="sum")
         if self._is_stopping or (trainer.should_stop and trainer.fit_loop._can_stop_early):
             self._is_stopping = not trainer.is_last_batch
             finish_iteration(trainer)
@@ -238,7 +245,8 @@ class RolloutCallback(Callback):
             rollouts = self.collector.evaluate(sets, config)
         for name, of_set in rollouts.items():
             if trainer.state.fn == TrainerFn.PREDICTING:  # predict also writes advantages
-                set_advantages(prl_module(pl_module), of_set, settings.samples, 1, len(sets[name]))
+                pieces = MicroBatches(len(sets[name]))
+                set_advantages(prl_module(pl_module), of_set, settings.samples, 1, pieces)
                 for rollout in of_set:
                     rollout.in_loss = True  # a truncated completion is shown like the others
             data.eval_buffers[name].fill(of_set)

@@ -38,7 +38,7 @@ class RolloutLoader:
         """Return the number of micro-batches per epoch on this rank."""
         return len(self.buffer)
 
-    def __iter__(self) -> Iterator[RolloutBatch]:
+    def __iter__(self) -> Iterator[RolloutBatch | None]:
         """Yield from the buffer's position, which a fill may reset between two items."""
         while self.buffer.position < len(self.buffer):
             self.buffer.position += 1

@@ -46,11 +46,17 @@ class PromptDataModule(LightningDataModule):
         group_size: completions per training prompt.
         updates_per_epoch: optimizer updates per epoch.
         max_prompt_tokens: longer prompts are dropped and counted.
+        micro_batch_tokens: cut an update into fewer micro-batches than the Trainer's
+            ``accumulate_grad_batches``, as long as none has more tokens than this. A prompt counts
+            once for its group. By default their number is always the same.
         seed: of the order of the prompts and of the sampling.
         prepare: called once per node before any prompt is read, to create or download the data.
         difficulty: draw prompts less often that are always solved, from the next pass over the
             data on.
         environments: environments and tools that the model acts in, also in the evaluation.
+
+    Raises:
+        ValueError: ``micro_batch_tokens`` is below 1.
 
     Attributes:
         reward_columns: columns that reward functions can read, by the field and path of each source
@@ -67,12 +73,17 @@ class PromptDataModule(LightningDataModule):
         group_size: int = 8,
         updates_per_epoch: int = 1,
         max_prompt_tokens: int = 1024,
+        micro_batch_tokens: int | None = None,
         seed: int = 0,
         prepare: Callable[[], Any] | None = None,
         difficulty: Difficulty | None = None,
         environments: Environments | None = None,
     ) -> None:
         super().__init__()
+        if micro_batch_tokens is not None and micro_batch_tokens < 1:
+            raise ValueError(
+                f"data.micro_batch_tokens={micro_batch_tokens}: must be at least 1, or null."
+            )
         trains = [train] if isinstance(train, str | PromptSource) else train or []
         self.train_sources = [_parse(source) for source in trains]
         self.evaluation = evaluation
@@ -83,6 +94,7 @@ class PromptDataModule(LightningDataModule):
         self.group_size = group_size
         self.updates_per_epoch = updates_per_epoch
         self.max_prompt_tokens = max_prompt_tokens
+        self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
         self.prepare = prepare
         self.difficulty = difficulty
@@ -149,7 +161,9 @@ class PromptDataModule(LightningDataModule):
         self._stream = PromptStream(prompts, self.seed, self.difficulty)
         sizes = self.sizes(self.trainer)
         rank_zero_info(f"Epoch: {sizes}")
-        self.train_buffer = RolloutBuffer(self.updates_per_epoch, sizes.micro_batches)
+        self.train_buffer = RolloutBuffer(
+            self.updates_per_epoch, sizes.micro_batches, self.micro_batch_tokens
+        )
 
     def sizes(self, trainer: Trainer | None) -> EpochSizes:
         """Return how an epoch is cut.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from prl_lightning.distributed import sum_over_ranks
+from prl_lightning.distributed import max_over_ranks, sum_over_ranks
 from prl_lightning.models.packing import Packing
 from prl_lightning.types import Rollout, RolloutBatch
 
@@ -30,6 +31,22 @@ def share_of(items: Sequence[T], updates: int, ranks: int) -> list[list[T]]:
     return [[item for shares in by_update for item in shares[rank]] for rank in range(ranks)]
 
 
+def _cut(rollouts: Sequence[Rollout], limit: int) -> list[list[Rollout]]:
+    """Cut rollouts before each that would make a micro-batch longer than ``limit`` tokens."""
+    chunks: list[list[Rollout]] = []
+    size = 0
+    for rollout in rollouts:
+        prompt, own = len(rollout.prompt.token_ids), rollout.completion.length
+        # Equal, not identical: rollouts from a checkpoint do not share a prompt object.
+        has_prompt = chunks and chunks[-1][-1].prompt == rollout.prompt
+        size += own if has_prompt else prompt + own
+        if not chunks or size > limit:
+            chunks.append([])
+            size = prompt + own
+        chunks[-1].append(rollout)
+    return chunks
+
+
 def split_by_tokens(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]]:
     """Cut rollouts into ``parts`` micro-batches of balanced size.
 
@@ -43,30 +60,44 @@ def split_by_tokens(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollou
     Returns:
         The rollouts of each micro-batch, at least one in each.
     """
-
-    def cut(limit: int) -> list[list[Rollout]]:
-        chunks: list[list[Rollout]] = []
-        size = 0
-        for rollout in rollouts:
-            prompt, own = len(rollout.prompt.token_ids), rollout.completion.length
-            # Equal, not identical: rollouts from a checkpoint do not share a prompt object.
-            has_prompt = chunks and chunks[-1][-1].prompt == rollout.prompt
-            size += own if has_prompt else prompt + own
-            if not chunks or size > limit:
-                chunks.append([])
-                size = prompt + own
-            chunks[-1].append(rollout)
-        return chunks
-
     longest = max(len(r.prompt.token_ids) + r.completion.length for r in rollouts)
     limits = range(longest, longest * len(rollouts) + 1)
-    smallest = bisect_left(limits, True, key=lambda limit: len(cut(limit)) <= parts)
-    chunks = cut(limits[smallest])
+    smallest = bisect_left(limits, True, key=lambda limit: len(_cut(rollouts, limit)) <= parts)
+    chunks = _cut(rollouts, limits[smallest])
     while len(chunks) < parts:
         largest = max(range(len(chunks)), key=lambda i: len(chunks[i]))
         half = len(chunks[largest]) // 2
         chunks[largest : largest + 1] = [chunks[largest][:half], chunks[largest][half:]]
     return chunks
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """How rollouts are cut into micro-batches of balanced size.
+
+    Attributes:
+        most: number of micro-batches, on this rank.
+        tokens: cut into fewer while none has more tokens than this, a group's prompt counted once.
+    """
+
+    most: int
+    tokens: int | None = None
+
+    def cut(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+        """Return the rollouts of each micro-batch, as many on every rank; a collective.
+
+        Under a strategy that shards, every forward pass is a collective.
+        """
+        if self.tokens is None:
+            return split_by_tokens(rollouts, self.most)
+        needed = max_over_ranks(len(_cut(rollouts, self.tokens)))
+        if needed > self.most:
+            rank_zero_warn(
+                f"Micro-batches have more than data.micro_batch_tokens={self.tokens} tokens: that "
+                f"would take {needed} of them, and trainer.accumulate_grad_batches allows "
+                f"{self.most}. Raise it, if the memory is needed."
+            )
+        return split_by_tokens(rollouts, min(needed, self.most))
 
 
 def totals_of(rollouts: Iterable[Rollout]) -> list[int]:
@@ -139,28 +170,32 @@ class RolloutBuffer:
     Args:
         num_updates: optimizer updates per epoch, or prompts of an evaluation set.
         micro_batches: micro-batches per update on this rank.
+        micro_batch_tokens: see MicroBatches; the rest of an update's micro-batches are empty.
 
     Attributes:
         position: number of micro-batches read since the last fill.
     """
 
-    def __init__(self, num_updates: int, micro_batches: int = 1) -> None:
+    def __init__(
+        self, num_updates: int, micro_batches: int = 1, micro_batch_tokens: int | None = None
+    ) -> None:
         self.num_updates = num_updates
         self.micro_batches = micro_batches
+        self._sizes = MicroBatches(micro_batches, micro_batch_tokens)
         self.rollouts: Sequence[Rollout] = []
         self.micro_batch_rollouts: list[list[Rollout]] = []
         self.position = 0
         self._totals = torch.zeros(num_updates, 2, dtype=torch.long)
 
     def fill(self, rollouts: Sequence[Rollout], totals: Tensor | None = None) -> None:
-        """Replace the contents; a collective unless ``totals`` are given.
+        """Replace the contents; a collective.
 
         Args:
             rollouts: of this rank, ready to train on, the same number for each update.
             totals: (num_updates, 2), ``totals_of`` each update on all ranks.
         """
         updates = equal_parts(rollouts, self.num_updates)
-        parts = [split_by_tokens(update, self.micro_batches) for update in updates]
+        parts = [self._padded(self._sizes.cut(update)) for update in updates]
         if totals is None:
             totals = sum_over_ranks(torch.tensor([totals_of(update) for update in updates]))
         self.rollouts = rollouts
@@ -168,12 +203,24 @@ class RolloutBuffer:
         self.position = 0
         self._totals = totals
 
+    def _padded(self, chunks: list[list[Rollout]]) -> list[list[Rollout]]:
+        """Add empty micro-batches in front: Lightning steps after the last one."""
+        return [[] for _ in range(self.micro_batches - len(chunks))] + chunks
+
+    def metrics(self) -> dict[str, float]:
+        """Return the mean number of micro-batches of an update, if it depends on their tokens."""
+        if self._sizes.tokens is None:
+            return {}
+        return {"micro_batches": sum(map(bool, self.micro_batch_rollouts)) / self.num_updates}
+
     def __len__(self) -> int:
-        """Return the number of micro-batches per epoch on this rank."""
+        """Return the number of micro-batches per epoch on this rank, the empty ones included."""
         return self.num_updates * self.micro_batches
 
-    def __getitem__(self, index: int) -> RolloutBatch:
+    def __getitem__(self, index: int) -> RolloutBatch | None:
         """Return micro-batch ``index``; an update takes ``micro_batches`` consecutive ones.
+
+        An empty one is None, which Lightning skips.
 
         Raises:
             RuntimeError: the buffer is not filled yet.
@@ -183,5 +230,8 @@ class RolloutBuffer:
                 "the rollout buffer is empty: add prl_lightning.callbacks.RolloutCallback to the "
                 "Trainer's callbacks"
             )
+        rollouts = self.micro_batch_rollouts[index]
+        if not rollouts:
+            return None
         tokens, sequences = self._totals[index // self.micro_batches].tolist()
-        return collate([_for_loss(r) for r in self.micro_batch_rollouts[index]], tokens, sequences)
+        return collate([_for_loss(r) for r in rollouts], tokens, sequences)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from prl_lightning.data.rollouts import collate, split_by_tokens
+from prl_lightning.data.rollouts import MicroBatches, collate
 from prl_lightning.distributed import all_gather, rank
 from prl_lightning.functional import decoupled_rewards, get_divergence
 from prl_lightning.module import PRLModule
@@ -21,7 +21,7 @@ def set_advantages(
     rollouts: Sequence[Rollout],
     group_size: int,
     updates: int,
-    micro_batches: int,
+    pieces: MicroBatches,
 ) -> None:
     """Compare each completion with its group: set ``outcome_advantage`` of every rollout.
 
@@ -36,11 +36,11 @@ def set_advantages(
         rollouts: rewarded, groups contiguous.
         group_size: completions per prompt.
         updates: made of these rollouts; from the second on, the policy that sampled is gone.
-        micro_batches: per update; decides how many completions are scored at once.
+        pieces: how many completions are scored at once.
     """
     objective = module.objective
     if objective.needs_log_ratios or updates > 1:
-        _score(module, split_by_tokens(rollouts, updates * micro_batches))
+        _score(module, pieces.cut(rollouts))
     for rollout, advantage in zip(rollouts, _compare(objective, rollouts, group_size), strict=True):
         completion = rollout.completion
         rollout.outcome_advantage = advantage[: completion.length] if advantage.ndim else advantage

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from prl_lightning.data.rollouts import MicroBatches
 from prl_lightning.module import PRLModule
 from prl_lightning.rollouts.advantages import set_advantages
 from prl_lightning.rollouts.engine_link import EngineLink
@@ -44,7 +45,7 @@ class Collector:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def collect(
-        self, groups: IterationGroups, config: SamplingConfig, updates: int, micro_batches: int
+        self, groups: IterationGroups, config: SamplingConfig, updates: int, pieces: MicroBatches
     ) -> list[Rollout]:
         """One iteration: sample a group for each prompt, check the engine, reward, compare.
 
@@ -55,7 +56,7 @@ class Collector:
             groups: has the prompts; it asks for more in place of groups without signal.
             config: settings of the sampling; ``n`` is the group size.
             updates: number of optimizer updates that the rollouts are used for.
-            micro_batches: number of micro-batches per update; scoring uses as many.
+            pieces: how many completions are scored at once.
 
         Returns:
             Rollouts that are ready to train on, groups contiguous, in the order of the prompts.
@@ -78,7 +79,7 @@ class Collector:
         self.metrics |= groups.metrics()
         chosen = groups.chosen()
         with self._timed("scoring"):
-            set_advantages(self.module, chosen, config.n, updates, micro_batches)
+            set_advantages(self.module, chosen, config.n, updates, pieces)
         self.engine.release()
         seconds = self.metrics["sampling_seconds"]
         self.metrics |= describe(groups.sampled, config.n, seconds, is_rewarded)

@@ -10,6 +10,8 @@ IRRELEVANT_WARNINGS = (
     r"It is recommended to use `self\.log\(.*sync_dist=True\)`",
     # On purpose: dropout in the trainer but not in the engine would make two policies.
     r"Found \d+ module\(s\) in eval mode at the start of training",
+    # On purpose: the rest of an update's micro-batches, with data.micro_batch_tokens.
+    r"train_dataloader yielded None",
     # `prl check` passes its own arguments to the parser.
     r"LightningCLI's args parameter is intended to run from within Python",
     # An internal matter of Lightning and torch.

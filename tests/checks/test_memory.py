@@ -68,6 +68,16 @@ def test_weights_that_wait_for_the_engine_are_counted(estimate: Estimate) -> Non
     assert on_gpu["in the update"] == estimate("--gpu=H100")["in the update"]
 
 
+def test_micro_batches_are_as_long_as_they_may_be(estimate: Estimate) -> None:
+    """16 completions of at most 16 + 8 tokens, in two micro-batches of 192 tokens."""
+    half = estimate()["activations"]
+    for tokens, share in ((1, 1), (192, 1), (288, 1.5), (1000, 2)):
+        found = estimate(f"--data.micro_batch_tokens={tokens}")["activations"]
+        assert found == pytest.approx(share * half, abs=2)
+    many = ("--trainer.accumulate_grad_batches=16", "--data.micro_batch_tokens=48")
+    assert estimate(*many)["activations"] == pytest.approx(half / 4, abs=2)
+
+
 def test_what_is_offloaded_is_in_main_memory(estimate: Estimate) -> None:
     kind = "class_path: prl_lightning.trainer.FSDP2Strategy"
     whole, offloaded = (

@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 from itertools import combinations
 
@@ -7,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import MakeRollout
-from prl_lightning.data import RolloutBuffer, collate
-from prl_lightning.data.rollouts import split_by_tokens
+from prl_lightning.data import RolloutBuffer, RolloutLoader, collate
+from prl_lightning.data.rollouts import MicroBatches, split_by_tokens
 from prl_lightning.types import Completion, Prompt, Rollout
 
 LENGTHS = st.integers(1, 30)
@@ -60,6 +61,43 @@ def test_the_largest_part_has_the_fewest_tokens_that_the_order_allows(
         for cuts in combinations(range(1, len(rollouts)), count)
     )
     assert max(map(packed_tokens, split_by_tokens(rollouts, parts))) == best
+
+
+# MicroBatches
+
+
+@settings(deadline=None)
+@given(rollouts_and_parts(max_rows=8), st.integers(1, 80))
+def test_there_are_as_few_micro_batches_as_their_tokens_allow(
+    case: tuple[list[Rollout], int], tokens: int
+) -> None:
+    rollouts, most = case
+    allowed = [
+        parts
+        for parts in range(1, most)
+        if max(map(packed_tokens, split_by_tokens(rollouts, parts))) <= tokens
+    ]
+    with warnings.catch_warnings(action="ignore"):
+        chunks = MicroBatches(most, tokens).cut(rollouts)
+    longest = max(packed_tokens([rollout]) for rollout in rollouts)
+    if tokens >= longest:
+        assert chunks == split_by_tokens(rollouts, min(allowed, default=most))
+    assert [id(r) for chunk in chunks for r in chunk] == [id(r) for r in rollouts]
+
+
+def test_more_tokens_than_wished_are_said(make_rollout: MakeRollout) -> None:
+    rollouts = [make_rollout([5], [1] * 9) for _ in range(6)]  # 1 + 6 * 9 tokens
+    with pytest.warns(UserWarning, match=r"tokens=20 .* take 3 .*grad_batches allows 2\. Raise"):
+        chunks = MicroBatches(2, 20).cut(rollouts)
+    assert [len(chunk) for chunk in chunks] == [3, 3]
+
+
+def test_a_rank_cuts_as_often_as_the_one_that_needs_it_most(
+    make_rollout: MakeRollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prl_lightning.data.rollouts.max_over_ranks", lambda own: max(own, 3))
+    chunks = MicroBatches(4, 20).cut([make_rollout([5], [1, 1]) for _ in range(4)])
+    assert [len(chunk) for chunk in chunks] == [1, 1, 2]
 
 
 # collate
@@ -174,3 +212,14 @@ def test_micro_batches_follow_the_order_of_the_updates(
         own = batches[update * micro_batches : (update + 1) * micro_batches]
         assert [row[0] for batch in own for row in batch.completion_ids.tolist()] == lengths
         assert {(batch.update_tokens, batch.update_sequences) for batch in own} == {(tokens, 8)}
+
+
+def test_empty_micro_batches_come_before_those_of_their_update(make_rollout: MakeRollout) -> None:
+    """A completion is a prompt of 1 token and 1 to 4, or 5 to 8; the limit is 14 tokens."""
+    buffer = RolloutBuffer(2, 4, micro_batch_tokens=14)
+    buffer.fill(epoch(make_rollout))
+    assert len(buffer) == 8
+    lengths = [batch and batch.completion_lengths.tolist() for batch in RolloutLoader(buffer)]
+    assert lengths == [None, None, None, [1, 2, 3, 4], None, [5, 6], [7], [8]]
+    assert buffer.metrics() == {"micro_batches": 2.0}
+    assert RolloutBuffer(2, 4).metrics() == {}

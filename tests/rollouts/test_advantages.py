@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from prl_lightning.data.rollouts import MicroBatches
 from prl_lightning.functional import outcome_advantages
 from prl_lightning.module import PRLModule
 from prl_lightning.objective import Objective
@@ -55,7 +56,7 @@ def rollouts_of(rewards: Tensor) -> list[Rollout]:
 
 
 def compare(objective: Objective, rollouts: list[Rollout]) -> list[Tensor]:
-    set_advantages(cast(PRLModule, Module(objective)), rollouts, GROUP, 1, 1)
+    set_advantages(cast(PRLModule, Module(objective)), rollouts, GROUP, 1, MicroBatches(1))
     return [rollout.outcome_advantage for rollout in rollouts]
 
 
@@ -115,7 +116,9 @@ def test_gdpo_by_hand() -> None:
         Rollout(Prompt([i // 2], ""), Completion([1], [-1.0], True), "", reward_parts=list(pairs))
         for i, pairs in enumerate([(1.0, own[0]), (0.5, own[1])] for own in parts)
     ]
-    set_advantages(cast(PRLModule, SimpleNamespace(objective=objective)), rollouts, 2, 1, 1)
+    set_advantages(
+        cast(PRLModule, SimpleNamespace(objective=objective)), rollouts, 2, 1, MicroBatches(1)
+    )
     std = (5 / 8) ** 0.5
     got = [rollout.outcome_advantage.item() for rollout in rollouts]
     assert got == pytest.approx([1 / std, -1 / std, -0.5 / std, 0.5 / std])
