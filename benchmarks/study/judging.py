@@ -200,7 +200,7 @@ class Judge:
         judged = Judged()
         for number, completions in enumerate(groups):
             of_problem: dict[str, list[tuple[float, float]]] = {}
-            for compared in self.compared(self.scored(number, completions)):
+            for compared in self.scored(number, completions):
                 slips = torch.tensor([s.is_slip for steps, _ in compared for s in steps])
                 for name in compared[0][1]:
                     scores = torch.cat([of_steps[name] for _, of_steps in compared])
@@ -211,22 +211,23 @@ class Judge:
                 judged.found.setdefault(name, []).append(torch.tensor(found).mean(0))
         return judged
 
-    def compared(self, scored: list[Scored]) -> Iterator[list[Scored]]:
-        """Completions whose steps are compared with each other, with slips and right steps."""
-        for together in [scored] if self.problems.compares_completions else [[s] for s in scored]:
-            if len({step.is_slip for steps, _ in together for step in steps}) == 2:
-                yield together
+    def scored(self, number: int, completions: list[Tensor]) -> Iterator[list[Scored]]:
+        """Yield the completions of a problem whose steps are compared with each other.
 
-    def scored(self, number: int, completions: list[Tensor]) -> list[Scored]:
-        """The completions of a problem that have steps, each quantity as a mean over a step."""
+        Each quantity is a mean over a step. Where no step is a slip, or none is right, there is
+        nothing to compare, and nothing is computed.
+        """
         prompt = self.problems.prompts[number]
         read = [(c, self.problems.steps_of(prompt, self.texts(c))) for c in completions]
-        with_steps = [(completion, steps) for completion, steps in read if steps]
-        values = self.values(number, [completion for completion, _ in with_steps])
-        return [
-            (steps, {k: torch.stack([v[s.tokens].mean() for s in steps]) for k, v in own.items()})
-            for (_, steps), own in zip(with_steps, values, strict=True)
+        together = [read] if self.problems.compares_completions else [[one] for one in read]
+        mixed = [
+            [(completion, steps) for completion, steps in some if steps]
+            for some in together
+            if len({step.is_slip for _, steps in some for step in steps}) == 2
         ]
+        values = iter(self.values(number, [c for some in mixed for c, _ in some]))
+        for some in mixed:
+            yield [(steps, _of_steps(next(values), steps)) for _, steps in some]
 
     def values(self, number: int, completions: list[Tensor]) -> list[dict[str, Tensor]]:
         """The quantities at each token of each completion of a problem."""
@@ -248,6 +249,10 @@ class Judge:
         ids = completion[:-1].tolist()
         read = [self.tokenizer.decode(ids[:end]).rstrip("\ufffd") for end in range(len(ids) + 1)]
         return [longer[len(text) :] for text, longer in pairwise(read)]
+
+
+def _of_steps(values: dict[str, Tensor], steps: list[Step]) -> dict[str, Tensor]:
+    return {k: torch.stack([v[step.tokens].mean() for step in steps]) for k, v in values.items()}
 
 
 def checkpoints_of(run: Run, folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
