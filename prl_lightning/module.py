@@ -188,6 +188,9 @@ class PRLModule(LightningModule):
 
     def _log_step(self, batch: RolloutBatch, stats: dict[str, Tensor]) -> None:
         """Log a micro-batch's stats: scalars as they are, (B, T) tensors as a mean over tokens."""
+        # An update whose completions are all left out of the loss has no tokens, and the loss 0.
+        weight = batch.num_tokens if batch.update_tokens else 1
+        self._log_train({"loss": stats.pop("loss")}, weight)
         self._log_train({"ratio_max": stats.pop("ratio_max")}, weight=1, reduce_fx="max")
         if "process_term" in stats:
             self.process_term.update(stats.pop("process_term"), batch.completion_mask)
