@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def records(file: Path) -> Iterator[bytes]:
             at += WANDB_BLOCK - at % WANDB_BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if at + 7 + length > len(data):  # still being written
+            return
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -78,13 +81,16 @@ def records(file: Path) -> Iterator[bytes]:
 def of_wandb(run: Path) -> Curves:
     from wandb.proto.wandb_internal_pb2 import Record
 
+    file = next((run / "wandb").rglob("*.wandb"))
+    # wandb.finish() may return before the last records are in the file.
+    found: list[Record] = []
+    while not any(record.HasField("exit") for record in found):
+        time.sleep(0.1)
+        found = [Record.FromString(data) for data in records(file)]
     curves: Curves = {}
-    for data in records(next((run / "wandb").rglob("*.wandb"))):
-        record = Record()
-        record.ParseFromString(data)
-        for item in record.history.item:
-            name = item.key or "/".join(item.nested_key)
-            curves.setdefault(name, []).append(json.loads(item.value_json))
+    for item in (item for record in found for item in record.history.item):
+        name = item.key or "/".join(item.nested_key)
+        curves.setdefault(name, []).append(json.loads(item.value_json))
     return curves
 
 
