@@ -175,7 +175,8 @@ class RolloutCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill the training buffer with this iteration's rollouts."""
-        data, updates = prompt_data(trainer), prompt_data(trainer).updates_per_epoch
+        data = prompt_data(trainer)
+        updates = data.updates_per_epoch
         config = self._sampling(data.group_size, self.settings.temperature)
         groups = IterationGroups(data, self.settings.refill)
         pieces = MicroBatches(updates * trainer.accumulate_grad_batches, data.micro_batch_tokens)

@@ -139,8 +139,8 @@ def _beside_weights(
         sizes = data.sizes(trainer)
         rows = sizes.prompts * sizes.group_size // sizes.updates // sizes.ranks
         row = data.max_prompt_tokens + rollout.max_new_tokens
-        at_least = max(data.micro_batch_tokens or 0, row)
-        tokens = min(rows * row, max(at_least, rows // sizes.micro_batches * row))
+        evenly = rows // sizes.micro_batches * row
+        tokens = min(rows * row, max(data.micro_batch_tokens or 0, evenly))
         per_token = _activations(module, str(trainer.precision))
         vocabulary = load_config(module.policy_name).get_text_config().vocab_size
         chunk = _CHUNK_ELEMENTS["cuda" if on_gpu else "cpu"]

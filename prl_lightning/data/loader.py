@@ -50,7 +50,7 @@ class RolloutLoader:
         Only rank 0 gets the rollouts, because it writes the checkpoint. The position is rounded
         down to the start of the current update, because its partial gradient is not saved.
         """
-        size = self.buffer.micro_batches
+        size = self.buffer.micro_batches.most
         state: dict[str, Any] = {
             "position": self.buffer.position // size * size,
             "updates": self.buffer.num_updates,
@@ -68,9 +68,10 @@ class RolloutLoader:
         """
         if "shares" not in state:
             return
+        micro_batches = self.buffer.micro_batches.most
         for name, saved, now in (
             ("data.updates_per_epoch", state["updates"], self.buffer.num_updates),
-            ("trainer.accumulate_grad_batches", state["micro_batches"], self.buffer.micro_batches),
+            ("trainer.accumulate_grad_batches", state["micro_batches"], micro_batches),
         ):
             if saved != now:
                 raise ValueError(

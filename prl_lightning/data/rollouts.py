@@ -180,8 +180,7 @@ class RolloutBuffer:
         self, num_updates: int, micro_batches: int = 1, micro_batch_tokens: int | None = None
     ) -> None:
         self.num_updates = num_updates
-        self.micro_batches = micro_batches
-        self._sizes = MicroBatches(micro_batches, micro_batch_tokens)
+        self.micro_batches = MicroBatches(micro_batches, micro_batch_tokens)
         self.rollouts: Sequence[Rollout] = []
         self.micro_batch_rollouts: list[list[Rollout]] = []
         self.position = 0
@@ -195,7 +194,7 @@ class RolloutBuffer:
             totals: (num_updates, 2), ``totals_of`` each update on all ranks.
         """
         updates = equal_parts(rollouts, self.num_updates)
-        parts = [self._padded(self._sizes.cut(update)) for update in updates]
+        parts = [self._padded(self.micro_batches.cut(update)) for update in updates]
         if totals is None:
             totals = sum_over_ranks(torch.tensor([totals_of(update) for update in updates]))
         self.rollouts = rollouts
@@ -205,17 +204,17 @@ class RolloutBuffer:
 
     def _padded(self, chunks: list[list[Rollout]]) -> list[list[Rollout]]:
         """Add empty micro-batches in front: Lightning steps after the last one."""
-        return [[] for _ in range(self.micro_batches - len(chunks))] + chunks
+        return [[] for _ in range(self.micro_batches.most - len(chunks))] + chunks
 
     def metrics(self) -> dict[str, float]:
         """Return the mean number of micro-batches of an update, if it depends on their tokens."""
-        if self._sizes.tokens is None:
+        if self.micro_batches.tokens is None:
             return {}
         return {"micro_batches": sum(map(bool, self.micro_batch_rollouts)) / self.num_updates}
 
     def __len__(self) -> int:
         """Return the number of micro-batches per epoch on this rank, the empty ones included."""
-        return self.num_updates * self.micro_batches
+        return self.num_updates * self.micro_batches.most
 
     def __getitem__(self, index: int) -> RolloutBatch | None:
         """Return micro-batch ``index``; an update takes ``micro_batches`` consecutive ones.
@@ -233,5 +232,5 @@ class RolloutBuffer:
         rollouts = self.micro_batch_rollouts[index]
         if not rollouts:
             return None
-        tokens, sequences = self._totals[index // self.micro_batches].tolist()
+        tokens, sequences = self._totals[index // self.micro_batches.most].tolist()
         return collate([_for_loss(r) for r in rollouts], tokens, sequences)

@@ -88,9 +88,10 @@ def of_wandb(run: Path) -> Curves:
         time.sleep(0.1)
         found = [Record.FromString(data) for data in records(file)]
     curves: Curves = {}
-    for item in (item for record in found for item in record.history.item):
-        name = item.key or "/".join(item.nested_key)
-        curves.setdefault(name, []).append(json.loads(item.value_json))
+    for record in found:
+        for item in record.history.item:
+            name = item.key or "/".join(item.nested_key)
+            curves.setdefault(name, []).append(json.loads(item.value_json))
     return curves
 
 
