@@ -2,8 +2,8 @@
 
     python benchmarks/bench_weight_gradient.py --out benchmarks/results/weight_gradient.json
 
-Each chunk adds gradsᵀ·hidden to the gradient of the output embedding. Three ways to form it:
-"rounded" rounds each chunk's product to bfloat16 before the float32 sum, "float32 sum" keeps the
+Each block adds gradsᵀ·hidden to the gradient of the output embedding. Three ways to form it:
+"rounded" rounds each block's product to bfloat16 before the float32 sum, "float32 sum" keeps the
 product of bfloat16 factors in float32, "float32" does not round the factors either. token_logprobs
 takes the first, and the last on a CPU without bfloat16 instructions.
 
@@ -67,11 +67,11 @@ def inputs(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def gradient(
-    hidden: Tensor, weight: Tensor, targets: Tensor, slopes: Tensor, chunk: int | None
+    hidden: Tensor, weight: Tensor, targets: Tensor, slopes: Tensor, max_logits: int | None
 ) -> tuple[Tensor, float]:
     """The weight's gradient in float32, or float64 if the inputs are, and the mean entropy."""
     leaf = weight.to(torch.promote_types(weight.dtype, torch.float32)).requires_grad_()
-    values, entropy = token_logprobs(hidden, leaf, targets, chunk_size=chunk)
+    values, entropy = token_logprobs(hidden, leaf, targets, max_logits=max_logits)
     values.backward(slopes.to(values.dtype))
     assert leaf.grad is not None
     return leaf.grad, entropy.mean().item()
@@ -106,28 +106,30 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=882)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--vocab", type=int, default=152_000)
-    parser.add_argument("--chunk", type=int, help="tokens in a chunk; by default automatic")
+    parser.add_argument("--max-logits", type=int, help="in a block; by default automatic")
     parser.add_argument("--logit", type=float, default=20.0, help="of the target, over the others")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     hidden, weight, *rest = inputs(args)
-    exact, entropy = gradient(hidden.double(), weight.double(), *rest, args.chunk)
-    alone = with_product(in_float64, hidden, weight, *rest, args.chunk).double()
+    exact, entropy = gradient(hidden.double(), weight.double(), *rest, args.max_logits)
+    alone = with_product(in_float64, hidden, weight, *rest, args.max_logits).double()
     errors: dict[str, dict[str, float]] = {"alone": {}, "total": {}}
     seconds = dict.fromkeys(VARIANTS, float("inf"))
     for _ in range(args.repeats):
         for name, product in VARIANTS.items():
             elapsed, found = seconds_of(
                 lambda product=product: with_product(  # type: ignore[misc]
-                    product, hidden, weight, *rest, args.chunk
+                    product, hidden, weight, *rest, args.max_logits
                 )
             )
             seconds[name] = min(seconds[name], elapsed)
             errors["alone"][name] = relative(found, alone)
             errors["total"][name] = relative(found, exact)
     result = {
-        "sizes": {name: getattr(args, name) for name in ("tokens", "hidden", "vocab", "chunk")},
+        "sizes": {
+            name: getattr(args, name) for name in ("tokens", "hidden", "vocab", "max_logits")
+        },
         "mean_entropy": entropy,
         "relative_error": errors,
         "seconds": seconds,

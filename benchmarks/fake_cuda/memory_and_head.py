@@ -1,4 +1,4 @@
-"""Memory of micro-batches, and of the output head by the size of its chunks."""
+"""Memory of micro-batches, and of the output head by the size of its blocks."""
 
 from __future__ import annotations
 
@@ -93,22 +93,22 @@ def head(
 ) -> dict[str, Any]:
     """The output head of a 4B model under bf16-mixed, forward and backward."""
     results = {}
-    for chunk_size in (None, 441, 882, 1764, 3528):
+    for max_logits in (None, 2**22, 2**26, 2**29):
         with fake_gpu(), torch.device("cuda"):
             hidden = torch.empty(tokens, hidden_size, requires_grad=True)
             weight = torch.empty(vocabulary, hidden_size, requires_grad=True)
             targets = torch.empty(tokens, dtype=torch.long)
             with Memory() as used:
                 with bf16_mixed():
-                    logprobs, _ = token_logprobs(hidden, weight, targets, chunk_size=chunk_size)
+                    logprobs, _ = token_logprobs(hidden, weight, targets, max_logits=max_logits)
                 forward = used.traffic.total()
                 logprobs.sum().backward()
-        name = "automatic" if chunk_size is None else str(chunk_size)
+        name = "automatic" if max_logits is None else f"2^{max_logits.bit_length() - 1} logits"
         results[name] = {
             "traffic_mb_a_token": round(used.traffic.total() / tokens / 1e6, 2),
             "of_it_forward": round(forward / tokens / 1e6, 2),
             "peak_gib": in_gib(used.peak),
             "traffic_shares": shares(used),
         }
-        say(f"chunks of {name}", results[name])
+        say(f"blocks: {name}", results[name])
     return results

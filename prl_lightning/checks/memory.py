@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prl_lightning.data import PromptDataModule, collate
-from prl_lightning.functional.logprobs import _CHUNK_ELEMENTS
+from prl_lightning.functional.logprobs import _BLOCK_LOGITS
 from prl_lightning.models.causal_lm import LogprobModel
 from prl_lightning.models.loading import causal_lm_from_config, load_config
 from prl_lightning.models.sharding import is_offloading, is_sharding
@@ -143,8 +143,8 @@ def _beside_weights(
         tokens = min(rows * row, max(data.micro_batch_tokens or 0, evenly))
         per_token = _activations(module, str(trainer.precision))
         vocabulary = load_config(module.policy_name).get_text_config().vocab_size
-        chunk = _CHUNK_ELEMENTS["cuda" if on_gpu else "cpu"]
-        logits = 2 * 4 * min(tokens * vocabulary, chunk)  # two buffers in float32
+        block = _BLOCK_LOGITS["cuda" if on_gpu else "cpu"]
+        logits = 2 * 4 * min(tokens * vocabulary, block)  # two buffers in float32
         total += tokens * (per_token or 0) + logits
         yield f"  {'activations':<16} " + (
             "unknown for this architecture, and not in the sum"
@@ -152,7 +152,7 @@ def _beside_weights(
             else f"{tokens * per_token / MIB:10,.0f} MiB at most: {per_token / 1024:,.0f} KiB a "
             f"token, {tokens:,} tokens in a micro-batch at the limits"
         )
-        yield f"  {'logits':<16} {logits / MIB:10,.0f} MiB at most, in chunks"
+        yield f"  {'logits':<16} {logits / MIB:10,.0f} MiB at most, in blocks"
     sampler = rollout.engine_sampler
     if on_gpu:
         # The gradient is freed before sampling, and an engine that sleeps before the update.

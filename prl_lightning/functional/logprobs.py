@@ -1,11 +1,12 @@
 """Log-probabilities and entropy from hidden states, without a (tokens, vocabulary) tensor.
 
 At a vocabulary of 152 thousand, the float32 logits of a micro-batch of 16 thousand tokens take
-10 GB, and autograd keeps several such tensors. Here they exist for one chunk of tokens at a time,
-and the backward pass recomputes them.
+10 GB, and autograd keeps several such tensors. Here they exist for one block of tokens and
+vocabulary at a time, and the backward pass recomputes them.
 """
 
 from collections.abc import Iterator
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from prl_lightning.functional.precision import has_bf16_instructions
 
-_CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
-"""Logits in an automatic chunk: 256 MiB in float32 on a CPU, which is 441 tokens at a vocabulary of
-152 thousand, and 1 GiB on a GPU.
-
-These are enough rows for a matrix product at full speed, and small compared with the weight of the
-head. Each chunk reads and writes the gradient of that weight once. On a GPU this dominates, so its
-chunks are larger.
-"""
+_BLOCK_LOGITS = {"cpu": 2**22, "cuda": 2**28}
+"""Logits in an automatic block: 16 MiB in float32 on a CPU, whose caches they pass through several
+times, and 1 GiB on a GPU, which needs large products to be busy."""
 
 
 def token_logprobs(
@@ -29,7 +25,7 @@ def token_logprobs(
     head_weight: Tensor,
     targets: Tensor,
     temperature: float = 1.0,
-    chunk_size: int | None = None,
+    max_logits: int | None = None,
     scale: float = 1.0,
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -37,10 +33,11 @@ def token_logprobs(
 
     log π(a) = z_a - log Σ_v exp z_v and entropy = log Σ_v exp z_v - Σ_v π_v z_v. The logits are
     scale·hidden·Wᵀ, or with a cap c (softcapping) c·tanh(scale·hidden·Wᵀ/c), and z = logits/τ.
-    Forward and backward hold the logits of one chunk at a time, in at most two buffers.
+    Forward and backward hold the logits of one block of tokens and vocabulary at a time, in at most
+    two buffers. The parts of a softmax are summed as in online softmax (arXiv 1805.02867).
 
-    The matrix product runs in the dtype of `hidden`, or of autocast if it is on. Softmax, sums and
-    the weight's gradient over the chunks are in float32, or float64 if `hidden` is. On a CPU
+    The matrix product runs in the dtype of `hidden`, or of autocast if it is on. Softmax and sums
+    over blocks are in float32, or float64 if `hidden` is. On a CPU
     without bfloat16 instructions the product that forms that gradient is in float32, too.
 
     Args:
@@ -48,7 +45,7 @@ def token_logprobs(
         head_weight: the output embedding, (V, H).
         targets: token ids in [0, V), (N,).
         temperature: of sampling, above 0.
-        chunk_size: tokens in a chunk; None derives it from vocabulary and device.
+        max_logits: most logits in a block, at least 1; None derives it from the device.
         scale: multiplies the logits.
         cap: tanh keeps every logit between its negative and it; None for no cap.
 
@@ -57,7 +54,7 @@ def token_logprobs(
         nats, not differentiable. Both float32, or float64 if `hidden` is.
 
     Raises:
-        ValueError: shapes disagree, or temperature, chunk_size or cap is out of range.
+        ValueError: shapes disagree, or temperature, max_logits or cap is out of range.
 
     Example:
         >>> hidden, weight = torch.zeros(2, 3), torch.ones(4, 3)
@@ -69,13 +66,13 @@ def token_logprobs(
         raise ValueError(f"temperature={temperature}: must be above 0.")
     if cap is not None and not cap > 0:
         raise ValueError(f"cap={cap}: must be above 0, or None for no cap.")
-    if chunk_size is None:
-        elements = _CHUNK_ELEMENTS.get(hidden.device.type, _CHUNK_ELEMENTS["cpu"])
-        chunk_size = max(1, elements // max(1, len(head_weight)))
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}: use at least 1, or None for automatic.")
+    if max_logits is None:
+        max_logits = _BLOCK_LOGITS.get(hidden.device.type, _BLOCK_LOGITS["cpu"])
+    if max_logits < 1:
+        raise ValueError(f"max_logits={max_logits}: use at least 1, or None for automatic.")
+    block = _block(len(hidden), len(head_weight), max_logits)
     logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, head_weight, targets, _Transform(scale, cap, temperature), chunk_size
+        hidden, head_weight, targets, _Transform(scale, cap, temperature), block
     )
     return logprobs, entropy
 
@@ -107,6 +104,33 @@ class _Transform(NamedTuple):
         return grads.mul_(logits.mul_(self.temperature / self.cap).square_().neg_().add_(1.0))
 
 
+class _Softmax(NamedTuple):
+    """Sums over a part of the vocabulary, relative to its maximum so that exp does not overflow."""
+
+    peak: Tensor  # max z, (N,)
+    total: Tensor  # Σ exp(z - peak), (N,)
+    weighted: Tensor  # Σ exp(z - peak)·(z - peak), (N,)
+
+    @classmethod
+    def of_(cls, logits: Tensor) -> "_Softmax":
+        """Overwrites the logits."""
+        peak = logits.amax(1)
+        exponentials = logits.sub_(peak[:, None]).exp()
+        total = exponentials.sum(1)
+        return cls(peak, total, exponentials.mul_(logits).sum(1))
+
+    def relative_to(self, peak: Tensor) -> "_Softmax":
+        shift = self.peak - peak
+        factor = shift.exp()
+        return _Softmax(peak, self.total * factor, (self.weighted + self.total * shift) * factor)
+
+    def plus(self, other: "_Softmax") -> "_Softmax":
+        """Of both parts of the vocabulary."""
+        peak = torch.maximum(self.peak, other.peak)
+        one, two = self.relative_to(peak), other.relative_to(peak)
+        return _Softmax(peak, one.total + two.total, one.weighted + two.weighted)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -115,28 +139,31 @@ class _TokenLogprobs(torch.autograd.Function):
         head_weight: Tensor,
         targets: Tensor,
         transform: _Transform,
-        chunk_size: int,
+        block: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
         product_dtype = _product_dtype(hidden)
-        weight = head_weight.to(product_dtype)
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, entropy, log_normalizer = (
             hidden.new_empty(len(hidden), dtype=sum_dtype) for _ in range(3)
         )
-        for rows in _chunks(len(hidden), chunk_size):
-            logits = _logits(hidden[rows], weight, transform, sum_dtype)
-            picked = logits.gather(1, targets[rows, None]).squeeze(1)
-            peak = logits.amax(1)
-            # Relative to the maximum, so that exp does not overflow.
-            probabilities = logits.sub_(peak[:, None]).exp()
-            total = probabilities.sum(1)
-            log_total = total.log()
-            torch.sub(log_total, probabilities.mul_(logits).sum(1).div_(total), out=entropy[rows])
-            torch.add(peak, log_total, out=log_normalizer[rows])
+        for rows in _slices(len(hidden), block[0]):
+            picked = hidden.new_zeros(1, dtype=sum_dtype)
+            softmax: _Softmax | None = None
+            for ids in _slices(len(head_weight), block[1]):
+                weight = head_weight[ids].to(product_dtype)
+                logits = _logits(hidden[rows], weight, transform, sum_dtype)
+                columns, is_inside = _columns(targets[rows], ids)
+                picked = torch.where(is_inside, logits.gather(1, columns).squeeze(1), picked)
+                part = _Softmax.of_(logits)
+                del logits  # free the memory before the next block
+                softmax = part if softmax is None else softmax.plus(part)
+            assert softmax is not None  # a vocabulary has at least one token
+            log_total = softmax.total.log()
+            torch.sub(log_total, softmax.weighted / softmax.total, out=entropy[rows])
+            torch.add(softmax.peak, log_total, out=log_normalizer[rows])
             torch.sub(picked, log_normalizer[rows], out=logprobs[rows])
-            del logits, probabilities  # free the memory before the next chunk
         ctx.save_for_backward(hidden, head_weight, targets, log_normalizer)
-        ctx.transform, ctx.chunk_size, ctx.product_dtype = transform, chunk_size, product_dtype
+        ctx.transform, ctx.block, ctx.product_dtype = transform, block, product_dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -146,31 +173,34 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, head_weight, targets, log_normalizer = ctx.saved_tensors
-        weight = head_weight.to(ctx.product_dtype)
-        sum_dtype = log_normalizer.dtype
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight: Tensor | None = None
-        for rows in _chunks(len(hidden), ctx.chunk_size):
-            logits = _logits(hidden[rows], weight, ctx.transform, sum_dtype)
-            # ∂ log π(a)/∂z = onehot(a) - π, in place of the logits unless a cap needs them again.
-            grads = logits if ctx.transform.cap is None else logits.clone()
-            grads.sub_(log_normalizer[rows, None]).exp_()
-            slope = grad_logprobs[rows, None].to(sum_dtype) * ctx.transform.slope
-            grads.mul_(-slope).scatter_add_(1, targets[rows, None], slope)
-            grads = ctx.transform.bend_(grads, logits)
-            del logits
-            grads = grads.to(_dtype_of_weight_product(weight, sum_dtype))
-            if grad_hidden is not None:
-                grad_hidden[rows] = grads.to(weight.dtype) @ weight
-            if ctx.needs_input_grad[1]:
-                grad_weight = _plus_product(
-                    grad_weight, grads.T, hidden[rows].to(grads.dtype), sum_dtype
-                )
-            del grads  # free the memory before the next chunk
-        if ctx.needs_input_grad[1] and grad_weight is None:  # no tokens
-            grad_weight = torch.zeros_like(head_weight)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(head_weight.dtype)
+        dtype = log_normalizer.dtype
+        slopes = grad_logprobs.to(dtype) * ctx.transform.slope
+        grad_hidden = torch.zeros_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(head_weight) if ctx.needs_input_grad[1] else None
+        for ids in _slices(len(head_weight), ctx.block[1]):
+            weight = head_weight[ids].to(ctx.product_dtype)
+            # The vocabulary is the outer loop, so that a row of the weight's gradient is summed at
+            # once: in place if its dtype is that of sums.
+            total = None if grad_weight is None else grad_weight[ids].to(dtype).zero_()
+            for rows in _slices(len(hidden), ctx.block[0]):
+                logits = _logits(hidden[rows], weight, ctx.transform, dtype)
+                # ∂ log π(a)/∂z = onehot(a) - π, in place of the logits unless a cap needs them.
+                grads = logits if ctx.transform.cap is None else logits.clone()
+                grads.sub_(log_normalizer[rows, None]).exp_().mul_(-slopes[rows, None])
+                columns, is_inside = _columns(targets[rows], ids)
+                grads.scatter_add_(1, columns, (slopes[rows] * is_inside)[:, None])
+                grads = ctx.transform.bend_(grads, logits)
+                del logits
+                grads = grads.to(_dtype_of_weight_product(weight, dtype))
+                if grad_hidden is not None:
+                    _add_product(grad_hidden[rows], grads.to(weight.dtype), weight)
+                if total is not None:
+                    _add_product(total, grads.T, hidden[rows].to(grads.dtype))
+                del grads  # free the memory before the next block
+            if grad_weight is not None and grad_weight.dtype != dtype:
+                grad_weight[ids] = total
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.to(hidden.dtype)
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -187,21 +217,31 @@ def _dtype_of_weight_product(weight: Tensor, sum_dtype: torch.dtype) -> torch.dt
     return sum_dtype if weight.is_cpu and not has_bf16_instructions() else weight.dtype
 
 
-def _plus_product(
-    total: Tensor | None, left: Tensor, right: Tensor, sum_dtype: torch.dtype
-) -> Tensor:
-    """Add left·right in place. None is a total of zeros, which the head's size makes costly."""
-    if total is None:
-        return (left @ right).to(sum_dtype)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left·right in place."""
     if left.dtype == total.dtype:
-        return total.addmm_(left, right)
-    # The product stays in low precision, which is fast; only the sum over chunks needs more.
-    return total.add_(left @ right)
+        total.addmm_(left, right)
+    else:
+        # The product stays in low precision, which is fast; only the sum over blocks needs more.
+        total.add_(left @ right)
 
 
-def _chunks(count: int, chunk_size: int) -> Iterator[slice]:
-    for start in range(0, count, chunk_size):
-        yield slice(start, start + chunk_size)
+def _block(tokens: int, vocabulary: int, logits: int) -> tuple[int, int]:
+    """Return the tokens and the vocabulary of a block: all tokens, unless it would be narrow."""
+    ids = min(vocabulary, max(logits // max(1, tokens), isqrt(logits)))
+    return max(1, logits // ids), ids
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _columns(targets: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
+    """Return the columns (N, 1) of targets in a block, and which (N,) are in it."""
+    columns = targets - ids.start
+    is_inside = (columns >= 0) & (targets < ids.stop)
+    return columns.clamp(0, ids.stop - ids.start - 1)[:, None], is_inside
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

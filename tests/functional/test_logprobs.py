@@ -47,7 +47,7 @@ def inputs(
     tokens=st.integers(0, 9),
     vocabulary=st.integers(1, 12),
     width=st.integers(1, 5),
-    chunk_size=st.none() | st.integers(1, 11),
+    max_logits=st.none() | st.integers(1, 40),
     temperature=st.sampled_from([1.0, 0.6, 2.5]),
     scale=st.sampled_from([1.0, 0.125, 3.0]),
     cap=st.sampled_from([None, 1.5, 30.0]),
@@ -57,14 +57,14 @@ def test_token_logprobs_is_log_softmax_and_gather(
     tokens: int,
     vocabulary: int,
     width: int,
-    chunk_size: int | None,
+    max_logits: int | None,
     temperature: float,
     scale: float,
     cap: float | None,
     seed: int,
 ) -> None:
     hidden, weight, targets = inputs(tokens, vocabulary, width, seed)
-    logprobs, entropy = token_logprobs(hidden, weight, targets, temperature, chunk_size, scale, cap)
+    logprobs, entropy = token_logprobs(hidden, weight, targets, temperature, max_logits, scale, cap)
     want, want_entropy = reference(hidden, weight, targets, temperature, scale, cap)
     assert_close(logprobs, want)
     assert_close(entropy, want_entropy.detach())
@@ -81,15 +81,16 @@ def test_only_the_wanted_gradient_is_computed(trained: tuple[bool, bool]) -> Non
     want = grad(reference(hidden, weight, targets, 1.0)[0].sum(), (hidden, weight))
     hidden.requires_grad_(trained[0])
     weight.requires_grad_(trained[1])
-    logprobs, _ = token_logprobs(hidden, weight, targets, chunk_size=2)
+    logprobs, _ = token_logprobs(hidden, weight, targets, max_logits=10)
     with Recorder() as recorder:
         logprobs.sum().backward()
     for tensor, is_trained, expected in zip((hidden, weight), trained, want, strict=True):
         assert (tensor.grad is not None) == is_trained
         if tensor.grad is not None:
             assert_close(tensor.grad, expected)
-    # One product a chunk to make the logits again, one for the gradient: none for the other.
-    assert recorder.products == 4 * 2
+    # Of 3 x 3. One product a block to make the logits again, one for the gradient: none for the
+    # other.
+    assert recorder.products == 3 * 2 * 2
 
 
 def test_nothing_is_kept_under_no_grad() -> None:
@@ -118,7 +119,7 @@ def test_bfloat16_is_close_to_float64(
     hidden, weight, targets = inputs(40, 30, 16, dtype=dtype)
     weight = weight.detach().to(weight_dtype).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        logprobs, entropy = token_logprobs(hidden, weight, targets, 0.8, chunk_size=7)
+        logprobs, entropy = token_logprobs(hidden, weight, targets, 0.8, max_logits=70)
     assert logprobs.dtype == entropy.dtype == torch.float32
     got = grad(logprobs.sum(), (hidden, weight))
     assert [found.dtype for found in got] == [dtype, weight_dtype]
@@ -149,7 +150,7 @@ def test_weight_gradient_is_not_rounded_where_bfloat16_is_slow(
     monkeypatch.setattr(logprobs_file, "has_bf16_instructions", lambda: is_fast)
     hidden, weight, targets = inputs(40, 30, 16, dtype=BF16)
     weight = weight.detach().float().requires_grad_()
-    found, _ = token_logprobs(hidden, weight, targets, chunk_size=7)
+    found, _ = token_logprobs(hidden, weight, targets, max_logits=70)
     (got,) = grad(found.sum(), weight)
     with torch.no_grad():
         logits = (hidden @ weight.to(BF16).T).double()
@@ -158,12 +159,21 @@ def test_weight_gradient_is_not_rounded_where_bfloat16_is_slow(
     assert low <= (got.double() - want).norm() / want.norm() < high
 
 
-def test_weight_gradient_of_many_chunks_is_summed_in_float32() -> None:
+def test_weight_gradient_of_many_blocks_is_summed_in_float32() -> None:
     """512 equal gradients of 1/2, added one by one in bfloat16, stop growing at 128."""
     hidden = torch.ones(512, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    logprobs, _ = token_logprobs(hidden, weight, torch.zeros(512).long(), chunk_size=1)
+    logprobs, _ = token_logprobs(hidden, weight, torch.zeros(512).long(), max_logits=1)
     assert grad(logprobs.sum(), weight)[0].tolist() == [[256.0], [-256.0]]
+
+
+def test_hidden_gradient_of_many_blocks_is_summed_in_float32() -> None:
+    """1,023 equal gradients of -1/1024, added one by one in bfloat16, stop falling at -1/4."""
+    hidden = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.ones(1024, 1, dtype=torch.bfloat16)
+    weight[0] = 0
+    logprobs, _ = token_logprobs(hidden, weight, torch.zeros(1).long(), max_logits=1)
+    assert grad(logprobs.sum(), hidden)[0].item() == -1
 
 
 class Recorder(TorchDispatchMode):
@@ -193,55 +203,72 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize(("temperature", "cap"), [(1.0, None), (0.7, None), (0.7, 30.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_more_than_one_chunk_of_logits_exists(
+def test_no_more_than_one_block_of_logits_exists(
     dtype: torch.dtype, temperature: float, cap: float | None
 ) -> None:
-    tokens, vocabulary, width, chunk_size = 96, 1000, 4, 8
+    tokens, vocabulary, width = 96, 1000, 4
     hidden, weight, targets = inputs(tokens, vocabulary, width, dtype=dtype)
-    chunk = chunk_size * vocabulary
-    assert chunk > vocabulary * width > tokens * width  # so a chunk of logits is the largest
-    with Recorder(large=chunk) as forward:
-        logprobs, _ = token_logprobs(hidden, weight, targets, temperature, chunk_size, cap=cap)
-    with Recorder(large=chunk) as backward:
+    block = 89 * 89  # as near as it gets to a square of 8,000
+    assert block > vocabulary * width > tokens * width  # so a block of logits is the largest
+    with Recorder(large=block) as forward:
+        logprobs, _ = token_logprobs(
+            hidden, weight, targets, temperature, max_logits=8_000, cap=cap
+        )
+    with Recorder(large=block) as backward:
         logprobs.sum().backward()
     for pass_ in (forward, backward):
-        assert pass_.largest == chunk
+        assert pass_.largest == block
         assert 1 <= pass_.most_alive <= 2
     # The recorder does see what the plain way allocates.
-    with Recorder(large=chunk) as plain:
+    with Recorder(large=block) as plain:
         reference(hidden, weight, targets, temperature)[0].sum().backward()
     assert plain.largest == tokens * vocabulary
     assert plain.most_alive >= 2
 
 
-def test_automatic_chunks_bound_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight, targets = inputs(64, 1000, 2)
-    for elements, largest in ((5_000, 5_000), (500, 2_000)):  # no more than the weight
-        monkeypatch.setitem(logprobs_file._CHUNK_ELEMENTS, "cpu", elements)
-        with Recorder() as recorder:
-            token_logprobs(hidden, weight, targets)[0].sum().backward()
-        assert recorder.largest == largest
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "logits", "block"),
+    [
+        (64, 1000, 5_000, (64, 78)),  # all tokens, a part of the vocabulary
+        (64, 1000, 500, (22, 22)),  # a square, if all tokens would make it narrow
+        (64, 1000, 10**6, (1000, 1000)),
+        (0, 3, 1, (1, 1)),
+    ],
+)
+def test_automatic_blocks_bound_the_logits(
+    tokens: int,
+    vocabulary: int,
+    logits: int,
+    block: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert logprobs_file._block(tokens, vocabulary, logits) == block
+    monkeypatch.setitem(logprobs_file._BLOCK_LOGITS, "cpu", logits)
+    hidden, weight, targets = inputs(tokens, vocabulary, 1)
+    with Recorder() as recorder:
+        token_logprobs(hidden, weight, targets)[0].sum().backward()
+    assert recorder.largest == max(vocabulary, min(tokens, block[0]) * min(vocabulary, block[1]))
 
 
-def test_a_gpu_has_larger_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_has_larger_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen on the meta device, which runs the same code and computes nothing."""
-    monkeypatch.setitem(logprobs_file._CHUNK_ELEMENTS, "meta", 4_000)
-    monkeypatch.setitem(logprobs_file._CHUNK_ELEMENTS, "cpu", 1_000)
+    monkeypatch.setitem(logprobs_file._BLOCK_LOGITS, "meta", 8_000)
+    monkeypatch.setitem(logprobs_file._BLOCK_LOGITS, "cpu", 4_000)
     products: dict[str, int] = {}
     for device in ("cpu", "meta"):
-        hidden, weight, targets = (x.detach().to(device) for x in inputs(64, 1000, 2))
+        hidden, weight, targets = (x.detach().to(device) for x in inputs(32, 1000, 2))
         with Recorder() as recorder:
             token_logprobs(hidden, weight, targets)
         products[device] = recorder.products
-    assert products == {"cpu": 64, "meta": 16}
-    assert logprobs_file._CHUNK_ELEMENTS["cuda"] == 2**28
+    assert products == {"cpu": 8, "meta": 4}
+    assert logprobs_file._BLOCK_LOGITS["cuda"] == 2**28
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"temperature": 0.0}, "temperature=0.0"),
-        ({"chunk_size": 0}, "chunk_size=0"),
+        ({"max_logits": 0}, "max_logits=0"),
         ({"cap": 0.0}, "cap=0.0"),
         ({"targets": torch.zeros(3).long()}, r"targets \(3,\)"),
         ({"head_weight": torch.zeros(5, 9)}, r"hidden has shape \(4, 3\), head_weight \(5, 9\)"),
