@@ -81,6 +81,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
         Objective(beta=BETA),
         optimizer=partial(torch.optim.AdamW, lr=1e-6, fused=True),  # TRL's is fused, too
         lora=LORA if args.lora else None,
+        compile=args.compile,
     )
     trainer.fit(module, datamodule=data)
     parts = {name: statistics.median(values[WARM_UP:]) for name, values in watch.parts.items()}
@@ -135,6 +136,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, type=int)
     parser.add_argument("--micro-batches", default=4, type=int, help="of ours, an update")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="of ours")
     parser.add_argument("--rounds", default=3, type=int)
     parser.add_argument("--who", nargs="+", default=["ours", "trl default", "trl tuned"])
     parser.add_argument("--only", help="run one of them in this process")
@@ -147,9 +149,9 @@ def main() -> None:
         return
     sizes = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in SIZES]
     sizes += [f"--model={args.model}", f"--micro-batches={args.micro_batches}"]
-    sizes += ["--lora"] if args.lora else []
+    sizes += [f"--{name}" for name in ("lora", "compile") if getattr(args, name)]
     commands = {name: ["bench_real.py", *sizes, "--only", name] for name in args.who}
-    work = {name: getattr(args, name) for name in (*SIZES, "micro_batches", "lora")}
+    work = {name: getattr(args, name) for name in (*SIZES, "micro_batches", "lora", "compile")}
     publish({"work": work, **compare(in_turn(commands, args.rounds))}, args.out)
 
 

@@ -62,7 +62,8 @@ def fake_model(
     config = AutoConfig.for_model(architecture, **sizes)
     with torch.device("cuda"):
         causal_lm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    with patch("prl_lightning.models.causal_lm.refuse_other_heads"):  # it compares values
+    plain = {"scale": 1.0}  # to find it, values are compared
+    with patch("prl_lightning.models.causal_lm.logit_transform", return_value=plain):
         return LogprobModel(causal_lm, gradient_checkpointing)
 
 

@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from prl_lightning.functional.precision import has_bf16_instructions
 
-_BLOCK_LOGITS = {"cpu": 2**22, "cuda": 2**28}
+_BLOCK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
 """Logits in an automatic block: 16 MiB in float32 on a CPU, whose caches they pass through several
-times, and 1 GiB on a GPU, which needs large products to be busy."""
+times, and 512 MiB on a GPU, which needs large products to be busy."""
 
 
 def token_logprobs(

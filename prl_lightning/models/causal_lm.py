@@ -30,7 +30,7 @@ class LogprobModel(nn.Module):
 
     Rows are packed: padding is not computed, and the prompt of a group is computed once. Only
     architectures that mix tokens outside of attention are computed in padded rows. The output head
-    is applied to the completion tokens alone and in chunks, so logits of shape (tokens, V) never
+    is applied to the completion tokens alone and in blocks, so logits of shape (tokens, V) never
     exist. It is one module, so that a strategy can shard it as the root of its parameters and each
     call gathers what it needs.
 

@@ -1,6 +1,6 @@
-"""Recognize what a model does to its logits: scaling and capping, which the chunks compute as well.
+"""Recognize what a model does to its logits: scaling and capping, which the blocks compute as well.
 
-LogprobModel multiplies hidden states and output head in chunks. Many fields of many architectures
+LogprobModel multiplies hidden states and output head in blocks. Many fields of many architectures
 change the product, so a model is not asked for its fields: its logits are computed, from given
 hidden states and a small head. Any other change is refused.
 """
@@ -58,7 +58,7 @@ def logit_transform(causal_lm: PreTrainedModel, body: nn.Module) -> dict[str, An
                 return transform
             difference = f"transforms its logits ({', '.join(_fields(config)) or 'always'})"
     raise ValueError(
-        f"model.policy: the architecture {config.model_type!r} {difference}. The chunked output "
+        f"model.policy: the architecture {config.model_type!r} {difference}. The output "
         "head computes scaling and tanh capping only. Use an architecture without."
     )
 

@@ -261,7 +261,7 @@ def test_a_gpu_has_larger_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
             token_logprobs(hidden, weight, targets)
         products[device] = recorder.products
     assert products == {"cpu": 8, "meta": 4}
-    assert logprobs_file._BLOCK_LOGITS["cuda"] == 2**28
+    assert logprobs_file._BLOCK_LOGITS["cuda"] == 2**27
 
 
 @pytest.mark.parametrize(
