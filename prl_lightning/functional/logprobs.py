@@ -197,7 +197,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 if total is not None:
                     _add_product(total, grads.T, hidden[rows].to(grads.dtype))
                 del grads  # free the memory before the next block
-            if grad_weight is not None and grad_weight.dtype != dtype:
+            if grad_weight is not None and total is not None and grad_weight.dtype != dtype:
                 grad_weight[ids] = total
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
