@@ -98,10 +98,11 @@ def test_nothing_is_kept_under_no_grad() -> None:
         assert token_logprobs(*inputs(4, 5, 3))[0].grad_fn is None
 
 
+@pytest.mark.parametrize("max_logits", [None, 1])  # in one block, and in one each
 @pytest.mark.parametrize("peak", [1e4, -1e4])
-def test_large_logits_do_not_overflow(peak: float) -> None:
-    hidden = torch.tensor([[peak]], requires_grad=True)
-    logprobs, entropy = token_logprobs(hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
+def test_large_logits_do_not_overflow(peak: float, max_logits: int | None) -> None:
+    hidden, weight = torch.tensor([[peak]], requires_grad=True), torch.tensor([[1.0], [-1.0]])
+    logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([1]), max_logits=max_logits)
     assert entropy.item() == 0
     assert value_and_slope(logprobs, hidden) == ((-2e4, -2) if peak > 0 else (0, 0))
 
