@@ -64,8 +64,8 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
         max_prompt_tokens=128,
     )  # fmt: skip
     rollout = RolloutCallback(
-        [reward], VLLMSampler(cache_gib=0.25), temperature=TEMPERATURE,
-        max_new_tokens=args.max_new_tokens,
+        [reward], VLLMSampler(cache_gib=0.25, enforce_eager=not args.engine_compile),
+        temperature=TEMPERATURE, max_new_tokens=args.max_new_tokens,
     )  # fmt: skip
     watch = Held()
     trainer = PRLTrainer(
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", default=4, type=int, help="of ours, an update")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--compile", action="store_true", help="of ours")
+    parser.add_argument("--engine-compile", action="store_true", help="of ours")
     parser.add_argument("--rounds", default=3, type=int)
     parser.add_argument("--who", nargs="+", default=["ours", "trl default", "trl tuned"])
     parser.add_argument("--only", help="run one of them in this process")
@@ -149,9 +150,10 @@ def main() -> None:
         return
     sizes = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in SIZES]
     sizes += [f"--model={args.model}", f"--micro-batches={args.micro_batches}"]
-    sizes += [f"--{name}" for name in ("lora", "compile") if getattr(args, name)]
+    switches = ("lora", "compile", "engine_compile")
+    sizes += [f"--{name.replace('_', '-')}" for name in switches if getattr(args, name)]
     commands = {name: ["bench_real.py", *sizes, "--only", name] for name in args.who}
-    work = {name: getattr(args, name) for name in (*SIZES, "micro_batches", "lora", "compile")}
+    work = {name: getattr(args, name) for name in (*SIZES, "micro_batches", *switches)}
     publish({"work": work, **compare(in_turn(commands, args.rounds))}, args.out)
 
 
