@@ -37,8 +37,8 @@ def token_logprobs(
     two buffers. The parts of a softmax are summed as in online softmax (arXiv 1805.02867).
 
     The matrix product runs in the dtype of `hidden`, or of autocast if it is on. Softmax and sums
-    over blocks are in float32, or float64 if `hidden` is. On a CPU
-    without bfloat16 instructions the product that forms that gradient is in float32, too.
+    over blocks are in float32, or float64 if `hidden` is. On a CPU without bfloat16 instructions
+    the product that forms the weight's gradient is in float32, too.
 
     Args:
         hidden: last hidden states, (N, H).
@@ -112,6 +112,12 @@ class _Softmax(NamedTuple):
     weighted: Tensor  # Σ exp(z - peak)·(z - peak), (N,)
 
     @classmethod
+    def of_nothing(cls, like: Tensor) -> "_Softmax":
+        """Before the first part; a finite maximum, since 0·inf is not 0."""
+        lowest = torch.finfo(like.dtype).min / 2
+        return cls(torch.full_like(like, lowest), torch.zeros_like(like), torch.zeros_like(like))
+
+    @classmethod
     def of_(cls, logits: Tensor) -> "_Softmax":
         """Overwrites the logits."""
         peak = logits.amax(1)
@@ -124,11 +130,14 @@ class _Softmax(NamedTuple):
         factor = shift.exp()
         return _Softmax(peak, self.total * factor, (self.weighted + self.total * shift) * factor)
 
-    def plus(self, other: "_Softmax") -> "_Softmax":
-        """Of both parts of the vocabulary."""
-        peak = torch.maximum(self.peak, other.peak)
-        one, two = self.relative_to(peak), other.relative_to(peak)
-        return _Softmax(peak, one.total + two.total, one.weighted + two.weighted)
+    def add_(self, rows: slice, part: "_Softmax") -> None:
+        """Add another part of the vocabulary to these rows."""
+        before = _Softmax(*(sums[rows] for sums in self))
+        peak = torch.maximum(before.peak, part.peak)
+        one, two = before.relative_to(peak), part.relative_to(peak)
+        self.peak[rows] = peak
+        self.total[rows] = one.total + two.total
+        self.weighted[rows] = one.weighted + two.weighted
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -143,25 +152,20 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         product_dtype = _product_dtype(hidden)
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs, entropy, log_normalizer = (
-            hidden.new_empty(len(hidden), dtype=sum_dtype) for _ in range(3)
-        )
-        for rows in _slices(len(hidden), block[0]):
-            picked = hidden.new_zeros(1, dtype=sum_dtype)
-            softmax: _Softmax | None = None
-            for ids in _slices(len(head_weight), block[1]):
-                weight = head_weight[ids].to(product_dtype)
+        picked = hidden.new_zeros(len(hidden), dtype=sum_dtype)
+        softmax = _Softmax.of_nothing(picked)
+        for ids in _slices(len(head_weight), block[1]):
+            weight = head_weight[ids].to(product_dtype)
+            for rows in _slices(len(hidden), block[0]):
                 logits = _logits(hidden[rows], weight, transform, sum_dtype)
                 columns, is_inside = _columns(targets[rows], ids)
-                picked = torch.where(is_inside, logits.gather(1, columns).squeeze(1), picked)
-                part = _Softmax.of_(logits)
-                del logits  # free the memory before the next block
-                softmax = part if softmax is None else softmax.plus(part)
-            assert softmax is not None  # a vocabulary has at least one token
-            log_total = softmax.total.log()
-            torch.sub(log_total, softmax.weighted / softmax.total, out=entropy[rows])
-            torch.add(softmax.peak, log_total, out=log_normalizer[rows])
-            torch.sub(picked, log_normalizer[rows], out=logprobs[rows])
+                found = logits.gather(1, columns).squeeze(1)
+                picked[rows] = torch.where(is_inside, found, picked[rows])
+                softmax.add_(rows, _Softmax.of_(logits))
+                del logits, found  # free the memory before the next block
+        log_total = softmax.total.log()
+        log_normalizer = softmax.peak + log_total
+        logprobs, entropy = picked - log_normalizer, log_total - softmax.weighted / softmax.total
         ctx.save_for_backward(hidden, head_weight, targets, log_normalizer)
         ctx.transform, ctx.block, ctx.product_dtype = transform, block, product_dtype
         ctx.mark_non_differentiable(entropy)
