@@ -33,6 +33,7 @@ from prl_lightning.rollouts.resume import ResumeState, is_between_epochs
 from prl_lightning.rollouts.rewarding import Rewarder
 from prl_lightning.rollouts.settings import RolloutSettings
 from prl_lightning.rollouts.statistics import reduction_of
+from prl_lightning.runs.heap import keep_freed_memory
 from prl_lightning.runs.progress import hide_trainer_bar, print_iteration
 from prl_lightning.sampling import Sampler, SamplingConfig, VLLMSampler
 from prl_lightning.sampling.stops import decode, split_stops
@@ -125,6 +126,8 @@ class RolloutCallback(Callback):
         if trains:
             warn_of_one_step(module, self.settings)
             warn_of_slow_precision(trainer)
+            if trainer.strategy.root_device.type == "cpu":
+                keep_freed_memory()
         warn_of_greedy(data)
         warn_of_turn_end(module, data, self.settings)
         for where, columns in data.reward_columns.items():

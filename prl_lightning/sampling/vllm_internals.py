@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from prl_lightning.runs.heap import drop_pages
 from prl_lightning.sampling.base import SamplingConfig
 from prl_lightning.types import Completion, Prompt
 
@@ -59,6 +60,21 @@ def drop_packed(model: nn.Module) -> None:
         layer: Any = module
         if hasattr(layer, "cpu_linear") and not layer.weight.numel():
             layer.cpu_linear = None
+
+
+def empty_cache(model: nn.Module) -> None:
+    """Free the memory of the key-value cache without a GPU; its blocks are zero until used again.
+
+    Args:
+        model: of the engine, whose layers have the cache, or the states of recurrent layers.
+    """
+    storages = {}
+    for module in model.modules():
+        cache: Any = getattr(module, "kv_cache", ())
+        for tensor in [cache] if isinstance(cache, Tensor) else cache:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    for address, size in storages.items():
+        drop_pages(address, size)
 
 
 def unpack_experts(model: nn.Module) -> None:
