@@ -22,6 +22,7 @@ from prl_lightning.models.output_head import logit_transform
 from prl_lightning.models.packed_attention import disable_cudnn_attention, pack_attention
 from prl_lightning.models.packing import Packing
 from prl_lightning.models.sharding import named_tensors
+from prl_lightning.models.tied_weights import embed_tied, is_tied
 from prl_lightning.types import RolloutBatch
 
 
@@ -97,8 +98,14 @@ class LogprobModel(nn.Module):
             they were sampled from; both (B, T), float32, zero outside the mask.
         """
         packing, mask = batch.packing, batch.completion_mask
-        hidden = self._packed(packing) if self.is_packed else self._padded(batch)
         head = self.causal_lm.get_output_embeddings().weight
+        if not self.is_packed:
+            hidden = self._padded(batch)
+        elif is_tied(self.causal_lm):
+            embedded, head = embed_tied(self.causal_lm.get_input_embeddings(), packing.input_ids)
+            hidden = self._packed(packing, inputs_embeds=embedded)
+        else:
+            hidden = self._packed(packing, input_ids=packing.input_ids)
         logprobs, entropy = token_logprobs(
             hidden, head, packing.targets, batch.temperature, **self.logit_transform
         )
@@ -116,13 +123,15 @@ class LogprobModel(nn.Module):
         base = self.causal_lm.base_model
         return self.causal_lm.model if base is self.causal_lm else base
 
-    def _packed(self, packing: Packing) -> Tensor:
-        """Return the hidden states that predict the sampled tokens, (C, H)."""
+    def _packed(self, packing: Packing, **inputs: Tensor) -> Tensor:
+        """Return the hidden states that predict the sampled tokens, (C, H).
+
+        Args:
+            packing: of the batch.
+            inputs: ``input_ids`` or ``inputs_embeds`` of the long row.
+        """
         output = self._body()(
-            input_ids=packing.input_ids,
-            position_ids=packing.position_ids,
-            use_cache=False,
-            packing=packing,
+            **inputs, position_ids=packing.position_ids, use_cache=False, packing=packing
         )
         return output.last_hidden_state[0, packing.predictors]
 
