@@ -17,6 +17,7 @@ from prl_lightning.sampling.engine_ranks import EngineRanks, OwnProgress
 from prl_lightning.sampling.vllm_internals import (
     completion_of,
     drop_packed,
+    empty_cache,
     has_head,
     is_implemented,
     keep_to_itself,
@@ -160,6 +161,7 @@ class VLLMSampler(Sampler):
         if torch.cuda.is_available():
             return False
         self._llm.apply_model(drop_packed)
+        self._llm.apply_model(empty_cache)
         return True
 
     def generate(
@@ -226,6 +228,10 @@ class VLLMSampler(Sampler):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if not torch.cuda.is_available():
+            # Without a GPU, vLLM 0.32 cannot load what it compiled ahead of time, and compiles it
+            # again at each start. With this it uses torch's cache, which works.
+            os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         if self.batch_invariant:
             os.environ["VLLM_BATCH_INVARIANT"] = "1"
         if self.dtype in ("float32", "float"):
