@@ -14,13 +14,15 @@ from transformers import PreTrainedModel
 def is_tied(causal_lm: PreTrainedModel) -> bool:
     """Whether ``embed_tied`` computes the same as a model's own embedding, and saves memory.
 
-    A GPU has no page faults, and torch sums the embedding's gradient there in a fixed order.
+    A GPU has no page faults, and torch sums the embedding's gradient there in a fixed order. In
+    half precision each row would be rounded as it is added.
     """
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     return (
         type(embedding) is nn.Embedding  # subclasses scale
         and embedding.weight is head.weight
         and embedding.weight.is_cpu
+        and embedding.weight.dtype in (torch.float32, torch.float64)
         and embedding.max_norm is None
     )
 
