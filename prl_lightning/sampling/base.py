@@ -140,6 +140,8 @@ class Sampler(ABC):
     def release_weights(self) -> bool:
         """Free the weights until the next ``load_weights``, if that needs no more time than before.
 
+        What was computed with them, such as cached keys and values, may be freed as well.
+
         Called when the trainer is about to change its own.
 
         Returns:

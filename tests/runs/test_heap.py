@@ -29,13 +29,13 @@ PAGE = os.sysconf("SC_PAGESIZE")
 
 
 @LINUX
-@pytest.mark.parametrize("before", [0, 1, PAGE - 1])
-def test_dropped_pages_are_zero_and_others_are_kept(before: int) -> None:
+@pytest.mark.parametrize(
+    ("offset", "first", "pages"), [(0, 0, 3), (1, PAGE, 2), (PAGE - 1, PAGE, 3)]
+)
+def test_dropped_pages_are_zero_and_others_are_kept(offset: int, first: int, pages: int) -> None:
     values = torch.ones(8 * PAGE, dtype=torch.uint8)
-    start = -values.data_ptr() % PAGE + before  # so far after the begin of a page
-    drop_pages(values.data_ptr() + start, 3 * PAGE + 1)
-    first = start if before == 0 else start - before + PAGE
-    pages = 2 if 1 <= before < PAGE - 1 else 3
+    values = values[-values.data_ptr() % PAGE :]  # begins with a page
+    drop_pages(values.data_ptr() + offset, 3 * PAGE + 1)
     expected = torch.ones_like(values)
     expected[first : first + pages * PAGE] = 0
     assert values.equal(expected)
