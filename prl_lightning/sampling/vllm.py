@@ -16,11 +16,12 @@ from prl_lightning.sampling.base import Progress, Sampler, SamplingConfig
 from prl_lightning.sampling.engine_ranks import EngineRanks, OwnProgress
 from prl_lightning.sampling.vllm_internals import (
     completion_of,
-    drop_packed,
+    drop_weights,
     empty_cache,
     has_head,
     is_implemented,
     keep_to_itself,
+    pack_only_heads,
     sampling_params,
     unpack_experts,
 )
@@ -144,6 +145,8 @@ class VLLMSampler(Sampler):
         keep_to_itself()
         with self._ranks.environment() as executor:
             self._llm = LLM(**arguments | self.engine_args | executor)
+        if not has_gpu:
+            self._llm.apply_model(pack_only_heads)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See ``Sampler.load_weights``."""
@@ -160,7 +163,7 @@ class VLLMSampler(Sampler):
         """See ``Sampler.release_weights``; on a GPU, ``sleeps`` is for this."""
         if torch.cuda.is_available():
             return False
-        self._llm.apply_model(drop_packed)
+        self._llm.apply_model(drop_weights)
         self._llm.apply_model(empty_cache)
         return True
 

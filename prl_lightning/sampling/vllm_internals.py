@@ -50,15 +50,34 @@ def has_head(model: nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "lm_head" for name, _ in model.named_modules())
 
 
-def drop_packed(model: nn.Module) -> None:
-    """Free the matrices that vLLM's CPU build keeps in a packed copy alone, of a layer's kernel.
+def pack_only_heads(model: nn.Module) -> None:
+    """Keep vLLM's CPU build from packing the embeddings too, which only a head would need."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        VocabParallelEmbedding,
+    )
 
-    The next load packs them anew, as it does without this. Not embeddings: a rank's part of a
-    small vocabulary may be padding, for which a load brings nothing.
+    for module in model.modules() if has_head(model) else ():
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            layer: Any = module
+            layer.cpu_linear = None
+            layer.quant_method.process_weights_after_loading = lambda _: None
+
+
+def drop_weights(model: nn.Module) -> None:
+    """Free what the next load brings again without a GPU: packed matrices, and embeddings.
+
+    vLLM's CPU build keeps most matrices in a packed copy alone, of a layer's kernel, and packs them
+    anew at each load.
     """
     for module in model.modules():
         layer: Any = module
-        if hasattr(layer, "cpu_linear") and not layer.weight.numel():
+        if part := getattr(layer, "shard_indices", None):  # of the vocabulary
+            # A rank's part of a small vocabulary may be padding, for which a load brings nothing.
+            if part.num_org_elements:
+                layer.cpu_linear = None
+                drop_pages(layer.weight.data_ptr(), layer.weight.untyped_storage().nbytes())
+        elif hasattr(layer, "cpu_linear") and not layer.weight.numel():
             layer.cpu_linear = None
 
 

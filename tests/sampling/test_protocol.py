@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from engine_gap import trainer_gap
 from prl_lightning.models.causal_lm import LogprobModel, named_weights
 from prl_lightning.models.loading import load_causal_lm, load_policy, load_tokenizer
+from prl_lightning.runs.heap import drop_pages
 from prl_lightning.sampling import (
     HFSampler,
     Sampler,
     SamplingConfig,
     SubprocessSampler,
     VLLMSampler,
+    vllm_internals,
 )
 from prl_lightning.sampling.base import MIN_TEMPERATURE
 from prl_lightning.types import Completion, Prompt
@@ -94,11 +96,9 @@ def test_samples_and_logprobs_follow_an_update_and_its_reversal(
 
 
 def packed(model: nn.Module) -> list[Any]:
-    """References to what holds each matrix of vLLM's CPU build, apart from embeddings."""
-    from vllm.model_executor.layers.linear import LinearBase
-
-    layers: list[Any] = [one for one in model.modules() if isinstance(one, LinearBase)]
-    kernels = [layer.cpu_linear for layer in layers]
+    """References to what holds each packed matrix of vLLM's CPU build."""
+    layers: list[Any] = [one for one in model.modules() if hasattr(one, "cpu_linear")]
+    kernels = [layer.cpu_linear for layer in layers if layer.cpu_linear is not None]
     return [weakref.ref(cell.cell_contents) for one in kernels for cell in one.__closure__]
 
 
@@ -109,18 +109,36 @@ def cached(model: nn.Module) -> int:
     return sum(int(layer.kv_cache.count_nonzero()) for layer in layers)
 
 
+def tables(model: nn.Module) -> set[tuple[int, int]]:
+    """Address and size of embedding and head."""
+    layers: list[Any] = [one for one in model.modules() if hasattr(one, "shard_indices")]
+    return {(one.weight.data_ptr(), 4 * one.weight.numel()) for one in layers}
+
+
 @ON_A_CPU
-def test_released_weights_are_freed_and_come_back(engine: Engine) -> None:
+def test_released_weights_are_freed_and_come_back(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: set[tuple[int, int]] = set()
+
+    def drop_and_note(address: int, size: int) -> None:
+        drop_pages(address, size)
+        dropped.add((address, size))
+
+    monkeypatch.setattr(vllm_internals, "drop_pages", drop_and_note)
     before = engine.tokens(PROMPTS, SAMPLING)
     if isinstance(engine.sampler, VLLMSampler):
         (matrices,) = engine.sampler._llm.apply_model(packed)
-        assert len(matrices) >= 8  # four of each of two layers
+        assert len(matrices) == 9  # four of each of two layers, and the head; not the embeddings
         assert all(matrix() is not None for matrix in matrices)
         (used,) = engine.sampler._llm.apply_model(cached)
         assert engine.sampler.release_weights()
         assert all(matrix() is None for matrix in matrices)
         (left,) = engine.sampler._llm.apply_model(cached)
         assert left < used / 2  # no more than parts of pages
+        (embeddings,) = engine.sampler._llm.apply_model(tables)
+        assert embeddings
+        assert embeddings <= dropped
         engine.load(engine.before)
     else:
         assert not engine.sampler.release_weights()
