@@ -21,9 +21,9 @@ from prl_lightning.sampling.vllm_internals import (
     has_head,
     is_implemented,
     keep_to_itself,
-    pack_only_heads,
+    prepare_load,
     sampling_params,
-    unpack_experts,
+    skip_ranks,
 )
 from prl_lightning.sampling.vllm_requirements import (
     missing_requirements,
@@ -143,16 +143,15 @@ class VLLMSampler(Sampler):
             # torch's CPU generator cannot be rewound, so prompts must be read whole.
             arguments["enable_chunked_prefill"] = False
         keep_to_itself()
+        skip_ranks()
         with self._ranks.environment() as executor:
             self._llm = LLM(**arguments | self.engine_args | executor)
-        if not has_gpu:
-            self._llm.apply_model(pack_only_heads)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See ``Sampler.load_weights``."""
         self._wake()
         if not torch.cuda.is_available():
-            self._llm.apply_model(unpack_experts)
+            self._llm.apply_model(prepare_load)
         if not all(self._llm.apply_model(has_head)):
             weights = (item for item in weights if item[0] != TIED_HEAD)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -35,6 +36,15 @@ def keep_to_itself() -> None:
     CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
+def skip_ranks() -> None:
+    """Spare vLLM the rank of each sampled token, for which it compiles a kernel and nobody asks."""
+    from vllm.v1.sample import sampler
+
+    sampler.batched_count_greater_than = lambda logprobs, _: logprobs.new_zeros(
+        len(logprobs), dtype=torch.int64
+    )
+
+
 def is_implemented(config: PretrainedConfig) -> bool:
     """Whether vLLM implements an architecture, or can use transformers' implementation."""
     kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
@@ -48,20 +58,6 @@ def is_implemented(config: PretrainedConfig) -> bool:
 def has_head(model: nn.Module) -> bool:
     """Whether the engine's model has an output head; if tied, it may use the embeddings alone."""
     return any(name.rpartition(".")[2] == "lm_head" for name, _ in model.named_modules())
-
-
-def pack_only_heads(model: nn.Module) -> None:
-    """Keep vLLM's CPU build from packing the embeddings too, which only a head would need."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import (
-        ParallelLMHead,
-        VocabParallelEmbedding,
-    )
-
-    for module in model.modules() if has_head(model) else ():
-        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
-            layer: Any = module
-            layer.cpu_linear = None
-            layer.quant_method.process_weights_after_loading = lambda _: None
 
 
 def drop_weights(model: nn.Module) -> None:
@@ -96,15 +92,26 @@ def empty_cache(model: nn.Module) -> None:
         drop_pages(address, size)
 
 
-def unpack_experts(model: nn.Module) -> None:
-    """Make the engine pack the experts of a mixture again at the next load.
+def prepare_load(model: nn.Module) -> None:
+    """Let the next load pack, without a GPU, what has to be packed and nothing else.
 
-    vLLM's CPU build packs them when it creates their kernel, and later loads reuse the kernel.
+    vLLM's CPU build packs the experts of a mixture when it creates their kernel, and later loads
+    would reuse the kernel. It also packs embeddings, which only an output head would need.
     """
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        VocabParallelEmbedding,
+    )
+
+    own_head = has_head(model)
     for module in model.modules():
-        method: Any = getattr(module, "quant_method", None)
-        if hasattr(method, "moe_kernel"):
-            method.moe_kernel = None
+        layer: Any = module
+        if hasattr(getattr(layer, "quant_method", None), "moe_kernel"):
+            layer.quant_method.moe_kernel = None
+        is_table = isinstance(layer, VocabParallelEmbedding)
+        if own_head and is_table and not isinstance(layer, ParallelLMHead):
+            layer.cpu_linear = None
+            layer.quant_method.process_weights_after_loading = lambda _: None
 
 
 def sampling_params(prompts: Sequence[Prompt], config: SamplingConfig) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from engine_gap import trainer_gap
 from prl_lightning.models.causal_lm import LogprobModel, named_weights
@@ -143,6 +144,14 @@ def test_released_weights_are_freed_and_come_back(
     else:
         assert not engine.sampler.release_weights()
     assert engine.tokens(PROMPTS, SAMPLING) == before
+
+
+@ON_A_CPU
+def test_an_engine_that_is_not_compiled_compiles_nothing(engine: Engine) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    engine.tokens(PROMPTS, SAMPLING)
+    assert not counters["stats"]
 
 
 def test_each_seed_has_other_completions(engine: Engine) -> None:

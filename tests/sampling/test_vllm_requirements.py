@@ -184,7 +184,8 @@ def test_arguments_and_environment_of_the_engine(
     monkeypatch.setitem(
         sys.modules, "vllm", SimpleNamespace(LLM=lambda **given: found.update(given))
     )
-    monkeypatch.setattr("prl_lightning.sampling.vllm.keep_to_itself", lambda: None)
+    for patch in ("keep_to_itself", "skip_ranks"):
+        monkeypatch.setattr(f"prl_lightning.sampling.vllm.{patch}", lambda: None)
     sampler.start("model", 64)
     found |= os.environ
     assert {name: found.get(name) for name in expected} == expected
