@@ -154,18 +154,21 @@ def _beside_weights(
         )
         yield f"  {'logits':<16} {logits / MIB:10,.0f} MiB at most, in blocks"
     sampler = rollout.engine_sampler
+    # The gradient is freed before sampling.
+    sampling = sum(weights.values()) - weights.get("gradient", 0) + engine
     if on_gpu:
-        # The gradient is freed before sampling, and an engine that sleeps before the update.
-        sampling = sum(weights.values()) - weights.get("gradient", 0) + engine
         updating = total + (0 if getattr(sampler, "sleeps", False) else engine)
         yield f"  {'in the update':<16} {updating / MIB:10,.0f} MiB at most, and CUDA's own"
         yield f"  {'in the sampling':<16} {sampling / MIB:10,.0f} MiB and the cache"
         return
-    code = CODE_BYTES
-    if isinstance(sampler, VLLMSampler):
-        code, engine = 2 * code, engine + sampler.cache_gib * 2**30
+    has_cache = isinstance(sampler, VLLMSampler)
+    code = CODE_BYTES * (2 if has_cache else 1)
+    cache = sampler.cache_gib * 2**30 if has_cache else 0
+    # In the trainer's process, vLLM frees its weights and its cache before the update.
+    is_freed = isinstance(rollout.sampler, VLLMSampler)
+    most = max(total, sampling + cache) if is_freed else total + engine + cache
     yield f"  {'code':<16} {code / MIB:10,.0f} MiB of Python, torch and the engine"
-    yield f"  {'in all':<16} {(total + code + engine) / MIB:10,.0f} MiB at most, without a GPU"
+    yield f"  {'in all':<16} {(code + most) / MIB:10,.0f} MiB at most, without a GPU"
 
 
 def _activations(module: PRLModule, precision: str) -> float | None:

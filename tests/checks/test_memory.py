@@ -90,3 +90,17 @@ def test_what_is_offloaded_is_in_main_memory(estimate: Estimate) -> None:
     assert estimate(*offloaded)["in all"] == estimate(*whole)["in all"]
     before, after = (estimate(*strategy, "--gpu=H100") for strategy in (whole, offloaded))
     assert before["in the update"] - after["in the update"] == size
+
+
+def test_the_engine_in_the_trainers_process_is_freed_before_the_update(estimate: Estimate) -> None:
+    inside = ("--rollout.overlap=false", "--rollout.sampler=VLLMSampler")
+    for cache in (0.001, 1.0):
+        found = estimate(*inside, f"--rollout.sampler.cache_gib={cache}")
+        held = sum(found[name] for name in ("policy", "optimizer", "reference"))
+        update = held + sum(found[name] for name in ("gradient", "activations", "logits"))
+        sampling = held + found["engine"] + cache * 2**30
+        assert (sampling > update) == (cache == 1)
+        assert found["in all"] - found["code"] == pytest.approx(max(update, sampling), abs=5)
+        beside = estimate(f"--rollout.sampler.sampler.cache_gib={cache}")
+        both = update + sampling - held
+        assert beside["in all"] - beside["code"] == pytest.approx(both, abs=5)
