@@ -161,9 +161,9 @@ def _beside_weights(
         yield f"  {'in the update':<16} {updating / MIB:10,.0f} MiB at most, and CUDA's own"
         yield f"  {'in the sampling':<16} {sampling / MIB:10,.0f} MiB and the cache"
         return
-    has_cache = isinstance(sampler, VLLMSampler)
-    code = CODE_BYTES * (2 if has_cache else 1)
-    cache = sampler.cache_gib * 2**30 if has_cache else 0
+    code, cache = CODE_BYTES, 0.0
+    if isinstance(sampler, VLLMSampler):
+        code, cache = 2 * code, sampler.cache_gib * 2**30
     # In the trainer's process, vLLM frees its weights and its cache before the update.
     is_freed = isinstance(rollout.sampler, VLLMSampler)
     most = max(total, sampling + cache) if is_freed else total + engine + cache
