@@ -70,7 +70,8 @@ def drop_weights(model: nn.Module) -> None:
         layer: Any = module
         if part := getattr(layer, "shard_indices", None):  # of the vocabulary
             # A rank's part of a small vocabulary may be padding, for which a load brings nothing.
-            if part.num_org_elements:
+            # A quantized head has other tensors.
+            if part.num_org_elements and hasattr(layer, "weight"):
                 layer.cpu_linear = None
                 drop_pages(layer.weight.data_ptr(), layer.weight.untyped_storage().nbytes())
         elif hasattr(layer, "cpu_linear") and not layer.weight.numel():
