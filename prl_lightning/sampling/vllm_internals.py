@@ -73,7 +73,7 @@ def drop_weights(model: nn.Module) -> None:
             # A quantized head has other tensors.
             if part.num_org_elements and hasattr(layer, "weight"):
                 layer.cpu_linear = None
-                drop_pages(layer.weight.data_ptr(), layer.weight.untyped_storage().nbytes())
+                drop_pages(layer.weight.data_ptr(), layer.weight.nbytes)
         elif hasattr(layer, "cpu_linear") and not layer.weight.numel():
             layer.cpu_linear = None
 
