@@ -133,7 +133,7 @@ def _beside_weights(
     engine: float,
     on_gpu: bool,
 ) -> Iterator[str]:
-    """Describe a micro-batch's memory, the code's without a GPU, and the sums."""
+    """Describe a micro-batch's memory, and what ``_sums`` does."""
     total = sum(weights.values())
     if data.train_sources:
         sizes = data.sizes(trainer)
@@ -153,11 +153,30 @@ def _beside_weights(
             f"token, {tokens:,} tokens in a micro-batch at the limits"
         )
         yield f"  {'logits':<16} {logits / MIB:10,.0f} MiB at most, in blocks"
+    yield from _sums(rollout, weights, total, engine, on_gpu)
+
+
+def _sums(
+    rollout: RolloutSettings,
+    weights: dict[str, float],
+    updating: float,
+    engine: float,
+    on_gpu: bool,
+) -> Iterator[str]:
+    """Describe the code's memory without a GPU, and the sums.
+
+    Args:
+        rollout: settings of the sampling.
+        weights: bytes of weights and states by purpose.
+        updating: bytes of these and of a micro-batch.
+        engine: bytes of its weights, and of those that wait for it.
+        on_gpu: whether the run has GPUs.
+    """
     sampler = rollout.engine_sampler
     # The gradient is freed before sampling.
     sampling = sum(weights.values()) - weights.get("gradient", 0) + engine
     if on_gpu:
-        updating = total + (0 if getattr(sampler, "sleeps", False) else engine)
+        updating += 0 if getattr(sampler, "sleeps", False) else engine
         yield f"  {'in the update':<16} {updating / MIB:10,.0f} MiB at most, and CUDA's own"
         yield f"  {'in the sampling':<16} {sampling / MIB:10,.0f} MiB and the cache"
         return
@@ -166,7 +185,7 @@ def _beside_weights(
         code, cache = 2 * code, sampler.cache_gib * 2**30
     # In the trainer's process, vLLM frees its weights and its cache before the update.
     is_freed = isinstance(rollout.sampler, VLLMSampler)
-    most = max(total, sampling + cache) if is_freed else total + engine + cache
+    most = max(updating, sampling + cache) if is_freed else updating + engine + cache
     yield f"  {'code':<16} {code / MIB:10,.0f} MiB of Python, torch and the engine"
     yield f"  {'in all':<16} {(code + most) / MIB:10,.0f} MiB at most, without a GPU"
 
